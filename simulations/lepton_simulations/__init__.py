@@ -1,0 +1,1 @@
+"""The simulation engine: the production round code under an in-memory exchange."""
