@@ -1,0 +1,157 @@
+"""Every error that Lepton FL raises on purpose.
+
+Rules: the message names the value, the bound and what happened; ``hint`` says what to do about it.
+Other libraries' exceptions are translated where they enter. ``code`` is stable and machine-readable,
+``exit_code`` is what the command line returns (see ``docs/errors.md``).
+
+    LeptonError                     1
+    ├── ConfigError                 3  a configuration file, variable or option is wrong
+    ├── TaskError                   4  a task cannot be found, loaded or used
+    ├── DataError                   4  a data source cannot be read
+    │   └── DataContractError       4  the data are readable but break the task's contract
+    ├── ConnectionFailed            5  the other side cannot be reached, a port is taken
+    ├── TrustError                  6  a credential, certificate, token or signature is not accepted
+    ├── StateError                  7  the state on disk cannot be used as it is
+    │   ├── StateLocked             7  another process holds it
+    │   ├── StateTooNew             7  written by newer code
+    │   ├── StateCorrupt            7  a hash does not match
+    │   └── DiskFull                7  no space was left; nothing was changed
+    ├── RunError                    8  a run stopped with a verdict other than success
+    │   └── QuorumError             8  too few devices could take part in time
+    ├── NotFound                    9  no run, device, task or model of that name
+    └── UpdateRejected              1  one message of one device is refused, by reason
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class LeptonError(Exception):
+    """The root; ``str(error)`` is the message, ``error.hint`` what to do."""
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(LeptonError):
+    """A configuration file, environment variable or option is wrong."""
+
+    code = "config"
+    exit_code = 3
+
+
+class TaskError(LeptonError):
+    """A task cannot be found, loaded or used."""
+
+    code = "task"
+    exit_code = 4
+
+
+class DataError(LeptonError):
+    """A data source cannot be read."""
+
+    code = "data"
+    exit_code = 4
+
+
+class DataContractError(DataError):
+    """The data are readable but break the task's contract."""
+
+    code = "data-contract"
+
+
+class ConnectionFailed(LeptonError):
+    """The other side cannot be reached, or a port cannot be used."""
+
+    code = "connection"
+    exit_code = 5
+
+
+class TrustError(LeptonError):
+    """A credential, certificate, token or signature is not accepted."""
+
+    code = "trust"
+    exit_code = 6
+
+
+class StateError(LeptonError):
+    """The state on disk cannot be used as it is; it has not been changed."""
+
+    code = "state"
+    exit_code = 7
+
+
+class StateLocked(StateError):
+    """Another process holds the state."""
+
+    code = "state-locked"
+
+
+class StateTooNew(StateError):
+    """The state was written by newer code."""
+
+    code = "state-too-new"
+
+
+class StateCorrupt(StateError):
+    """Stored bytes do not match their hash."""
+
+    code = "state-corrupt"
+
+
+class DiskFull(StateError):
+    """No space was left on the device; nothing was changed."""
+
+    code = "disk-full"
+
+
+class RunError(LeptonError):
+    """A run stopped with a verdict other than success."""
+
+    code = "run"
+    exit_code = 8
+
+
+class QuorumError(RunError):
+    """Too few devices could take part within the time allowed."""
+
+    code = "quorum"
+
+
+class NotFound(LeptonError):
+    """There is no run, device, task or model of that name."""
+
+    code = "not-found"
+    exit_code = 9
+
+
+class Rejection(StrEnum):
+    """Why one message of one device does not count. The device is told this word."""
+
+    NON_FINITE = "non-finite"  # NaN or infinity in an update, a metric or a loss
+    WRONG_SHAPE = "wrong-shape"  # not the number or type of coordinates of the plan
+    WRONG_VERSION = "wrong-version"  # another task version, protocol version or model
+    OUT_OF_RANGE = "out-of-range"  # a number outside the bounds of the plan
+    MALFORMED = "malformed"  # does not decode
+    DUPLICATE = "duplicate"  # this device has already been counted in this attempt
+    REPLAYED = "replayed"  # belongs to an earlier round, attempt or run
+    LATE = "late"  # came after the round had closed
+    NOT_SELECTED = "not-selected"  # the sender is not in the cohort
+    DATA_CONTRACT = "data-contract"  # the device's data break the task's contract
+    FAILED = "failed"  # the device tried and reports an error
+    OFFLINE = "offline"  # no answer by the deadline
+    REVOKED = "revoked"  # the device lost its enrolment
+
+
+class UpdateRejected(LeptonError):
+    """One message of one device is refused."""
+
+    code = "update-rejected"
+
+    def __init__(self, reason: Rejection, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
