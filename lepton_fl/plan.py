@@ -1,0 +1,182 @@
+"""What is decided before a round starts, frozen; everything after is a function of it.
+
+A ``RunSpec`` is what the operator asks for. A ``RoundPlan`` is one round (one attempt at it), with the
+cohort drawn and the deadline fixed; it is journalled before any device hears of it. ``LocalPlan`` is the
+part a device needs for its own training.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from math import cos, frexp, pi
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PROTOCOL_VERSION = 1  # of the messages of a round
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Frozen(BaseModel):
+    """A frozen record that refuses what it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, every field present."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class LocalPlan(Frozen):
+    """How one device trains in one round."""
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # sgd only
+    weight_decay: NonNegative = 0.0  # L2
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    max_steps: Annotated[int, Field(ge=0)] = 0  # stop after so many mini-batches; 0 = no bound
+    proximal_mu: NonNegative = 0.0  # FedProx (Li et al. 2020): + mu/2 * |w - w_global|^2
+    clip_grad_norm: NonNegative = 0.0  # per step; 0 = off
+
+
+class Schedule(Frozen):
+    """The learning rate of round r (first round: 1) as a multiple of the base rate."""
+
+    kind: Literal["constant", "exponential", "cosine", "step"] = "constant"
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.99  # factor per round (exponential) or per step
+    every: Annotated[int, Field(ge=1)] = 10  # rounds between steps (step)
+    warmup: Annotated[int, Field(ge=0)] = 0  # rounds of linear warm-up
+    floor: Fraction = 0.0  # never below this multiple
+
+
+class ServerOptimizerSpec(Frozen):
+    """The server optimiser (Reddi et al. 2021, "Adaptive Federated Optimization")."""
+
+    name: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "fedavg"
+    learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # beta_1; fedavg ignores it
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Positive = 1e-3  # adaptivity
+
+
+class CohortSpec(Frozen):
+    """Who takes part, and how long the others wait."""
+
+    size: Annotated[int, Field(ge=1, le=100_000)] = 10  # reports wanted
+    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0  # devices asked = size * this, rounded up
+    min_reports: Annotated[int, Field(ge=1)] = 1  # fewer than this and the round is abandoned
+    deadline_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
+    quorum_wait_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3_600.0  # for enough eligible devices
+    max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5  # at one round, before the run stops
+    groups: tuple[str, ...] = ()  # only devices with one of these labels; empty = all
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_reports > self.size:
+            raise ValueError(f"min_reports={self.min_reports} exceeds size={self.size}")
+        return self
+
+
+class EarlyStop(Frozen):
+    """Stop when the watched metric has not improved for ``patience`` evaluations; 0 = never."""
+
+    metric: str = "loss"
+    mode: Literal["min", "max"] = "min"
+    patience: Annotated[int, Field(ge=0)] = 0
+    min_delta: NonNegative = 0.0
+    target: float | None = None  # stop as soon as it is reached
+
+
+class RunSpec(Frozen):
+    """One training run, as the operator asks for it."""
+
+    task: str  # package.module:attribute
+    task_version: str = ""  # empty = the version the coordinator has installed
+    name: str = ""
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    cohort: CohortSpec = CohortSpec()
+    local: LocalPlan = LocalPlan()
+    schedule: Schedule = Schedule()
+    server: ServerOptimizerSpec = ServerOptimizerSpec()
+    weighting: Literal["examples", "equal"] = "examples"
+    max_weight: Annotated[int, Field(ge=1, le=2**24)] = 2**20  # examples above this count as this
+    grid_step: Positive = 2.0**-24  # a power of two; updates reach +-(2**31 - 1) * grid_step
+    evaluate_every: Annotated[int, Field(ge=0)] = 1  # federated evaluation every n rounds; 0 = never
+    evaluate_cohort: Annotated[int, Field(ge=0)] = 0  # devices asked to evaluate; 0 = as many as train
+    central_data: str = ""  # a data source on the coordinator for central evaluation; empty = none
+    early_stop: EarlyStop = EarlyStop()
+    seed: Annotated[int, Field(ge=0)] = 0  # of the initial model
+    initial_model: str = ""  # SHA-256 of a stored model to start from; empty = a fresh one
+
+    @model_validator(mode="after")
+    def _exact_grid(self) -> Self:
+        mantissa, _ = frexp(self.grid_step)
+        if mantissa != 0.5:
+            raise ValueError(f"grid_step={self.grid_step} is not a power of two")
+        # cohort * weight * int32 must fit the int64 accumulator with its sign.
+        reports = int(self.cohort.size * self.cohort.over_selection) + 1
+        weight = self.max_weight if self.weighting == "examples" else 1
+        if reports * weight > 2**32:
+            raise ValueError(
+                f"cohort of up to {reports} times max_weight={weight} exceeds 2**32: the exact sum could "
+                f"overflow; lower max_weight to {2**32 // reports}"
+            )
+        return self
+
+    def learning_rate(self, round_number: int) -> float:
+        """The local learning rate of a round (first round: 1)."""
+        return self.local.learning_rate * rate_factor(self.schedule, round_number, self.rounds)
+
+
+def rate_factor(schedule: Schedule, round_number: int, rounds: int) -> float:
+    """The schedule's multiple for round ``round_number`` of ``rounds``."""
+    if schedule.warmup and round_number <= schedule.warmup:
+        return round_number / schedule.warmup
+    done = round_number - 1 - schedule.warmup
+    if schedule.kind == "exponential":
+        factor = schedule.decay**done
+    elif schedule.kind == "step":
+        factor = schedule.decay ** (done // schedule.every)
+    elif schedule.kind == "cosine":
+        factor = 0.5 * (1 + cos(pi * done / max(1, rounds - schedule.warmup)))
+    else:
+        factor = 1.0
+    return max(schedule.floor, factor)
+
+
+class RoundPlan(Frozen):
+    """One attempt at one round; its digest is in every message of the attempt."""
+
+    run_id: str
+    round: int  # first round: 1
+    attempt: int  # first attempt: 1
+    kind: Literal["train", "evaluate"]
+    task: str
+    task_version: str
+    layout_digest: str
+    num_coordinates: int  # P
+    model_sha256: str
+    cohort: tuple[str, ...]  # device ids asked, drawn from the eligible ones
+    wanted_reports: int  # the round closes when so many were accepted
+    min_reports: int
+    deadline_s: float  # from the moment the requests are sent
+    local: LocalPlan  # with this round's learning rate
+    weighting: Literal["examples", "equal"]
+    max_weight: int
+    grid_step: float
+    nonce: str  # hex; tells two attempts apart even after a crash between them
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Read back what ``to_json`` wrote."""
+        return cls.model_validate_json(json.dumps(body))
