@@ -76,6 +76,9 @@ class CohortSpec(Frozen):
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0  # devices asked = size * this, rounded up
     min_reports: Annotated[int, Field(ge=1)] = 1  # fewer than this and the round is abandoned
     deadline_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
+    fill_wait_s: Annotated[float, Field(ge=0, le=86_400)] = (
+        5.0  # for a full cohort before starting with fewer
+    )
     quorum_wait_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3_600.0  # for enough eligible devices
     max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5  # at one round, before the run stops
     groups: tuple[str, ...] = ()  # only devices with one of these labels; empty = all

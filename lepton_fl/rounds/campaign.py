@@ -1,0 +1,304 @@
+"""A whole training run: rounds in order, each a function from state to state.
+
+    verdict = Campaign(spec, work, exchange, roster, book, rng).run(state, should_stop)
+
+Rules. A plan is recorded before any device hears of it. A round counts only once it is recorded as committed;
+whoever restarts after a crash passes the last committed state and continues. Every wait has a bound, and says
+what it waits for. A round that brought too few reports is abandoned by name and tried again with another
+cohort, a bounded number of times; then the run ends with a verdict, never in silence.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from random import Random
+from typing import Literal, Protocol
+
+from lepton_fl.errors import ConfigError, LeptonError, QuorumError, RunError
+from lepton_fl.plan import RoundPlan, RunSpec
+from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
+from lepton_fl.rounds.collect import Collected, collect_evaluation, collect_training
+from lepton_fl.rounds.exchange import Exchange
+from lepton_fl.rounds.optimizers import ServerState, step
+from lepton_fl.tasks.metrics import Metrics, Sums
+from lepton_fl.vector import Vector, vector_digest
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, as far as a coordinator must know it (no torch needed)."""
+
+    task: str  # package.module:attribute
+    version: str
+    layout_digest: str
+    num_coordinates: int
+    metrics: Metrics
+    evaluate_centrally: Callable[[Vector], Sums] | None = None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluated model so far, by the watched metric."""
+
+    round: int
+    model_sha256: str
+    value: float
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything the next round depends on."""
+
+    model: Vector
+    server: ServerState = field(default_factory=ServerState)
+    round: int = 0  # last committed round; 0 before the first
+    attempt: int = 0  # last attempt begun at the round after that one
+    evaluated: int = 0  # last evaluated round
+    best: Best | None = None
+    stale: int = 0  # evaluations since the best one
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One finished training round, to be recorded in one step."""
+
+    state: RunState
+    collected: Collected
+    metrics: Mapping[str, float]
+    seconds: float
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation of a committed round."""
+
+    state: RunState
+    collected: Collected | None  # None: central only
+    metrics: Mapping[str, float]
+    improved: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run ended, in one word and one sentence."""
+
+    outcome: Literal["completed", "stopped", "failed"]
+    reason: str
+
+
+class Roster(Protocol):
+    """Who could take part now."""
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Every registered device with its standing for this run's task."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Return after ``seconds``, or as soon as a standing may have changed."""
+        ...
+
+
+class Book(Protocol):
+    """Where a run is recorded: the journal in production, a folder in a simulation."""
+
+    def planned(self, plan: RoundPlan) -> None:
+        """Record a plan; only then is it sent."""
+        ...
+
+    def abandoned(self, collected: Collected, cause: str) -> None:
+        """Record that an attempt does not count."""
+        ...
+
+    def committed(self, round_: Committed) -> None:
+        """Record a round durably; when this returns it will never be trained again."""
+        ...
+
+    def evaluated(self, evaluation: Evaluated) -> None:
+        """Record an evaluation."""
+        ...
+
+    def waiting(self, cause: str, seconds: float) -> None:
+        """Show why the run does not move and how much longer it will wait; '' when it moves again."""
+        ...
+
+
+@dataclass
+class Campaign:
+    """One run's spec and seams; ``run`` may be called once."""
+
+    spec: RunSpec
+    run_id: str
+    work: Work
+    exchange: Exchange
+    roster: Roster
+    book: Book
+    rng: Random  # draws cohorts and nonces: the operating system's in production
+    clock: Callable[[], float] = time.monotonic
+
+    def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
+        """Train until the last round, an early stop, a request to stop, or a failure."""
+        try:
+            return self._run(state, should_stop)
+        except LeptonError as error:
+            return Verdict("failed", f"{error} {error.hint}".strip())
+
+    def _run(self, state: RunState, should_stop: Callable[[], bool]) -> Verdict:
+        while True:
+            if self._evaluation_due(state):
+                state = self._evaluate(state)
+            if reason := self._finished(state):
+                return Verdict("completed", reason)
+            if should_stop():
+                return Verdict("stopped", f"Stopped on request after round {state.round}.")
+            advanced = self._train(state, should_stop)
+            if advanced is None:
+                return Verdict("stopped", f"Stopped on request in round {state.round + 1}.")
+            state = advanced
+
+    def _finished(self, state: RunState) -> str:
+        watch, best = self.spec.early_stop, state.best
+        if best and watch.target is not None and _better(best.value, watch.target, watch.mode, 0.0, True):
+            return f"Reached {watch.metric} {best.value:.4g} in round {best.round} (target {watch.target:g})."
+        if watch.patience and state.stale >= watch.patience:
+            found = f"best in round {best.round}" if best else "none found"
+            return f"No better {watch.metric} for {state.stale} evaluations; {found}."
+        return f"All {self.spec.rounds} rounds are done." if state.round >= self.spec.rounds else ""
+
+    # --- training -----------------------------------------------------------------------------------
+
+    def _train(self, state: RunState, should_stop: Callable[[], bool]) -> RunState | None:
+        """One committed round, after as many attempts as it takes and is allowed; None: asked to stop."""
+        number, cause, failures = state.round + 1, "", 0
+        while failures < self.spec.cohort.max_attempts:
+            cohort = self._quorum(should_stop)
+            if cohort is None:
+                return None
+            state = replace(state, attempt=state.attempt + 1)
+            plan = self._plan("train", number, state, cohort, self.spec.cohort.size)
+            self.book.planned(plan)
+            began = self.clock()
+            collected, mean = collect_training(plan, state.model, self.exchange, self.work.metrics)
+            if mean is None:
+                cause, failures = collected.summary(), failures + 1
+                self.book.abandoned(collected, cause)
+                if should_stop():
+                    return None
+                continue
+            model, server = step(self.spec.server, state.model, mean, state.server)
+            del mean
+            after = replace(state, model=model, server=server, round=number, attempt=0)
+            seconds = self.clock() - began
+            metrics = self.work.metrics.summarise_training(collected.sums)
+            self.book.committed(Committed(after, collected, metrics, seconds, _bytes_down(plan)))
+            return after
+        raise RunError(
+            f"Round {number} was abandoned {failures} times in a row; the last time: {cause}.",
+            hint="See `lepton run show` for each device's reason; cohort.max_attempts bounds the attempts.",
+        )
+
+    def _quorum(self, should_stop: Callable[[], bool]) -> tuple[str, ...] | None:
+        """Wait for enough eligible devices and draw from them; None: asked to stop."""
+        spec = self.spec.cohort
+        asked = ceil(spec.size * spec.over_selection)
+        began, shown = self.clock(), ""
+        while not should_stop():
+            candidates = self.roster.candidates()
+            ids, waited = eligible(candidates), self.clock() - began
+            if len(ids) >= asked or (len(ids) >= spec.min_reports and waited >= spec.fill_wait_s):
+                if shown:
+                    self.book.waiting("", 0.0)
+                return draw(ids, asked, self.rng)
+            cause = str(Shortfall.of(candidates, spec.min_reports))
+            left = spec.quorum_wait_s - waited
+            if left <= 0:
+                raise QuorumError(
+                    f"No quorum within {spec.quorum_wait_s:g} s: {cause}.",
+                    hint="See `lepton devices list` for each device's reason, or lower cohort.min_reports.",
+                )
+            if cause != shown:
+                self.book.waiting(cause, left)
+                shown = cause
+            fill = spec.fill_wait_s - waited
+            self.roster.wait(min(left, fill if fill > 0 else 1.0, 1.0))
+        return None
+
+    def _plan(
+        self,
+        kind: Literal["train", "evaluate"],
+        number: int,
+        state: RunState,
+        cohort: Sequence[str],
+        size: int,
+    ) -> RoundPlan:
+        spec = self.spec
+        return RoundPlan(
+            run_id=self.run_id,
+            round=number,
+            attempt=max(1, state.attempt),
+            kind=kind,
+            task=self.work.task,
+            task_version=self.work.version,
+            layout_digest=self.work.layout_digest,
+            num_coordinates=self.work.num_coordinates,
+            model_sha256=vector_digest(state.model),
+            cohort=tuple(cohort),
+            wanted_reports=min(size, len(cohort)),
+            min_reports=min(spec.cohort.min_reports, len(cohort)),
+            deadline_s=spec.cohort.deadline_s,
+            local=spec.local.model_copy(update={"learning_rate": spec.learning_rate(max(1, number))}),
+            weighting=spec.weighting,
+            max_weight=spec.max_weight,
+            grid_step=spec.grid_step,
+            nonce=f"{self.rng.getrandbits(128):032x}",
+        )
+
+    # --- evaluation ---------------------------------------------------------------------------------
+
+    def _evaluation_due(self, state: RunState) -> bool:
+        every = self.spec.evaluate_every
+        last = state.round == self.spec.rounds
+        return state.evaluated < state.round and bool(every) and (last or state.round % every == 0)
+
+    def _evaluate(self, state: RunState) -> RunState:
+        collected = self._evaluate_on_devices(state)
+        metrics = self.work.metrics.summarise(collected.sums) if collected and collected.sums else {}
+        if self.work.evaluate_centrally is not None:
+            central = self.work.metrics.summarise(self.work.evaluate_centrally(state.model))
+            metrics |= {f"central_{name}": value for name, value in central.items()}
+        after, improved = self._judge(replace(state, evaluated=state.round), metrics)
+        self.book.evaluated(Evaluated(after, collected, metrics, improved))
+        return after
+
+    def _evaluate_on_devices(self, state: RunState) -> Collected | None:
+        ids = eligible(self.roster.candidates())
+        size = self.spec.evaluate_cohort or self.spec.cohort.size
+        if not ids:
+            return None
+        plan = self._plan("evaluate", state.round, state, draw(ids, size, self.rng), size)
+        return collect_evaluation(plan, state.model, self.exchange, self.work.metrics)
+
+    def _judge(self, state: RunState, metrics: Mapping[str, float]) -> tuple[RunState, bool]:
+        watch, best = self.spec.early_stop, state.best
+        if not metrics:
+            return state, False
+        if watch.metric not in metrics:
+            raise ConfigError(
+                f"early_stop.metric is {watch.metric!r}; this task reports {', '.join(sorted(metrics))}.",
+                hint="Name one of these.",
+            )
+        value = metrics[watch.metric]
+        if best and not _better(value, best.value, watch.mode, watch.min_delta, False):
+            return replace(state, stale=state.stale + 1), False
+        return replace(state, best=Best(state.round, vector_digest(state.model), value), stale=0), True
+
+
+def _better(value: float, than: float, mode: str, margin: float, or_equal: bool) -> bool:
+    gain = than - value if mode == "min" else value - than
+    return gain > margin or (or_equal and gain >= 0)
+
+
+def _bytes_down(plan: RoundPlan) -> int:
+    """Model bytes sent: every device of the cohort is sent the model once."""
+    return 4 * plan.num_coordinates * len(plan.cohort)

@@ -1,0 +1,151 @@
+"""Collect one attempt at one round over an exchange.
+
+Each answer is decoded, held against the plan, added and forgotten. A refused answer is named, the device is
+told, and the round goes on. The attempt closes when the wanted number of reports is in, or at the deadline.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
+from lepton_fl.rounds.exchange import Answer, Exchange
+from lepton_fl.tasks.metrics import Metrics, Sums, add
+from lepton_fl.vector import Vector
+from lepton_fl.wire.messages import EvaluateReply, Request, TrainReply
+from lepton_fl.wire.records import Records
+
+ACCEPTED = "accepted"
+SURPLUS = "surplus"  # asked, but the round closed with enough others before it answered
+
+
+@dataclass(frozen=True)
+class Participation:
+    """What became of one device of the cohort."""
+
+    device_id: str
+    outcome: str  # accepted, surplus, or a Rejection
+    detail: str = ""
+    num_examples: int = 0
+    seconds: float = 0.0  # the device's own
+    num_bytes: int = 0  # of its answer
+
+
+@dataclass
+class Collected:
+    """What one attempt brought; ``sums`` are the devices' added counts."""
+
+    plan: RoundPlan
+    participation: dict[str, Participation] = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)
+    reports: int = 0
+    bytes_up: int = 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether the attempt counts."""
+        return self.reports >= self.plan.min_reports
+
+    def summary(self) -> str:
+        """As in '3 of 5 reports: 1 offline, 1 non-finite'."""
+        others: dict[str, int] = {}
+        for entry in self.participation.values():
+            if entry.outcome != ACCEPTED:
+                others[entry.outcome] = others.get(entry.outcome, 0) + 1
+        head = f"{self.reports} of {len(self.plan.cohort)} reports"
+        causes = ", ".join(f"{n} {name.replace('-', ' ')}" for name, n in sorted(others.items()))
+        return f"{head}: {causes}" if causes else head
+
+
+def collect_training(
+    plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics
+) -> tuple[Collected, NDArray[np.float64] | None]:
+    """One attempt at a training round.
+
+    Returns:
+        What happened, and the (P,) mean update, or None if fewer than ``plan.min_reports`` came.
+    """
+    accumulator = Accumulator(plan)
+
+    def take(answer: Answer) -> TrainReply:
+        reply = TrainReply.read(_records(answer), plan)
+        metrics.validate_training(reply.sums, reply.num_examples)
+        accumulator.add(UpdateBatch(reply.update[None, :], np.array([reply.num_examples], np.int64)))
+        return reply
+
+    collected = _collect(plan, model, exchange, take)
+    return collected, (accumulator.finalize() if collected.enough else None)
+
+
+def collect_evaluation(plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics) -> Collected:
+    """One federated evaluation: the devices' counts are added, nothing else leaves them."""
+
+    def take(answer: Answer) -> EvaluateReply:
+        reply = EvaluateReply.read(_records(answer), plan)
+        metrics.validate(reply.sums)
+        return reply
+
+    return _collect(plan, model, exchange, take)
+
+
+def _records(answer: Answer) -> Records:
+    if isinstance(answer.records, UpdateRejected):
+        raise answer.records
+    return answer.records
+
+
+def _collect(
+    plan: RoundPlan, model: Vector, exchange: Exchange, take: Callable[[Answer], TrainReply | EvaluateReply]
+) -> Collected:
+    collected = Collected(plan)
+    with closing(exchange.ask(plan, Request.of(plan, model))) as answers:
+        for answer in answers:
+            _handle(collected, answer, exchange, take)
+            if collected.reports >= plan.wanted_reports:
+                break
+    closed_by = SURPLUS if collected.reports >= plan.wanted_reports else Rejection.OFFLINE.value
+    for device_id in plan.cohort:
+        collected.participation.setdefault(device_id, Participation(device_id, closed_by))
+    return collected
+
+
+def _handle(
+    collected: Collected,
+    answer: Answer,
+    exchange: Exchange,
+    take: Callable[[Answer], TrainReply | EvaluateReply],
+) -> None:
+    plan, device_id = collected.plan, answer.device_id
+    collected.bytes_up += answer.num_bytes
+    try:
+        _check_sender(collected, device_id)
+        reply = take(answer)
+    except UpdateRejected as refusal:
+        exchange.tell(plan, device_id, refusal)
+        if refusal.reason not in (Rejection.DUPLICATE, Rejection.NOT_SELECTED):
+            entry = Participation(device_id, refusal.reason.value, str(refusal), num_bytes=answer.num_bytes)
+            collected.participation[device_id] = entry
+        return
+    collected.reports += 1
+    collected.sums = add(collected.sums, reply.sums) if collected.sums else dict(reply.sums)
+    collected.participation[device_id] = Participation(
+        device_id,
+        ACCEPTED,
+        num_examples=reply.num_examples,
+        seconds=reply.seconds,
+        num_bytes=answer.num_bytes,
+    )
+    exchange.tell(plan, device_id, None)
+
+
+def _check_sender(collected: Collected, device_id: str) -> None:
+    if device_id not in collected.plan.cohort:
+        raise UpdateRejected(Rejection.NOT_SELECTED, f"Device {device_id} is not in the cohort.")
+    if device_id in collected.participation:
+        outcome = collected.participation[device_id].outcome
+        raise UpdateRejected(Rejection.DUPLICATE, f"Device {device_id} has answered already: {outcome}.")

@@ -1,0 +1,116 @@
+"""A device's answer to the request of a round.
+
+The edge client, the simulation and the client app on a stock Flower deployment all answer through here.
+Whatever goes wrong becomes a ``Failure`` that names the reason: a device reports and sits out, the round
+goes on without it.
+
+    records = respond(request_records, desk)
+"""
+
+import logging
+import time
+from typing import Protocol
+
+import numpy as np
+
+from lepton_fl.errors import DataContractError, DataError, LeptonError, Rejection, TaskError, UpdateRejected
+from lepton_fl.training.trainer import Dataset, Trainer
+from lepton_fl.vector import to_grid
+from lepton_fl.wire.messages import EvaluateReply, Failure, Fields, Request, Ticket, TrainReply, malformed
+from lepton_fl.wire.records import Records
+
+log = logging.getLogger(__name__)
+
+
+class Desk(Protocol):
+    """What a device brings to a round: its owner's tasks and data."""
+
+    def trainer(self, task: str) -> Trainer:
+        """The trainer of a task that the owner allows; raises TaskError for any other."""
+        ...
+
+    def data(self, task: str, kind: str) -> Dataset:
+        """Checked data to train on or evaluate with; raises DataContractError or DataError."""
+        ...
+
+    def seed(self, ticket: Ticket) -> int:
+        """Seeds the order of the batches."""
+        ...
+
+    def should_stop(self) -> bool:
+        """Whether the round has closed without this device, or the device must stop."""
+        ...
+
+
+def respond(records: Records, desk: Desk) -> Records:
+    """Do what the request asks and return the reply's records; never raises a LeptonError.
+
+    Raises:
+        UpdateRejected: the request has no readable ticket, so nothing can be answered.
+    """
+    ticket = Ticket.take(Fields(records.config))
+    try:
+        request = Request.read(records)
+        reply = _train(request, desk) if ticket.kind == "train" else _evaluate(request, desk)
+        return reply.to_records()
+    except UpdateRejected as refusal:
+        return _failure(ticket, refusal.reason, refusal)
+    except DataContractError as error:
+        return _failure(ticket, Rejection.DATA_CONTRACT, error)
+    except LeptonError as error:
+        return _failure(ticket, Rejection.FAILED, error)
+    except MemoryError:
+        return _failure(ticket, Rejection.FAILED, DataError("Training ran out of memory."))
+    except Exception as error:  # noqa: BLE001 - a user's task may raise anything; the round must hear of it
+        log.exception("task failed")
+        return _failure(ticket, Rejection.FAILED, TaskError(f"The task raised {type(error).__name__}."))
+
+
+def _failure(ticket: Ticket, reason: Rejection, error: LeptonError) -> Records:
+    log.warning("sits out %s round %d: %s", ticket.kind, ticket.round, error)
+    return Failure(ticket, reason, str(error)).to_records()
+
+
+def _trainer(request: Request, desk: Desk) -> Trainer:
+    trainer = desk.trainer(request.task)
+    for name, ours, theirs in (
+        ("task version", trainer.task.version, request.task_version),
+        ("model layout", trainer.layout.digest, request.layout_digest),
+    ):
+        if ours != theirs:
+            raise UpdateRejected(
+                Rejection.WRONG_VERSION,
+                f"This device has {name} {ours!r} of {request.task}, the coordinator asks for {theirs!r}.",
+                hint="Install the task's current version on the device.",
+            )
+    if request.model.shape != (trainer.layout.size,):
+        raise malformed(f"the model has {request.model.size} coordinates, the layout {trainer.layout.size}")
+    if not np.isfinite(request.model).all():
+        raise UpdateRejected(Rejection.NON_FINITE, "The model that was sent has non-finite weights.")
+    return trainer
+
+
+def _train(request: Request, desk: Desk) -> TrainReply:
+    began = time.monotonic()
+    trainer = _trainer(request, desk)
+    data = desk.data(request.task, "train")
+    result = trainer.train(
+        request.model, data, request.local, seed=desk.seed(request.ticket), should_stop=desk.should_stop
+    )
+    update = to_grid(result.delta, request.grid_step)
+    return TrainReply(
+        request.ticket,
+        request.task_version,
+        result.num_examples,
+        update,
+        result.sums,
+        time.monotonic() - began,
+    )
+
+
+def _evaluate(request: Request, desk: Desk) -> EvaluateReply:
+    began = time.monotonic()
+    trainer = _trainer(request, desk)
+    data = desk.data(request.task, "evaluate")
+    sums = trainer.evaluate(request.model, data)
+    return EvaluateReply(request.ticket, request.task_version, len(data), sums, time.monotonic() - began)

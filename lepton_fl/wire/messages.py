@@ -1,0 +1,359 @@
+"""The messages of a round and their strict codec.
+
+One request goes to every device of a cohort, byte for byte the same (so a transport can store it once).
+A reply carries the integers of an update, never floats; counts and sums are its only metrics. Decoders refuse
+what they do not recognise, left-over fields included, and say why in one word (``Rejection``).
+
+    request = Request.of(plan, model)
+    records = request.to_records()              # what a transport carries
+    reply = TrainReply(...).to_records()
+    accepted = TrainReply.read(reply, plan)     # raises UpdateRejected
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Final, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.plan import PROTOCOL_VERSION, LocalPlan, RoundPlan
+from lepton_fl.vector import Vector, vector_digest
+from lepton_fl.wire.records import Records
+
+Sums = dict[str, NDArray[Any]]  # additive counts: (n,) int64 or float64 each
+
+MODEL: Final = "model"
+UPDATE: Final = "update"
+SUM_PREFIX: Final = "sum."
+MAX_DETAIL: Final = 500  # characters
+MAX_SUMS: Final = 32  # named sums in one reply
+MAX_SUM_LENGTH: Final = 1_000_000  # numbers in one of them
+
+Kind = Literal["train", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Which attempt at which round a message belongs to."""
+
+    kind: Kind
+    run_id: str
+    round: int
+    attempt: int
+    nonce: str
+
+    @classmethod
+    def of(cls, plan: RoundPlan) -> "Ticket":
+        """The ticket of a plan."""
+        return cls(plan.kind, plan.run_id, plan.round, plan.attempt, plan.nonce)
+
+    def to_config(self) -> dict[str, int | str]:
+        """As fields of a message."""
+        return {
+            "protocol": PROTOCOL_VERSION,
+            "kind": self.kind,
+            "run-id": self.run_id,
+            "round": self.round,
+            "attempt": self.attempt,
+            "nonce": self.nonce,
+        }
+
+    @classmethod
+    def take(cls, fields: "Fields") -> "Ticket":
+        """Read and consume the ticket's fields."""
+        protocol = fields.integer("protocol")
+        if protocol != PROTOCOL_VERSION:
+            raise UpdateRejected(
+                Rejection.WRONG_VERSION,
+                f"The message speaks protocol {protocol}, this side speaks {PROTOCOL_VERSION}.",
+                hint="Install the same minor version of lepton-fl on both sides.",
+            )
+        kind = fields.text("kind")
+        if kind not in ("train", "evaluate"):
+            raise malformed(f"kind is {kind!r}, expected 'train' or 'evaluate'")
+        return cls(
+            cast(Kind, kind),
+            fields.text("run-id"),
+            fields.integer("round"),
+            fields.integer("attempt"),
+            fields.text("nonce"),
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a device is asked: train from, or evaluate, this model."""
+
+    ticket: Ticket
+    task: str
+    task_version: str
+    layout_digest: str
+    model_sha256: str
+    local: LocalPlan
+    weighting: Literal["examples", "equal"]
+    max_weight: int
+    grid_step: float
+    model: Vector  # (P,)
+
+    @classmethod
+    def of(cls, plan: RoundPlan, model: Vector) -> "Request":
+        """The request of a plan; the cohort stays with the coordinator."""
+        return cls(
+            Ticket.of(plan),
+            plan.task,
+            plan.task_version,
+            plan.layout_digest,
+            plan.model_sha256,
+            plan.local,
+            plan.weighting,
+            plan.max_weight,
+            plan.grid_step,
+            model,
+        )
+
+    def to_records(self) -> Records:
+        """As a transport carries it; the model is not copied."""
+        config = self.ticket.to_config() | {
+            "task": self.task,
+            "task-version": self.task_version,
+            "layout": self.layout_digest,
+            "model-sha256": self.model_sha256,
+            "local": json.dumps(self.local.to_json(), sort_keys=True),
+            "weighting": self.weighting,
+            "max-weight": self.max_weight,
+            "grid-step": self.grid_step,
+        }
+        return Records(arrays={MODEL: self.model}, config=config, metrics={})
+
+    @classmethod
+    def read(cls, records: Records) -> "Request":
+        """Decode on the device, and verify that the model is the one that was named.
+
+        Raises:
+            UpdateRejected: MALFORMED, WRONG_VERSION or WRONG_SHAPE.
+        """
+        fields = Fields(records.config)
+        ticket = Ticket.take(fields)
+        task, version = fields.text("task"), fields.text("task-version")
+        layout, sha256 = fields.text("layout"), fields.text("model-sha256")
+        try:
+            local = LocalPlan.model_validate_json(fields.text("local"))
+        except ValidationError as error:
+            raise malformed(f"the local plan does not validate: {error.errors()[0]['msg']}") from error
+        weighting = fields.text("weighting")
+        if weighting not in ("examples", "equal"):
+            raise malformed(f"weighting is {weighting!r}")
+        max_weight, grid_step = fields.integer("max-weight"), fields.number("grid-step")
+        fields.finish()
+        if not (grid_step > 0 and isfinite(grid_step) and max_weight >= 1):
+            raise malformed(f"grid-step is {grid_step}, max-weight is {max_weight}; both must be positive")
+        model = _only_array(records, MODEL, np.dtype(np.float32))
+        if vector_digest(model) != sha256:
+            raise malformed("the model's SHA-256 is not the one announced")
+        weight = cast(Literal["examples", "equal"], weighting)
+        return cls(ticket, task, version, layout, sha256, local, weight, max_weight, grid_step, model)
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """One device's update, in grid steps, with its weight."""
+
+    ticket: Ticket
+    task_version: str
+    num_examples: int
+    update: NDArray[np.int32]  # (P,)
+    sums: Sums  # training loss and what else the task counts
+    seconds: float  # the device's own time for the work
+
+    def to_records(self) -> Records:
+        """As a transport carries it; the update is not copied."""
+        return Records({UPDATE: self.update}, _reply_config(self), _reply_metrics(self))
+
+    @classmethod
+    def read(cls, records: Records, plan: RoundPlan) -> "TrainReply":
+        """Decode at the coordinator and hold against the plan.
+
+        Raises:
+            UpdateRejected: the reason says what is wrong; a device's own report of failure is raised, too.
+        """
+        version, num_examples, sums, seconds, ticket = _read_reply(records, plan)
+        update = _only_array(records, UPDATE, np.dtype(np.int32))
+        if update.shape != (plan.num_coordinates,):
+            raise UpdateRejected(
+                Rejection.WRONG_SHAPE,
+                f"The update has shape {update.shape}, the plan says ({plan.num_coordinates},).",
+            )
+        return cls(ticket, version, num_examples, update, sums, seconds)
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """One device's additive evaluation counts."""
+
+    ticket: Ticket
+    task_version: str
+    num_examples: int
+    sums: Sums
+    seconds: float
+
+    def to_records(self) -> Records:
+        """As a transport carries it."""
+        return Records({}, _reply_config(self), _reply_metrics(self))
+
+    @classmethod
+    def read(cls, records: Records, plan: RoundPlan) -> "EvaluateReply":
+        """Decode at the coordinator; see ``TrainReply.read``."""
+        version, num_examples, sums, seconds, ticket = _read_reply(records, plan)
+        if records.arrays:
+            raise malformed(f"an evaluation carries arrays: {sorted(records.arrays)}")
+        return cls(ticket, version, num_examples, sums, seconds)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A device's report that it could not do what was asked."""
+
+    ticket: Ticket
+    reason: Rejection
+    detail: str
+
+    def to_records(self) -> Records:
+        """As a transport carries it."""
+        config = self.ticket.to_config() | {"failed": self.reason.value, "detail": self.detail[:MAX_DETAIL]}
+        return Records({}, config, {})
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def malformed(what: str) -> UpdateRejected:
+    """A message that does not decode."""
+    return UpdateRejected(Rejection.MALFORMED, f"Malformed message: {what}.")
+
+
+class Fields:
+    """Reads a message's scalar fields one by one; ``finish`` refuses what is left over."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._left = dict(values)
+
+    def take(self, name: str) -> Any:  # noqa: ANN401 - a field has any of the wire's types
+        """The raw value."""
+        if name not in self._left:
+            raise malformed(f"field {name!r} is missing")
+        return self._left.pop(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not yet read."""
+        return name in self._left
+
+    def text(self, name: str) -> str:
+        """A string of at most 10,000 characters."""
+        value = self.take(name)
+        if not isinstance(value, str) or len(value) > 10_000:
+            raise malformed(f"field {name!r} is not a string of at most 10000 characters")
+        return value
+
+    def integer(self, name: str) -> int:
+        """A non-negative integer below 2**63."""
+        value = self.take(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise malformed(f"field {name!r} is not an integer of [0, 2**63)")
+        return value
+
+    def number(self, name: str) -> float:
+        """A finite float."""
+        value = self.take(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise malformed(f"field {name!r} is not a number")
+        if not isfinite(value):
+            raise UpdateRejected(Rejection.NON_FINITE, f"Field {name!r} is {value}, not a finite number.")
+        return float(value)
+
+    def finish(self) -> None:
+        """Refuse unread fields."""
+        if self._left:
+            raise malformed(f"unknown fields {sorted(self._left)}")
+
+
+def _only_array(records: Records, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if set(records.arrays) != {name}:
+        raise malformed(f"expected the one array {name!r}, got {sorted(records.arrays)}")
+    array = records.arrays[name]
+    if array.dtype != dtype or array.ndim != 1:
+        raise UpdateRejected(
+            Rejection.WRONG_SHAPE,
+            f"Array {name!r} has type {array.dtype} and {array.ndim} dimensions, expected {dtype} and 1.",
+        )
+    return array
+
+
+def _reply_config(reply: TrainReply | EvaluateReply) -> dict[str, int | str]:
+    return reply.ticket.to_config() | {"task-version": reply.task_version}
+
+
+def _reply_metrics(reply: TrainReply | EvaluateReply) -> dict[str, Any]:
+    sums = {SUM_PREFIX + k: np.atleast_1d(v).ravel().tolist() for k, v in reply.sums.items()}
+    return {"num-examples": reply.num_examples, "seconds": float(reply.seconds)} | sums
+
+
+def _read_reply(records: Records, plan: RoundPlan) -> tuple[str, int, Sums, float, Ticket]:
+    fields = Fields(records.config)
+    ticket = Ticket.take(fields)
+    _check_ticket(ticket, Ticket.of(plan))
+    if fields.has("failed"):
+        _raise_failure(fields)
+    version = fields.text("task-version")
+    fields.finish()
+    if version != plan.task_version:
+        raise UpdateRejected(
+            Rejection.WRONG_VERSION,
+            f"The device used version {version!r} of {plan.task}, the plan says {plan.task_version!r}.",
+            hint="Install the task's current version on the device.",
+        )
+    metrics = Fields(records.metrics)
+    num_examples, seconds = metrics.integer("num-examples"), metrics.number("seconds")
+    if num_examples < 1:
+        raise UpdateRejected(Rejection.OUT_OF_RANGE, f"num-examples is {num_examples}, expected >= 1.")
+    return version, num_examples, _read_sums(metrics), seconds, ticket
+
+
+def _check_ticket(ticket: Ticket, expected: Ticket) -> None:
+    if ticket != expected:
+        raise UpdateRejected(
+            Rejection.REPLAYED,
+            f"The reply belongs to {ticket.kind} round {ticket.round} attempt {ticket.attempt} of run "
+            f"{ticket.run_id}, expected {expected.kind} round {expected.round} attempt {expected.attempt} of "
+            f"{expected.run_id}.",
+        )
+
+
+def _raise_failure(fields: Fields) -> None:
+    try:
+        reason = Rejection(fields.text("failed"))
+    except ValueError as error:
+        raise malformed("unknown reason of failure") from error
+    raise UpdateRejected(reason, fields.text("detail")[:MAX_DETAIL])
+
+
+def _read_sums(metrics: Fields) -> Sums:
+    names = [n for n in metrics._left if n.startswith(SUM_PREFIX)]
+    if len(names) > MAX_SUMS:
+        raise malformed(f"{len(names)} sums, at most {MAX_SUMS}")
+    sums: Sums = {}
+    for name in names:
+        values = metrics.take(name)
+        if not isinstance(values, list) or len(values) > MAX_SUM_LENGTH:
+            raise malformed(f"{name!r} is not a list of at most {MAX_SUM_LENGTH} numbers")
+        whole = all(isinstance(v, int) for v in values)
+        array = np.asarray(values, np.int64 if whole else np.float64)
+        if not np.isfinite(array).all():
+            raise UpdateRejected(Rejection.NON_FINITE, f"{name!r} contains a number that is not finite.")
+        sums[name.removeprefix(SUM_PREFIX)] = array
+    metrics.finish()
+    return sums
