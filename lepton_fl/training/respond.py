@@ -61,8 +61,8 @@ def respond(records: Records, desk: Desk) -> Records:
         return _failure(ticket, Rejection.FAILED, error)
     except MemoryError:
         return _failure(ticket, Rejection.FAILED, DataError("Training ran out of memory."))
-    except Exception as error:  # noqa: BLE001 - a user's task may raise anything; the round must hear of it
-        log.exception("task failed")
+    except Exception as error:
+        log.exception("task failed")  # a user's task may raise anything; the round must hear of it
         return _failure(ticket, Rejection.FAILED, TaskError(f"The task raised {type(error).__name__}."))
 
 
