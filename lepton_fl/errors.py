@@ -155,3 +155,7 @@ class UpdateRejected(LeptonError):
     def __init__(self, reason: Rejection, message: str, *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type["UpdateRejected"], tuple[Rejection, str], dict[str, object]]:
+        """Survive the way back from a worker process."""
+        return type(self), (self.reason, str(self)), self.__dict__
