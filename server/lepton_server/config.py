@@ -1,0 +1,240 @@
+"""What the operator of a coordinator can set, with its unit, default and bounds.
+
+Every key has a default, so an empty file is a valid configuration. Unknown keys are refused. Example::
+
+    [server]
+    name = "factory floor"
+    state_dir = "/var/lib/lepton"
+    [listen]
+    public_names = ["fl.example.org"]
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSection(_Section):
+    """[server]: what this coordinator is called and where it keeps its state."""
+
+    name: str = Field(
+        default="lepton", min_length=1, max_length=100, description="Shown to people; no effect."
+    )
+    state_dir: Path = Field(
+        default=Path("lepton-state"),
+        description="Folder of keys, database and blobs; made with mode 0700. One coordinator per folder.",
+    )
+
+
+class ListenSection(_Section):
+    """[listen]: addresses and ports."""
+
+    host: str = Field(
+        default="0.0.0.0",  # noqa: S104 - devices come from elsewhere; every port speaks TLS and checks who calls
+        min_length=1,
+        description="Address that the three device ports bind; 127.0.0.1 keeps them on this machine.",
+    )
+    enrolment_port: Port = Field(
+        default=9440, description="gRPC, server TLS: Enroll and Renew. 0 = any free port."
+    )
+    device_port: Port = Field(
+        default=9441, description="gRPC, client certificate demanded: CheckIn and Wait."
+    )
+    fleet_port: Port = Field(default=9442, description="Flower's fleet API (HTTPS): the messages of a round.")
+    ops_host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address that the operations port binds."
+    )
+    ops_port: Port = Field(default=9443, description="HTTP: /healthz, /readyz and /metrics.")
+    public_names: tuple[str, ...] = Field(
+        default=(),
+        max_length=32,
+        description="Host names and IP addresses by which devices reach this machine; the first is "
+        "advertised, all are in the server certificate. Empty = this host's name.",
+    )
+
+    @field_validator("public_names")
+    @classmethod
+    def _names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not 1 <= len(name) <= 253 or any(c.isspace() or c in "/@[]" for c in name):
+                raise ValueError(f"Expected host names or IP addresses without a port, got {name!r}")
+        return names
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        chosen = [p for p in (self.enrolment_port, self.device_port, self.fleet_port, self.ops_port) if p]
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"Expected four different ports, got {sorted(chosen)}")
+        return self
+
+
+class TlsSection(_Section):
+    """[tls]: lifetimes of certificates."""
+
+    device_certificate_days: float = Field(
+        default=30.0,
+        ge=1 / 86_400,
+        le=825,
+        allow_inf_nan=False,
+        description="Life of a device's certificate, days.",
+    )
+    renew_at: float = Field(
+        default=2 / 3,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="Part of its life after which a device is told to renew its certificate.",
+    )
+    server_certificate_days: float = Field(
+        default=397.0,
+        ge=1,
+        le=825,
+        allow_inf_nan=False,
+        description="Life of the server's certificate, days.",
+    )
+
+
+class StoreSection(_Section):
+    """[store]: the database and the files."""
+
+    url: str = Field(
+        default="",
+        description="Database URL, e.g. postgresql+psycopg://user@host/lepton. Empty = SQLite in state_dir.",
+    )
+    blobs: Path | None = Field(
+        default=None,
+        description="Folder of checkpoints and artefacts, named by hash. Empty = blobs in state_dir.",
+    )
+
+
+class CheckInSection(_Section):
+    """[check_in]: how often idle devices call."""
+
+    interval_s: Seconds = Field(
+        default=60.0, le=86_400, description="Mean time between two check-ins of an idle device, seconds."
+    )
+    jitter: float = Field(
+        default=0.25,
+        ge=0,
+        le=0.9,
+        allow_inf_nan=False,
+        description="Each interval is drawn from interval * (1 ± jitter).",
+    )
+    max_rate: float = Field(
+        default=500.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Check-ins per second that the whole fleet may cause; the interval grows with the fleet.",
+    )
+    max_waiting: int = Field(
+        default=2_000, ge=0, le=100_000, description="Devices that may hold a waiting stream during a run."
+    )
+    stream_s: Seconds = Field(
+        default=600.0,
+        le=86_400,
+        description="Longest life of a waiting stream, seconds; the device then checks in.",
+    )
+    offline_after: float = Field(
+        default=3.0,
+        ge=1.5,
+        le=100,
+        allow_inf_nan=False,
+        description="A device is offline when it is overdue by this multiple of the interval it was given.",
+    )
+    batch_window_s: Seconds = Field(
+        default=1.0, le=60, description="Presence and reports are written together, this often (seconds)."
+    )
+    journal_poll_s: Seconds = Field(
+        default=0.5, le=10, description="How soon a revocation by another process is seen, seconds."
+    )
+
+
+class LimitsSection(_Section):
+    """[limits]: what a peer may cost."""
+
+    max_message_bytes: int = Field(
+        default=65_536, ge=16_384, le=4_194_304, description="Largest request to the device service, bytes."
+    )
+    max_body_bytes: int = Field(
+        default=536_870_912,
+        ge=65_536,
+        description="Largest HTTP body at the fleet port, bytes (model and update).",
+    )
+    max_concurrent: int = Field(
+        default=256,
+        ge=1,
+        le=100_000,
+        description="Calls served at once, waiting streams not counted.",
+    )
+    enrolment_failures: int = Field(
+        default=10,
+        ge=1,
+        le=100_000,
+        description="Failed enrolments that one address may make per enrolment window.",
+    )
+    enrolment_window_s: Seconds = Field(default=60.0, le=86_400, description="The enrolment window, seconds.")
+    connection_age_s: Seconds = Field(
+        default=3_600.0,
+        le=86_400,
+        description="A kept connection is closed about so often, seconds.",
+    )
+
+
+class RoundsSection(_Section):
+    """[rounds]: how rounds are driven."""
+
+    max_concurrent_runs: int = Field(
+        default=2, ge=1, le=16, description="Runs that train at once; others queue."
+    )
+    max_unread_replies: int = Field(
+        default=4, ge=1, le=1_000, description="Replies held in memory until they are aggregated."
+    )
+    stay_s: float = Field(
+        default=30.0,
+        ge=0,
+        le=3_600,
+        allow_inf_nan=False,
+        description="How long a device stays at the fleet port after its work: the next round comes soon.",
+    )
+
+
+class LogSection(_Section):
+    """[log]: what is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least severe shown."
+    )
+    format: Literal["text", "json"] = Field(
+        default="text", description="One line for people, or one JSON object."
+    )
+
+
+class ServerConfig(_Section):
+    """The configuration of ``lepton server``."""
+
+    server: ServerSection = ServerSection()
+    listen: ListenSection = ListenSection()
+    tls: TlsSection = TlsSection()
+    store: StoreSection = StoreSection()
+    check_in: CheckInSection = CheckInSection()
+    limits: LimitsSection = LimitsSection()
+    rounds: RoundsSection = RoundsSection()
+    log: LogSection = LogSection()
+
+    @property
+    def store_url(self) -> str:
+        """The database URL, with the default filled in."""
+        return self.store.url or f"sqlite:///{self.server.state_dir.absolute() / 'lepton.db'}"
+
+    @property
+    def blob_dir(self) -> Path:
+        """The folder of blobs, with the default filled in."""
+        return self.store.blobs or self.server.state_dir / "blobs"
