@@ -1,0 +1,1 @@
+"""Local training and evaluation. Importing ``lepton_fl.training.trainer`` imports torch."""

@@ -1,0 +1,227 @@
+"""Training and evaluation on one device.
+
+A ``Trainer`` keeps one module whose whole state lies in one flat tensor; rounds load a vector into it,
+train, and read the difference. Nothing is built anew between rounds, and a step updates all parameters
+with a handful of operations, however many tensors they are.
+
+    trainer = Trainer(task)
+    result = trainer.train(model, task.prepare(raw), plan.local, seed=7)
+    sums = trainer.evaluate(model, task.prepare(held_out))
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lepton_fl.errors import ConfigError, Rejection, UpdateRejected
+from lepton_fl.plan import LocalPlan
+from lepton_fl.tasks.data import Dataset
+from lepton_fl.tasks.losses import loss_of
+from lepton_fl.tasks.metrics import Sums
+from lepton_fl.tasks.models import initial_model
+from lepton_fl.tasks.task import Task
+from lepton_fl.training.bridge import check_vector, layout_of, state_tensors
+from lepton_fl.training.steps import Step, make_step
+from lepton_fl.vector import Vector
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResult:
+    """What local training gave."""
+
+    delta: Vector  # (P,) float32: trained minus start
+    num_examples: int  # rows trained on: the weight of this device
+    sums: Sums  # of TrainingLoss: the loss at each step, before the step
+    steps: int  # mini-batches
+    seconds: float
+
+
+class Trainer:
+    """One task on one device; not safe for several threads at once."""
+
+    def __init__(self, task: Task, device: Device = "cpu") -> None:
+        """Build the task's model.
+
+        Args:
+            task: what is trained.
+            device: "auto" takes a GPU where there is one.
+
+        Raises:
+            ConfigError: "cuda" was asked for and there is no GPU.
+            TaskError: the task's model cannot be used.
+        """
+        self.task = task
+        self.device = _pick_device(device)
+        self.module = initial_model(task, 0).to(self.device)
+        self.layout = layout_of(self.module)
+        self._loss = loss_of(task)
+        self._state, self._grad = _flatten(self.module)
+        self._held: tuple[Dataset, Tensor, Tensor] | None = None  # the rows of the last call, on the device
+
+    def initial(self, seed: int) -> Vector:
+        """The task's initial model of this seed, (P,) float32."""
+        module = initial_model(self.task, seed)
+        trained, others = state_tensors(module)
+        return self.layout.flatten({k: t.detach().numpy() for k, t in {**trained, **others}.items()})
+
+    def train(
+        self,
+        start: Vector,
+        data: Dataset,
+        local: LocalPlan,
+        *,
+        seed: int,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> LocalResult:
+        """Train from ``start`` on this device's rows.
+
+        The same arguments give the same result on the same kind of machine.
+
+        Args:
+            start: (P,) float32, the global model.
+            data: prepared rows, see ``Task.prepare``; at least one.
+            local: how to train.
+            seed: of the batch order, of augmentation and of dropout.
+            should_stop: asked before every step; True ends the training with an error.
+
+        Raises:
+            UpdateRejected: NON_FINITE loss, DATA_CONTRACT no rows, WRONG_SHAPE model, or FAILED, stopped.
+        """
+        began = perf_counter()
+        x, y = self._tensors(data)
+        self._load(start)
+        rng = np.random.default_rng(seed)
+        step = make_step(local, self._state[: len(self._grad)], self._grad)
+        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        seen = steps = 0
+        self.module.train()
+        with torch.random.fork_rng(devices=_cuda_index(self.device)):
+            torch.manual_seed(int(rng.integers(2**63)))
+            for rows, size in _batches(len(data), local, rng):
+                if should_stop is not None and should_stop():
+                    raise UpdateRejected(Rejection.FAILED, f"Training was stopped after {steps} steps.")
+                losses += size * self._step(step, *_gather(x, y, rows), rng)
+                seen, steps = seen + size, steps + 1
+                if seen % len(data) == 0:  # once per epoch: reading a value makes a GPU wait
+                    self._check_loss(losses, steps)
+        total = self._check_loss(losses, steps)
+        delta = self._state.cpu().numpy() - start
+        sums = {"loss_sum": np.array([total]), "examples": np.array([seen], np.int64)}
+        return LocalResult(delta, len(data), sums, steps, perf_counter() - began)
+
+    def evaluate(self, model: Vector, data: Dataset, *, batch_size: int = 512) -> Sums:
+        """The task's metrics of a model on prepared rows; zero sums where there are none.
+
+        Raises:
+            UpdateRejected: WRONG_SHAPE model.
+        """
+        metrics = self.task.metrics
+        total = metrics.zero()
+        if len(data) == 0:
+            return total
+        x, _ = self._tensors(data)
+        self._load(model)
+        self.module.eval()
+        with torch.inference_mode():
+            for first in range(0, len(data), batch_size):
+                outputs = self.module(x[first : first + batch_size])
+                batch = metrics.count(outputs.cpu().numpy(), data.y[first : first + batch_size])
+                total = metrics.add(total, batch)
+        return total
+
+    def _step(self, step: Step, x: Tensor, y: Tensor, rng: np.random.Generator) -> Tensor:
+        """One mini-batch; returns its mean loss before the step."""
+        if self.task.augment is not None:
+            x = self.task.augment(x, rng)
+        self._grad.zero_()
+        loss = self._loss(self.module(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        step()
+        return loss.detach()
+
+    def _check_loss(self, losses: Tensor, steps: int) -> float:
+        total = float(losses)
+        if not np.isfinite(total):
+            raise UpdateRejected(
+                Rejection.NON_FINITE,
+                f"The training loss is {total} within {steps} steps.",
+                hint="Training diverged; lower the learning rate, set clip_grad_norm, or look at the data.",
+            )
+        return total
+
+    def _load(self, flat: Vector) -> None:
+        check_vector(self.layout, flat)
+        with torch.no_grad():
+            self._state.copy_(torch.from_numpy(np.ascontiguousarray(flat)))
+
+    def _tensors(self, data: Dataset) -> tuple[Tensor, Tensor]:
+        """The rows as tensors on the device, kept for the next call with the same data."""
+        if len(data) == 0:
+            raise UpdateRejected(
+                Rejection.DATA_CONTRACT, "There are no rows to train on.", hint="Check the data source."
+            )
+        if self._held is None or self._held[0] is not data:
+            x, y = (torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (data.x, data.y))
+            self._held = data, x, y
+        return self._held[1], self._held[2]
+
+
+def _pick_device(device: Device) -> torch.device:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("device = 'cuda', but torch finds no GPU here.", hint="Use 'auto' or 'cpu'.")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def _cuda_index(device: torch.device) -> list[int]:
+    return [torch.cuda.current_device()] if device.type == "cuda" else []
+
+
+def _flatten(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Move the module's state into one tensor, and its gradients into another.
+
+    Returns:
+        State (P,) in the order of ``layout_of``, gradients (P',) of its trained first part. The module's
+        tensors are views of them from here on.
+    """
+    trained, others = state_tensors(module)
+    tensors = [*trained.values(), *others.values()]
+    if not trained:
+        raise UpdateRejected(Rejection.FAILED, "The model has no trainable parameter.")
+    state = torch.cat([t.detach().reshape(-1) for t in tensors])
+    grad = torch.zeros_like(state[: sum(t.numel() for t in trained.values())])
+    start = 0
+    for tensor in tensors:
+        stop = start + tensor.numel()
+        tensor.data = state[start:stop].view(tensor.shape)
+        if tensor.requires_grad:
+            tensor.grad = grad[start:stop].view(tensor.shape)
+        start = stop
+    return state, grad
+
+
+def _batches(n: int, local: LocalPlan, rng: np.random.Generator) -> Iterator[tuple[Tensor | None, int]]:
+    """Row numbers and size of each mini-batch; None = all rows. The last one of an epoch may be smaller."""
+    steps = 0
+    for _ in range(local.epochs):
+        order = None if local.batch_size >= n else torch.from_numpy(rng.permutation(n))
+        for first in range(0, n, local.batch_size):
+            if local.max_steps and steps >= local.max_steps:
+                return
+            rows = None if order is None else order[first : first + local.batch_size]
+            yield rows, min(local.batch_size, n - first)
+            steps += 1
+
+
+def _gather(x: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    if rows is None:
+        return x, y
+    rows = rows.to(x.device)
+    return x[rows], y[rows]
