@@ -18,11 +18,13 @@ from typing import Literal, Protocol
 from lepton_fl.errors import ConfigError, LeptonError, QuorumError, RunError
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
-from lepton_fl.rounds.collect import Collected, collect_evaluation, collect_training
+from lepton_fl.rounds.collect import TRAINING, Collected, collect_evaluation, collect_training
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.optimizers import ServerState, step
 from lepton_fl.tasks.metrics import Metrics, Sums
 from lepton_fl.vector import Vector, vector_digest
+
+Kind = Literal["train", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class Campaign:
             plan = self._plan("train", number, state, cohort, self.spec.cohort.size)
             self.book.planned(plan)
             began = self.clock()
-            collected, mean = collect_training(plan, state.model, self.exchange, self.work.metrics)
+            collected, mean = collect_training(plan, state.model, self.exchange)
             if mean is None:
                 cause, failures = collected.summary(), failures + 1
                 self.book.abandoned(collected, cause)
@@ -190,7 +192,7 @@ class Campaign:
             del mean
             after = replace(state, model=model, server=server, round=number, attempt=0)
             seconds = self.clock() - began
-            metrics = self.work.metrics.summarise_training(collected.sums)
+            metrics = TRAINING.summarise(collected.sums)
             self.book.committed(Committed(after, collected, metrics, seconds, _bytes_down(plan)))
             return after
         raise RunError(
@@ -224,35 +226,9 @@ class Campaign:
             self.roster.wait(min(left, fill if fill > 0 else 1.0, 1.0))
         return None
 
-    def _plan(
-        self,
-        kind: Literal["train", "evaluate"],
-        number: int,
-        state: RunState,
-        cohort: Sequence[str],
-        size: int,
-    ) -> RoundPlan:
-        spec = self.spec
-        return RoundPlan(
-            run_id=self.run_id,
-            round=number,
-            attempt=max(1, state.attempt),
-            kind=kind,
-            task=self.work.task,
-            task_version=self.work.version,
-            layout_digest=self.work.layout_digest,
-            num_coordinates=self.work.num_coordinates,
-            model_sha256=vector_digest(state.model),
-            cohort=tuple(cohort),
-            wanted_reports=min(size, len(cohort)),
-            min_reports=min(spec.cohort.min_reports, len(cohort)),
-            deadline_s=spec.cohort.deadline_s,
-            local=spec.local.model_copy(update={"learning_rate": spec.learning_rate(max(1, number))}),
-            weighting=spec.weighting,
-            max_weight=spec.max_weight,
-            grid_step=spec.grid_step,
-            nonce=f"{self.rng.getrandbits(128):032x}",
-        )
+    def _plan(self, kind: Kind, number: int, state: RunState, cohort: Sequence[str], size: int) -> RoundPlan:
+        nonce = f"{self.rng.getrandbits(128):032x}"
+        return plan_round(self.spec, self.run_id, self.work, kind, number, state, cohort, size, nonce)
 
     # --- evaluation ---------------------------------------------------------------------------------
 
@@ -267,7 +243,9 @@ class Campaign:
         if self.work.evaluate_centrally is not None:
             central = self.work.metrics.summarise(self.work.evaluate_centrally(state.model))
             metrics |= {f"central_{name}": value for name, value in central.items()}
-        after, improved = self._judge(replace(state, evaluated=state.round), metrics)
+        after, improved = replace(state, evaluated=state.round), False
+        if self._heard(collected):
+            after, improved = self._judge(after, metrics)
         self.book.evaluated(Evaluated(after, collected, metrics, improved))
         return after
 
@@ -279,10 +257,14 @@ class Campaign:
         plan = self._plan("evaluate", state.round, state, draw(ids, size, self.rng), size)
         return collect_evaluation(plan, state.model, self.exchange, self.work.metrics)
 
+    def _heard(self, collected: Collected | None) -> bool:
+        """Whether the watched metric can be expected; a silent fleet does not end a run."""
+        if self.spec.early_stop.metric.startswith("central_"):
+            return self.work.evaluate_centrally is not None
+        return bool(collected and collected.reports)
+
     def _judge(self, state: RunState, metrics: Mapping[str, float]) -> tuple[RunState, bool]:
         watch, best = self.spec.early_stop, state.best
-        if not metrics:
-            return state, False
         if watch.metric not in metrics:
             raise ConfigError(
                 f"early_stop.metric is {watch.metric!r}; this task reports {', '.join(sorted(metrics))}.",
@@ -292,6 +274,40 @@ class Campaign:
         if best and not _better(value, best.value, watch.mode, watch.min_delta, False):
             return replace(state, stale=state.stale + 1), False
         return replace(state, best=Best(state.round, vector_digest(state.model), value), stale=0), True
+
+
+def plan_round(
+    spec: RunSpec,
+    run_id: str,
+    work: Work,
+    kind: Kind,
+    number: int,
+    state: RunState,
+    cohort: Sequence[str],
+    size: int,
+    nonce: str,
+) -> RoundPlan:
+    """Freeze one attempt: round ``number``, asking ``cohort`` and closing at ``size`` reports."""
+    return RoundPlan(
+        run_id=run_id,
+        round=number,
+        attempt=max(1, state.attempt),
+        kind=kind,
+        task=work.task,
+        task_version=work.version,
+        layout_digest=work.layout_digest,
+        num_coordinates=work.num_coordinates,
+        model_sha256=vector_digest(state.model),
+        cohort=tuple(cohort),
+        wanted_reports=min(size, len(cohort)),
+        min_reports=min(spec.cohort.min_reports, len(cohort)),
+        deadline_s=spec.cohort.deadline_s,
+        local=spec.local.model_copy(update={"learning_rate": spec.learning_rate(max(1, number))}),
+        weighting=spec.weighting,
+        max_weight=spec.max_weight,
+        grid_step=spec.grid_step,
+        nonce=nonce,
+    )
 
 
 def _better(value: float, than: float, mode: str, margin: float, or_equal: bool) -> bool:

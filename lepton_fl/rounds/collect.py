@@ -15,13 +15,14 @@ from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
 from lepton_fl.rounds.exchange import Answer, Exchange
-from lepton_fl.tasks.metrics import Metrics, Sums, add
+from lepton_fl.tasks.metrics import Metrics, Sums, TrainingLoss
 from lepton_fl.vector import Vector
 from lepton_fl.wire.messages import EvaluateReply, Request, TrainReply
 from lepton_fl.wire.records import Records
 
 ACCEPTED = "accepted"
 SURPLUS = "surplus"  # asked, but the round closed with enough others before it answered
+TRAINING = TrainingLoss()  # what every training reports, whatever the task
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Collected:
 
 
 def collect_training(
-    plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics
+    plan: RoundPlan, model: Vector, exchange: Exchange
 ) -> tuple[Collected, NDArray[np.float64] | None]:
     """One attempt at a training round.
 
@@ -74,11 +75,11 @@ def collect_training(
 
     def take(answer: Answer) -> TrainReply:
         reply = TrainReply.read(_records(answer), plan)
-        metrics.validate_training(reply.sums, reply.num_examples)
+        TRAINING.validate(reply.sums)
         accumulator.add(UpdateBatch(reply.update[None, :], np.array([reply.num_examples], np.int64)))
         return reply
 
-    collected = _collect(plan, model, exchange, take)
+    collected = _collect(plan, model, exchange, TRAINING, take)
     return collected, (accumulator.finalize() if collected.enough else None)
 
 
@@ -90,7 +91,7 @@ def collect_evaluation(plan: RoundPlan, model: Vector, exchange: Exchange, metri
         metrics.validate(reply.sums)
         return reply
 
-    return _collect(plan, model, exchange, take)
+    return _collect(plan, model, exchange, metrics, take)
 
 
 def _records(answer: Answer) -> Records:
@@ -99,13 +100,14 @@ def _records(answer: Answer) -> Records:
     return answer.records
 
 
-def _collect(
-    plan: RoundPlan, model: Vector, exchange: Exchange, take: Callable[[Answer], TrainReply | EvaluateReply]
-) -> Collected:
+Take = Callable[[Answer], TrainReply | EvaluateReply]
+
+
+def _collect(plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics, take: Take) -> Collected:
     collected = Collected(plan)
     with closing(exchange.ask(plan, Request.of(plan, model))) as answers:
         for answer in answers:
-            _handle(collected, answer, exchange, take)
+            _handle(collected, answer, exchange, metrics, take)
             if collected.reports >= plan.wanted_reports:
                 break
     closed_by = SURPLUS if collected.reports >= plan.wanted_reports else Rejection.OFFLINE.value
@@ -118,7 +120,8 @@ def _handle(
     collected: Collected,
     answer: Answer,
     exchange: Exchange,
-    take: Callable[[Answer], TrainReply | EvaluateReply],
+    metrics: Metrics,
+    take: Take,
 ) -> None:
     plan, device_id = collected.plan, answer.device_id
     collected.bytes_up += answer.num_bytes
@@ -132,7 +135,7 @@ def _handle(
             collected.participation[device_id] = entry
         return
     collected.reports += 1
-    collected.sums = add(collected.sums, reply.sums) if collected.sums else dict(reply.sums)
+    collected.sums = metrics.add(collected.sums, reply.sums) if collected.sums else dict(reply.sums)
     collected.participation[device_id] = Participation(
         device_id,
         ACCEPTED,

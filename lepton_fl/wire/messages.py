@@ -271,6 +271,8 @@ class Fields:
         value = self.take(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise malformed(f"field {name!r} is not a number")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise malformed(f"field {name!r} is an integer of more than 64 bits")
         if not isfinite(value):
             raise UpdateRejected(Rejection.NON_FINITE, f"Field {name!r} is {value}, not a finite number.")
         return float(value)
@@ -348,12 +350,22 @@ def _read_sums(metrics: Fields) -> Sums:
     sums: Sums = {}
     for name in names:
         values = metrics.take(name)
-        if not isinstance(values, list) or len(values) > MAX_SUM_LENGTH:
-            raise malformed(f"{name!r} is not a list of at most {MAX_SUM_LENGTH} numbers")
-        whole = all(isinstance(v, int) for v in values)
-        array = np.asarray(values, np.int64 if whole else np.float64)
+        if not isinstance(values, list) or not 1 <= len(values) <= MAX_SUM_LENGTH:
+            raise malformed(f"{name!r} is not a list of 1 to {MAX_SUM_LENGTH} numbers")
+        array = _numbers(name, values)
         if not np.isfinite(array).all():
             raise UpdateRejected(Rejection.NON_FINITE, f"{name!r} contains a number that is not finite.")
         sums[name.removeprefix(SUM_PREFIX)] = array
     metrics.finish()
     return sums
+
+
+def _numbers(name: str, values: list[Any]) -> NDArray[Any]:
+    """Integers stay integers; a list of anything else but numbers is refused."""
+    kinds = {type(value) for value in values}
+    if not kinds <= {int, float}:
+        raise malformed(f"{name!r} is not a list of numbers")
+    try:
+        return np.asarray(values, np.int64 if kinds == {int} else np.float64)
+    except OverflowError as error:
+        raise malformed(f"{name!r} contains an integer of more than 64 bits") from error
