@@ -15,6 +15,7 @@ Other libraries' exceptions are translated where they enter. ``code`` is stable 
     │   ├── StateLocked             7  another process holds it
     │   ├── StateTooNew             7  written by newer code
     │   ├── StateCorrupt            7  a hash does not match
+    │   ├── StateConflict           7  a change does not follow from what is recorded
     │   └── DiskFull                7  no space was left; nothing was changed
     ├── RunError                    8  a run stopped with a verdict other than success
     │   └── QuorumError             8  too few devices could take part in time
@@ -101,6 +102,12 @@ class StateCorrupt(StateError):
     """Stored bytes do not match their hash."""
 
     code = "state-corrupt"
+
+
+class StateConflict(StateError):
+    """A change does not follow from what is recorded (a second end of one run); nothing was changed."""
+
+    code = "state-conflict"
 
 
 class DiskFull(StateError):
