@@ -1,0 +1,199 @@
+"""What a device owner can set, with its unit, default and bounds.
+
+The list of tasks is an allow-list: what is not named here never runs on this device. Example::
+
+    [client]
+    state_dir = "/var/lib/lepton-client"
+    [[tasks]]
+    reference = "lepton_fl.tasks.digits:task"
+    data = {kind = "npz", path = "/srv/digits.npz"}
+    [eligibility]
+    windows = ["22:00-06:00"]
+
+Nothing here imports numpy: an idle device pays for what it uses only.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_SHORT_NAME = re.compile(r"[A-Za-z_]\w*")
+_WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def default_state_dir() -> Path:
+    """``$XDG_STATE_HOME/lepton-client``, or the folder under the home directory that stands for it."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "lepton-client"
+
+
+class ClientSection(_Section):
+    """[client]: this device's name and where it keeps its key."""
+
+    state_dir: Path = Field(
+        default_factory=default_state_dir,
+        description="Folder of the device's key, certificate and status, mode 0700. One agent per folder.",
+    )
+    name: str = Field(
+        default="",
+        max_length=64,
+        description="Shown to the operator; empty = this host's name. Used when enrolling.",
+    )
+    groups: tuple[str, ...] = Field(
+        default=(), max_length=16, description="Labels by which runs choose devices. Used when enrolling."
+    )
+
+    @field_validator("groups")
+    @classmethod
+    def _groups(cls, groups: tuple[str, ...]) -> tuple[str, ...]:
+        for group in groups:
+            if not 1 <= len(group) <= 50:
+                raise ValueError(f"Expected labels of 1 to 50 characters, got {group!r}")
+        return groups
+
+
+class TaskSection(_Section):
+    """[[tasks]]: one task that this device may run, and the data it runs on."""
+
+    reference: str = Field(description="package.module:attribute, or the short name of a ready task: digits.")
+    data: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="The data source: kind, path and what the kind needs; empty = the task's bundled data.",
+    )
+
+    @field_validator("reference")
+    @classmethod
+    def _named(cls, reference: str) -> str:
+        if not (_REFERENCE.fullmatch(reference) or _SHORT_NAME.fullmatch(reference)):
+            raise ValueError(f"Expected package.module:attribute or a short name, got {reference!r}")
+        return reference
+
+
+class LimitsSection(_Section):
+    """[limits]: what training may take from this machine."""
+
+    threads: int = Field(default=1, ge=1, le=1024, description="Threads that training computes with.")
+    memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Cap on the process's private memory (RLIMIT_DATA), bytes; 0 = none. Training that hits "
+        "it is reported as failed. At least 256 MiB.",
+    )
+    nice: int = Field(
+        default=10, ge=0, le=19, description="Niceness of the process; 19 gives way to everything."
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        if 0 < self.memory_bytes < 2**28:
+            raise ValueError(f"memory_bytes={self.memory_bytes} is below 268435456; nothing trains with that")
+        return self
+
+
+class EligibilitySection(_Section):
+    """[eligibility]: when this device may take part; all rules must hold."""
+
+    max_load: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="Highest 1-minute load average per CPU; 0 = any."
+    )
+    min_free_memory: int = Field(default=0, ge=0, description="Least memory available, bytes; 0 = any.")
+    min_free_disk: int = Field(
+        default=16 * 2**20, ge=0, description="Least space left where the state is, bytes; 0 = any."
+    )
+    windows: tuple[str, ...] = Field(
+        default=(),
+        max_length=32,
+        description="Local times of day, HH:MM-HH:MM; may cross midnight. Empty = always.",
+    )
+    command: tuple[str, ...] = Field(
+        default=(),
+        max_length=64,
+        description="A program with its arguments; exit code 0 = eligible. No shell.",
+    )
+    command_timeout_s: Seconds = Field(
+        default=10.0, le=300, description="After so long the command is killed and counts as no, seconds."
+    )
+    on_ac_power_only: bool = Field(
+        default=False, description="Only while plugged in; a machine without battery is."
+    )
+    min_battery: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="Least charge while on battery, percent; 0 = any.",
+    )
+
+    @field_validator("windows")
+    @classmethod
+    def _times(cls, windows: tuple[str, ...]) -> tuple[str, ...]:
+        for window in windows:
+            if not _WINDOW.fullmatch(window) or window[:5] == window[6:]:
+                raise ValueError(f"Expected two different times like 22:00-06:00, got {window!r}")
+        return windows
+
+
+class LogSection(_Section):
+    """[log]: what is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level written."
+    )
+    format: Literal["text", "json"] = Field(default="text", description="One line per event.")
+
+
+class ConnectionSection(_Section):
+    """[connection]: patience with the network."""
+
+    backoff_min_s: Seconds = Field(
+        default=1.0,
+        le=3600,
+        description="Bound of the first random wait after a failed call, seconds; it doubles.",
+    )
+    backoff_max_s: Seconds = Field(default=300.0, le=86_400, description="Bound of any such wait, seconds.")
+    timeout_s: Seconds = Field(default=20.0, le=600, description="Patience with one call, seconds.")
+    poll_s: Seconds = Field(
+        default=0.1,
+        le=60,
+        description="Pause between two looks for a round's message while selected, seconds.",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.backoff_min_s > self.backoff_max_s:
+            raise ValueError(f"backoff_min_s={self.backoff_min_s} exceeds backoff_max_s={self.backoff_max_s}")
+        return self
+
+
+class ClientConfig(_Section):
+    """Everything the edge client process can be told."""
+
+    client: ClientSection = Field(default_factory=ClientSection)
+    tasks: tuple[TaskSection, ...] = Field(default=(), max_length=32, description="What this device may run.")
+    limits: LimitsSection = LimitsSection()
+    eligibility: EligibilitySection = EligibilitySection()
+    log: LogSection = LogSection()
+    connection: ConnectionSection = ConnectionSection()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        seen: set[str] = set()
+        for task in self.tasks:
+            if task.reference in seen:
+                raise ValueError(f"task {task.reference!r} is listed twice; one data source per task")
+            seen.add(task.reference)
+        return self
+
+    def with_task(self, reference: str, data: dict[str, Any]) -> "ClientConfig":
+        """This configuration with one more allowed task."""
+        tasks = (*self.tasks, TaskSection(reference=reference, data=data))
+        return type(self).model_validate(self.model_copy(update={"tasks": tasks}).model_dump())

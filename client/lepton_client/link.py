@@ -1,0 +1,147 @@
+"""The wire to the coordinator: four calls of the device service, and errors as ours.
+
+    with Link(address, ca_pem, timeout_s=20) as link:                       # enrolment port
+    with Link(address, ca_pem, identity=(key_pem, certificate_pem)) as link:  # device port
+
+The server must show a certificate of ``ca_pem``'s authority for the name that was dialled; there is no way
+to switch that off.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from lepton_fl.errors import ConnectionFailed, LeptonError, TrustError
+from lepton_fl.wire.status import CODE_KEY, error_from
+from lepton_fl.wire.v1 import device_pb2 as pb
+from lepton_fl.wire.v1 import device_pb2_grpc
+
+T = TypeVar("T")
+PROTOCOL = 1
+_OPTIONS = (
+    # A new Link must dial at once and not inherit the waiting time of one that failed.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 2**20),  # bytes; answers are small
+)
+
+
+class UntrustedServer(TrustError):
+    """The other side shows no certificate of our authority: another machine, or a wrong clock."""
+
+
+class Refused(TrustError):
+    """The coordinator knows us and does not want us: revoked, or a token that is not good."""
+
+
+class Cancelled(Exception):
+    """The caller wanted to stop; nothing is known of the call."""
+
+
+class Link:
+    """One TLS channel to one address."""
+
+    def __init__(
+        self,
+        address: str,
+        ca_pem: bytes,
+        *,
+        identity: tuple[bytes, bytes] | None = None,  # key and certificate, PEM
+        timeout_s: float = 20.0,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        key, certificate = identity or (None, None)
+        credentials = grpc.ssl_channel_credentials(ca_pem, key, certificate)
+        self.address = address
+        self._timeout, self._stopping = timeout_s, stopping
+        self._channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
+        generated: Any = device_pb2_grpc  # has no types
+        self._stub = generated.DeviceServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; what is under way ends."""
+        self._channel.close()
+
+    def enroll(self, request: pb.EnrollRequest) -> pb.EnrollResponse:
+        """Raises Refused, UntrustedServer, ConnectionFailed or another LeptonError."""
+        return self._call(self._stub.Enroll, request, pb.EnrollResponse)
+
+    def renew(self, request: pb.RenewRequest) -> pb.RenewResponse:
+        """Raises like ``enroll``."""
+        return self._call(self._stub.Renew, request, pb.RenewResponse)
+
+    def check_in(self, request: pb.CheckInRequest) -> pb.CheckInResponse:
+        """Raises like ``enroll``."""
+        return self._call(self._stub.CheckIn, request, pb.CheckInResponse)
+
+    def wait(self) -> "Listener":
+        """Open the stream of instructions."""
+        return Listener(self._stub.Wait(pb.WaitRequest(protocol=PROTOCOL)), self.address)
+
+    def _call(self, method: Any, request: object, kind: type[T]) -> T:  # noqa: ANN401 - grpc has no types
+        """Call and wait, but not longer than the caller wants to live."""
+        future = method.future(request, timeout=self._timeout)
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        while not done.wait(0.2):
+            if self._stopping():
+                future.cancel()
+                raise Cancelled
+        try:
+            answer = future.result()
+        except grpc.FutureCancelledError:
+            raise Cancelled from None
+        except grpc.RpcError as error:
+            raise _translated(error, self.address) from None
+        if not isinstance(answer, kind):
+            raise ConnectionFailed(f"{self.address} answered with {type(answer).__name__}.")
+        return answer
+
+
+class Listener:
+    """The instructions of one Wait stream, as they come."""
+
+    def __init__(self, call: Any, address: str) -> None:  # noqa: ANN401 - grpc has no types
+        self._call, self._address = call, address
+
+    def __iter__(self) -> Iterator[pb.Instruction]:
+        """Ends when the coordinator or ``cancel`` ends the stream; raises like ``Link.enroll``."""
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            if self._call.code() is not grpc.StatusCode.CANCELLED:
+                raise _translated(error, self._address) from None
+
+    def cancel(self) -> None:
+        """End the stream from any thread."""
+        self._call.cancel()
+
+
+def _translated(error: Any, address: str) -> LeptonError:  # noqa: ANN401 - grpc.RpcError, which is also a Call
+    """The error of ours that a failed call means."""
+    code, detail = error.code(), error.details() or ""
+    metadata = [(key, value) for key, value in (error.trailing_metadata() or ())]
+    if code is grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in detail:
+        return UntrustedServer(
+            f"The machine at {address} shows a certificate that this device does not trust.",
+            hint="It may be another machine, or this device's clock may be wrong. Nothing was sent.",
+        )
+    translated = error_from(code.name, detail, metadata)
+    told = any(key == CODE_KEY for key, _ in metadata)
+    if isinstance(translated, TrustError) and told:
+        return Refused(str(translated), hint=translated.hint)
+    if not told:  # gRPC itself, or something between: the text is for engineers
+        return ConnectionFailed(f"{address} cannot be reached ({code.name}: {_brief(detail)}).")
+    return translated
+
+
+def _brief(detail: str) -> str:
+    """The last cause in gRPC's chain of them."""
+    return detail.rsplit("last error: ", 1)[-1].strip()[:200] or "no detail"
