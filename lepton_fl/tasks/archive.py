@@ -51,12 +51,8 @@ def array_names(path: Path) -> tuple[str, ...]:
         ) from error
 
 
-def read_corpus(folder: Path | None, file: str, *, users: bool) -> Corpus:
-    """A published data set: ``x_train``, ``y_train``, ``x_test``, ``y_test``, and ``client_*`` if ``users``.
-
-    Raises:
-        DataError: no folder was given, or the file in it cannot be used.
-    """
+def data_file(folder: Path | None, file: str) -> Path:
+    """The path of a published data set; DataError where no folder was given or there is none."""
     if folder is None:
         raise DataError(
             f"This task reads {file} from a folder, and none was given.",
@@ -64,16 +60,26 @@ def read_corpus(folder: Path | None, file: str, *, users: bool) -> Corpus:
         )
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}.", hint=f"It should hold {file}.")
+    return folder / file
+
+
+def read_corpus(folder: Path | None, file: str, *, users: bool) -> Corpus:
+    """A published data set: ``x_train``, ``y_train``, ``x_test``, ``y_test``, and ``client_*`` if ``users``.
+
+    Raises:
+        DataError: no folder was given, or the file in it cannot be used.
+    """
+    path = data_file(folder, file)
     names = ["x_train", "y_train", "x_test", "y_test"]
     owners = ["client_train", "client_test"] if users else []
-    found = read_arrays(folder / file, names + owners)
+    found = read_arrays(path, names + owners)
     train, test = (Dataset(found[f"x_{part}"], found[f"y_{part}"]) for part in ("train", "test"))
     if not users:
         return Corpus(train, test)
     for part, data in (("train", train), ("test", test)):
         if found[f"client_{part}"].shape != (len(data),):
             raise DataError(
-                f"client_{part} in {folder / file} has shape {found[f'client_{part}'].shape}, "
+                f"client_{part} in {path} has shape {found[f'client_{part}'].shape}, "
                 f"one id for each of the {len(data)} rows is expected."
             )
     return Corpus(train, test, found["client_train"], found["client_test"])

@@ -146,7 +146,7 @@ def _refuse_input(contract: DataContract, x: Array, bad: Array, rule: str) -> No
     elif len(place) > 1:
         where += f", position {place[1:]}"
     raise DataContractError(
-        f"The value at {where} is {float(x[place]):g}; {rule} ({int(bad.sum())} of {x.size} values break this).",
+        f"The value at {where} is {float(x[place]):g}; {rule} ({int(bad.sum())} of {x.size} values fail).",
         hint="Check the unit and the sensor behind this column, and remove or repair such rows.",
     )
 
