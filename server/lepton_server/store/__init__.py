@@ -1,0 +1,41 @@
+"""The coordinator's state: an append-only, hash-chained journal and the tables that follow from it.
+
+The only package that speaks SQL. ``events`` says what can happen, ``projection`` what it does and when it is
+allowed, ``tables`` and ``migrations`` how it lies on disk, ``journal`` how it is checked, ``store`` how it is used.
+"""
+
+from lepton_server.store.events import KINDS, Participation, TaskRegistered
+from lepton_server.store.store import Store, Transaction, open_store
+from lepton_server.store.views import (
+    ActiveDevice,
+    Device,
+    Event,
+    Head,
+    Model,
+    Part,
+    RebuildReport,
+    Round,
+    Run,
+    Task,
+    Token,
+)
+
+__all__ = [
+    "KINDS",
+    "ActiveDevice",
+    "Device",
+    "Event",
+    "Head",
+    "Model",
+    "Part",
+    "Participation",
+    "RebuildReport",
+    "Round",
+    "Run",
+    "Store",
+    "Task",
+    "TaskRegistered",
+    "Token",
+    "Transaction",
+    "open_store",
+]

@@ -1,0 +1,387 @@
+"""The events of the journal: every fact that the coordinator keeps, with the exact form of its body.
+
+Rules:
+
+* A kind that is not in :data:`KINDS` is refused, and so is a body with a field too many, too few or of
+  another type: a journal that is read for years must not hold what nobody can read.
+* A body is stored as canonical JSON, so that a replay hashes the same bytes.
+* The subject is what an event is about (a device, run, task or token id) and follows from its body.
+* Bodies only grow: a new field gets a default, and a field is never renamed or given another meaning.
+
+Example::
+
+    body = parse_body("device.revoked", {"device_id": "d-…", "reason": "lost"})
+    body.subject                           # "d-…"
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+)
+
+from lepton_fl.errors import Rejection, StateError
+from lepton_fl.files import canonical_json
+
+GENESIS = "0" * 64  # what the first event names as its predecessor
+_HASH_CONTEXT = "lepton journal v1"
+MAX_BODY = 8 << 20  # bytes of canonical JSON in one event; a plan for 1,000 devices has about 100 KB
+
+
+def _no_control(text: str) -> str:
+    """Refuse control characters and half characters: PostgreSQL cannot store them, terminals obey them."""
+    if any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) <= 0xDFFF for char in text):
+        raise ValueError("contains a control character or half a character")
+    return text
+
+
+def _encodable(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    canonical_json(value)  # ValueError on NaN, infinity and text that is not Unicode
+    return value
+
+
+Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}\z")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]
+Serial = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,40}\z")]  # X.509 serial, hexadecimal
+Label = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_control)]
+Text = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_no_control)]
+PublicKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{40,1000}={0,2}\z")]  # base64 DER SPKI
+Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # seconds since 1970, UTC
+Seconds = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+RoundNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Json = Annotated[dict[str, JsonValue], AfterValidator(_encodable)]
+Outcome = Literal["counted", "rejected", "dropped"]
+Verdict = Literal["completed", "stopped", "failed"]
+
+
+class Body(BaseModel):
+    """The body of an event: immutable, nothing coerced, nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    subject_field: ClassVar[str] = ""
+
+    @property
+    def subject(self) -> str:
+        """What the event is about."""
+        return str(getattr(self, self.subject_field)) if self.subject_field else "server"
+
+
+class _AboutToken(Body):
+    subject_field: ClassVar[str] = "token_id"
+    token_id: Id
+
+
+class TokenCreated(_AboutToken):
+    """A join token was made; only the hash of its secret is known here."""
+
+    secret_sha256: Sha256
+    expires_at: Time
+    note: Text = ""
+    uses: Positive = 1
+
+
+class TokenUsed(_AboutToken):
+    """A device spent one use of the token."""
+
+    device_id: Id
+
+
+class TokenRevoked(_AboutToken):
+    """The token is worth nothing from now on."""
+
+    reason: Text = ""
+
+
+class _AboutDevice(Body):
+    subject_field: ClassVar[str] = "device_id"
+    device_id: Id
+
+
+class DeviceEnrolled(_AboutDevice):
+    """A device joined, or joined again with the same key; its token was spent just before."""
+
+    name: Label
+    public_key: PublicKey
+    cert_serial: Serial
+    cert_not_after: Time
+    token_id: Id
+    groups: list[Label] = Field(default_factory=list, max_length=100)
+
+
+class DeviceRenewed(_AboutDevice):
+    """A device got a fresh certificate for the same key."""
+
+    cert_serial: Serial
+    cert_not_after: Time
+
+
+class DeviceRevoked(_AboutDevice):
+    """A device lost its enrolment, for good."""
+
+    reason: Text = ""
+
+
+class DeviceReported(_AboutDevice):
+    """What a device says about itself has changed."""
+
+    reported: Json
+
+
+class DeviceDesired(_AboutDevice):
+    """What the operator wants of a device has changed."""
+
+    desired: Json
+
+
+class TaskRegistered(Body):
+    """A version of a task can be trained."""
+
+    subject_field: ClassVar[str] = "name"
+    name: Id
+    reference: Label
+    version: Label
+    layout_digest: Sha256
+    num_parameters: Count
+
+
+class _AboutRun(Body):
+    subject_field: ClassVar[str] = "run_id"
+    run_id: Id
+
+
+class RunQueued(_AboutRun):
+    """A run waits for its turn; ``spec`` is everything that was asked for."""
+
+    name: Label
+    spec: Json
+
+
+class RunStarted(_AboutRun):
+    """A run goes on: for the first time, or after a restart of the coordinator."""
+
+
+class RunStopping(_AboutRun):
+    """Somebody asked the run to stop after the round in hand."""
+
+    reason: Text = ""
+
+
+class RunFinished(_AboutRun):
+    """The run is over; nothing about it is accepted any more."""
+
+    verdict: Verdict
+    reason: Text = ""
+    model_sha256: Sha256 | None = None
+    rounds: RoundNumber
+
+
+class Participation(BaseModel):
+    """What became of one device in one attempt of a round.
+
+    Attributes:
+        device_id: The device.
+        outcome: ``counted``; ``rejected`` (an answer came and was refused); ``dropped`` (no usable answer).
+        reason: A value of ``Rejection``; empty exactly when counted.
+        seconds: From the request to the answer or the deadline.
+        examples: Training examples used, 0 when not counted.
+        bytes_up: Payload bytes from the device.
+        bytes_down: Payload bytes to the device.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    device_id: Id
+    outcome: Outcome
+    reason: str = ""
+    seconds: Seconds = 0.0
+    examples: Count = 0
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+
+    def model_post_init(self, _context: object, /) -> None:
+        """Check that the reason fits the outcome."""
+        if self.outcome == "counted" and self.reason:
+            raise ValueError(f"Expected no reason for a counted device, got {self.reason!r}.")
+        if self.outcome != "counted" and self.reason not in set(Rejection):
+            raise ValueError(f"Expected a reason of {', '.join(Rejection)}, got {self.reason!r}.")
+
+
+def _each_once(entries: list[Participation]) -> list[Participation]:
+    if len({entry.device_id for entry in entries}) != len(entries):
+        raise ValueError("a device takes part at most once in an attempt")
+    return entries
+
+
+Participants = Annotated[list[Participation], AfterValidator(_each_once)]
+
+
+class RoundPlanned(_AboutRun):
+    """An attempt of a round is about to start; its decisions are frozen here."""
+
+    round: Positive
+    attempt: Positive
+    plan: Json
+    model_sha256: Sha256
+
+
+class RoundCommitted(_AboutRun):
+    """An attempt gave a new model: the round is done."""
+
+    round: Positive
+    attempt: Positive
+    model_sha256: Sha256
+    state_sha256: Sha256 | None = None
+    metrics: Json = Field(default_factory=dict)
+    participation: Participants = Field(default_factory=list)
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    seconds: Seconds = 0.0
+
+
+class RoundAbandoned(_AboutRun):
+    """An attempt gave nothing; the round may be tried again."""
+
+    round: Positive
+    attempt: Positive
+    cause: Text
+    participation: Participants = Field(default_factory=list)
+
+
+class ModelCreated(Body):
+    """A model exists; round 0 is the one a run starts with."""
+
+    subject_field: ClassVar[str] = "run_id"
+    model_sha256: Sha256
+    run_id: Id
+    round: RoundNumber
+    parent_sha256: Sha256 | None = None
+    metrics: Json = Field(default_factory=dict)
+
+
+class RunBest(_AboutRun):
+    """The best model of a run so far, by the metric the run was asked to watch."""
+
+    round: RoundNumber
+    model_sha256: Sha256
+    metric: Label
+    value: Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ServerStarted(Body):
+    """A coordinator process began to serve."""
+
+    version: Text = ""
+    info: Json = Field(default_factory=dict)
+
+
+class ServerStopped(Body):
+    """A coordinator process ended in good order."""
+
+    reason: Text = ""
+
+
+KINDS: Mapping[str, type[Body]] = {
+    "token.created": TokenCreated,
+    "token.used": TokenUsed,
+    "token.revoked": TokenRevoked,
+    "device.enrolled": DeviceEnrolled,
+    "device.renewed": DeviceRenewed,
+    "device.revoked": DeviceRevoked,
+    "device.reported": DeviceReported,
+    "device.desired": DeviceDesired,
+    "task.registered": TaskRegistered,
+    "run.queued": RunQueued,
+    "run.started": RunStarted,
+    "run.stopping": RunStopping,
+    "run.finished": RunFinished,
+    "run.best": RunBest,
+    "round.planned": RoundPlanned,
+    "round.committed": RoundCommitted,
+    "round.abandoned": RoundAbandoned,
+    "model.created": ModelCreated,
+    "server.started": ServerStarted,
+    "server.stopped": ServerStopped,
+}
+
+
+def parse_body(kind: str, body: Mapping[str, object] | Body) -> Body:
+    """Check a body against its kind.
+
+    Args:
+        kind: One of :data:`KINDS`.
+        body: The fields, or the body itself.
+
+    Raises:
+        StateError: The kind is unknown or the body does not fit it; the message names each wrong field.
+    """
+    model = KINDS.get(kind)
+    if model is None:
+        raise StateError(f"Expected an event kind of {', '.join(KINDS)}, got {kind!r}.")
+    if isinstance(body, Body):
+        if type(body) is not model:
+            raise StateError(f"Expected a {model.__name__} as the body of {kind}, got {type(body).__name__}.")
+        return body
+    try:
+        return model.model_validate(dict(body))
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}"
+            for item in error.errors(include_url=False, include_input=False)
+        )
+        raise StateError(f"The body of {kind} is not as it should be: {wrong}.") from error
+
+
+def encode_body(kind: str, body: Body) -> str:
+    """Return the canonical JSON of a body, as it is stored and hashed.
+
+    Raises:
+        StateError: It is larger than :data:`MAX_BODY`, or holds text that is not Unicode.
+    """
+    try:
+        data = canonical_json(body.model_dump(mode="python"))
+    except ValueError as error:
+        raise StateError(f"The body of {kind} is not as it should be: {error}") from error
+    if len(data) > MAX_BODY:
+        raise StateError(f"Expected a body of {kind} of at most {MAX_BODY} bytes, got {len(data)}.")
+    return data.decode("utf-8")
+
+
+def decode_body(kind: str, text: str) -> Body:
+    """Read a stored body back.
+
+    Raises:
+        StateError: It does not decode or does not fit its kind.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"The stored body of {kind} is not JSON.") from error
+    if not isinstance(fields, dict):
+        raise StateError(f"Expected the stored body of {kind} to be an object, got {type(fields).__name__}.")
+    return parse_body(kind, fields)
+
+
+def event_hash(prev: str, seq: int, time: float, kind: str, subject: str, body: str) -> str:
+    """Return the hash that chains an event to all before it: SHA-256 over a canonical JSON array.
+
+    Args:
+        prev: Hash of the event before, or :data:`GENESIS`.
+        seq: 1, 2, 3, … without gaps.
+        time: Seconds since 1970, UTC; enters by its exact bits.
+        kind: What happened.
+        subject: To what.
+        body: Canonical JSON text.
+    """
+    return hashlib.sha256(
+        canonical_json([_HASH_CONTEXT, prev, seq, float(time).hex(), kind, subject, body])
+    ).hexdigest()

@@ -1,0 +1,465 @@
+"""What each event does to the tables, and when it is allowed: the state machine of the coordinator.
+
+Rules:
+
+* Every check comes before every change, so a refused event leaves its transaction as it was.
+* An event is judged by its own time and by earlier events only. A replay therefore gives the same rows.
+
+::
+
+    token:  created ──used──> … ──used──> spent        revoked or expired: never used again
+    device: active ──revoked──> revoked                for good
+    run:    queued ──> running ──> stopping ──> completed | stopped | failed
+    round:  planned ──> committed                      once per round
+                   └──> abandoned ──> planned again as the next attempt
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, Table, and_, insert, select, update
+
+from lepton_fl.errors import NotFound, StateConflict, TrustError
+from lepton_fl.files import canonical_json
+from lepton_server.store import events as ev
+from lepton_server.store.tables import DEVICE, MODEL, PARTICIPATION, ROUND, RUN, TASK, TOKEN
+
+FINISHED = ("completed", "stopped", "failed")
+_CHUNK = 500  # ids in one IN (…)
+
+
+@dataclass(frozen=True)
+class When:
+    """Where in the journal an event stands."""
+
+    seq: int
+    time: float
+
+
+def apply(connection: Connection, when: When, body: ev.Body) -> None:
+    """Apply one event to the projections.
+
+    Args:
+        connection: In a transaction that holds the write lock.
+        when: Sequence number and time of the event.
+        body: Its checked body.
+
+    Raises:
+        TrustError: A token or device is not, or no longer, accepted.
+        NotFound: The event is about something unknown.
+        StateConflict: The event does not follow from the recorded state.
+    """
+    _RULES[type(body)](connection, when, body)
+
+
+def _json(value: object) -> str:
+    return canonical_json(value).decode("utf-8")
+
+
+def _one(connection: Connection, table: Table, **key: object) -> RowMapping | None:
+    where = and_(*(table.c[name] == value for name, value in key.items()))
+    return connection.execute(select(table).where(where)).mappings().first()
+
+
+def _change(connection: Connection, table: Table, key: dict[str, object], **values: object) -> None:
+    where = and_(*(table.c[name] == value for name, value in key.items()))
+    connection.execute(update(table).where(where).values(**values))
+
+
+# -------------------------------------------------------------------------------------------------- tokens
+
+
+def _token_created(connection: Connection, when: When, body: ev.TokenCreated) -> None:
+    if body.expires_at <= when.time:
+        raise StateConflict(
+            f"Expected a token that expires after {when.time:.0f}, got {body.expires_at:.0f}."
+        )
+    if _one(connection, TOKEN, id=body.token_id):
+        raise StateConflict(f"There is a token {body.token_id} already.")
+    if _one(connection, TOKEN, secret_sha256=body.secret_sha256):
+        raise StateConflict(f"The secret of token {body.token_id} belongs to another token already.")
+    row = {
+        "id": body.token_id,
+        "secret_sha256": body.secret_sha256,
+        "created_at": when.time,
+        "expires_at": body.expires_at,
+        "note": body.note,
+        "uses": body.uses,
+        "used_by": "{}",
+        "revoked": 0,
+    }
+    connection.execute(insert(TOKEN).values(row))
+
+
+def _token_used(connection: Connection, when: When, body: ev.TokenUsed) -> None:
+    token = _one(connection, TOKEN, id=body.token_id)
+    if token is None:
+        raise _token_refused("This coordinator did not make the token")
+    used_by = json.loads(token["used_by"])
+    if token["revoked"]:
+        raise _token_refused(f"Token {body.token_id} was revoked")
+    if when.time >= token["expires_at"]:
+        late = when.time - token["expires_at"]
+        raise _token_refused(f"Token {body.token_id} expired {late:.0f} s ago")
+    if body.device_id in used_by:
+        raise _token_refused(f"Token {body.token_id} was used by this device already")
+    if len(used_by) >= token["uses"]:
+        raise _token_refused(
+            f"Token {body.token_id} was used {len(used_by)} of {token['uses']} times already"
+        )
+    used_by[body.device_id] = 0  # the sequence number of the enrolment takes this place
+    _change(connection, TOKEN, {"id": body.token_id}, used_by=_json(used_by))
+
+
+def _token_refused(message: str) -> TrustError:
+    return TrustError(message + ".", hint="Ask the operator for a new one (`lepton token create`).")
+
+
+def _token_revoked(connection: Connection, when: When, body: ev.TokenRevoked) -> None:
+    token = _one(connection, TOKEN, id=body.token_id)
+    if token is None:
+        raise NotFound(f"There is no token {body.token_id}.")
+    if token["revoked"]:
+        raise StateConflict(f"Token {body.token_id} is revoked already.")
+    _change(connection, TOKEN, {"id": body.token_id}, revoked=1)
+
+
+# ------------------------------------------------------------------------------------------------- devices
+
+
+def _device_enrolled(connection: Connection, when: When, body: ev.DeviceEnrolled) -> None:
+    used_by = _pending_uses(connection, body)
+    known = _one(connection, DEVICE, id=body.device_id)
+    holder = _one(connection, DEVICE, public_key=body.public_key)
+    if holder is not None and holder["id"] != body.device_id:
+        raise StateConflict(f"The key of device {body.device_id} belongs to device {holder['id']}.")
+    if known is not None and known["state"] != "active":
+        raise _device_revoked_error(body.device_id)
+    if known is not None and known["public_key"] != body.public_key:
+        raise StateConflict(f"Device {body.device_id} is enrolled with another key.")
+    used_by[body.device_id] = when.seq
+    _change(connection, TOKEN, {"id": body.token_id}, used_by=_json(used_by))
+    values = {
+        "name": body.name,
+        "cert_serial": body.cert_serial,
+        "cert_not_after": body.cert_not_after,
+        "token_id": body.token_id,
+        "groups": _json(sorted(set(body.groups))),
+        "enrolled_at": when.time,
+    }
+    if known is not None:
+        _change(connection, DEVICE, {"id": body.device_id}, **values)
+        return
+    fresh = {
+        "id": body.device_id,
+        "public_key": body.public_key,
+        "state": "active",
+        "state_reason": "",
+        "desired": "{}",
+        "reported": "{}",
+        "reported_at": None,
+    }
+    connection.execute(insert(DEVICE).values({**values, **fresh}))
+
+
+def _pending_uses(connection: Connection, body: ev.DeviceEnrolled) -> dict[str, int]:
+    """Return who used the token; the device must be among them and not have enrolled with it yet."""
+    token = _one(connection, TOKEN, id=body.token_id)
+    used_by: dict[str, int] = json.loads(token["used_by"]) if token is not None else {}
+    if used_by.get(body.device_id) != 0:
+        raise TrustError(f"Device {body.device_id} did not spend token {body.token_id} for this enrolment.")
+    return used_by
+
+
+def _active(connection: Connection, device_id: str) -> RowMapping:
+    device = _one(connection, DEVICE, id=device_id)
+    if device is None:
+        raise NotFound(f"There is no device {device_id}.")
+    if device["state"] != "active":
+        raise _device_revoked_error(device_id)
+    return device
+
+
+def _device_revoked_error(device_id: str) -> TrustError:
+    return TrustError(
+        f"Device {device_id} was revoked.",
+        hint="To bring it back, remove its key and enrol it with a new token.",
+    )
+
+
+def _device_renewed(connection: Connection, when: When, body: ev.DeviceRenewed) -> None:
+    _active(connection, body.device_id)
+    _change(
+        connection,
+        DEVICE,
+        {"id": body.device_id},
+        cert_serial=body.cert_serial,
+        cert_not_after=body.cert_not_after,
+    )
+
+
+def _device_revoked(connection: Connection, when: When, body: ev.DeviceRevoked) -> None:
+    device = _one(connection, DEVICE, id=body.device_id)
+    if device is None:
+        raise NotFound(f"There is no device {body.device_id}.")
+    if device["state"] == "revoked":
+        raise StateConflict(f"Device {body.device_id} is revoked already.")
+    _change(connection, DEVICE, {"id": body.device_id}, state="revoked", state_reason=body.reason)
+
+
+def _device_reported(connection: Connection, when: When, body: ev.DeviceReported) -> None:
+    device = _active(connection, body.device_id)
+    reported = _json(body.reported)
+    if device["reported"] == reported:
+        raise StateConflict(f"Device {body.device_id} reported nothing new.")
+    _change(connection, DEVICE, {"id": body.device_id}, reported=reported, reported_at=when.time)
+
+
+def _device_desired(connection: Connection, when: When, body: ev.DeviceDesired) -> None:
+    _active(connection, body.device_id)
+    _change(connection, DEVICE, {"id": body.device_id}, desired=_json(body.desired))
+
+
+# --------------------------------------------------------------------------------------------------- tasks
+
+
+def _task_registered(connection: Connection, when: When, body: ev.TaskRegistered) -> None:
+    known = _one(connection, TASK, name=body.name, version=body.version)
+    if known is not None:
+        raise StateConflict(
+            f"Task {body.name} {body.version} is registered already, with layout {known['layout_digest'][:12]}….",
+            hint="Give the changed task a new version.",
+        )
+    connection.execute(insert(TASK).values(**body.model_dump(), registered_at=when.time))
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+def _run(connection: Connection, run_id: str, states: Sequence[str]) -> RowMapping:
+    run = _one(connection, RUN, id=run_id)
+    if run is None:
+        raise NotFound(f"There is no run {run_id}.", hint="`lepton run list` shows them.")
+    if run["state"] not in states:
+        raise StateConflict(f"Run {run_id} is {run['state']}; expected {' or '.join(states)}.")
+    return run
+
+
+_OPEN = ("queued", "running", "stopping")
+
+
+def _run_queued(connection: Connection, when: When, body: ev.RunQueued) -> None:
+    if _one(connection, RUN, id=body.run_id):
+        raise StateConflict(f"There is a run {body.run_id} already.")
+    row = {
+        "id": body.run_id,
+        "name": body.name,
+        "spec": _json(body.spec),
+        "state": "queued",
+        "reason": "",
+        "queued_seq": when.seq,
+        "queued_at": when.time,
+        "committed": 0,
+    }
+    connection.execute(insert(RUN).values(row))
+
+
+def _run_started(connection: Connection, when: When, body: ev.RunStarted) -> None:
+    run = _run(connection, body.run_id, ("queued", "running"))
+    if run["state"] == "queued":  # else a restarted coordinator goes on with it
+        _change(connection, RUN, {"id": body.run_id}, state="running", started_at=when.time)
+
+
+def _run_stopping(connection: Connection, when: When, body: ev.RunStopping) -> None:
+    _run(connection, body.run_id, ("queued", "running"))
+    _change(connection, RUN, {"id": body.run_id}, state="stopping", reason=body.reason)
+
+
+def _run_finished(connection: Connection, when: When, body: ev.RunFinished) -> None:
+    run = _run(connection, body.run_id, _OPEN)
+    still_open = and_(ROUND.c.run_id == body.run_id, ROUND.c.state == "planned")
+    closed = {"state": "abandoned", "cause": "the run finished", "closed_at": when.time}
+    connection.execute(update(ROUND).where(still_open).values(closed))
+    _change(
+        connection,
+        RUN,
+        {"id": body.run_id},
+        state=body.verdict,
+        reason=body.reason,
+        finished_at=when.time,
+        rounds=body.rounds,
+        model_sha256=body.model_sha256 or run["model_sha256"],
+    )
+
+
+def _run_best(connection: Connection, when: When, body: ev.RunBest) -> None:
+    _run(connection, body.run_id, _OPEN)
+    best = {
+        "best_round": body.round,
+        "best_sha256": body.model_sha256,
+        "best_metric": body.metric,
+        "best_value": body.value,
+    }
+    _change(connection, RUN, {"id": body.run_id}, **best)
+
+
+# -------------------------------------------------------------------------------------------------- rounds
+
+
+def _newest_attempt(connection: Connection, run_id: str, number: int) -> RowMapping | None:
+    newest = (
+        select(ROUND)
+        .where(ROUND.c.run_id == run_id, ROUND.c.round == number)
+        .order_by(ROUND.c.attempt.desc())
+        .limit(1)
+    )
+    return connection.execute(newest).mappings().first()
+
+
+def _round_planned(connection: Connection, when: When, body: ev.RoundPlanned) -> None:
+    run = _run(connection, body.run_id, ("running",))
+    if body.round != run["committed"] + 1:
+        raise StateConflict(
+            f"Expected round {run['committed'] + 1} of run {body.run_id} as the next, got {body.round}."
+        )
+    newest = _newest_attempt(connection, body.run_id, body.round)
+    if newest is not None and newest["state"] != "abandoned":
+        raise StateConflict(
+            f"Attempt {newest['attempt']} of round {body.round} of run {body.run_id} is {newest['state']}.",
+            hint="Abandon it before planning another.",
+        )
+    expected = 1 if newest is None else newest["attempt"] + 1
+    if body.attempt != expected:
+        raise StateConflict(
+            f"Expected attempt {expected} of round {body.round} of run {body.run_id}, got {body.attempt}."
+        )
+    row = {
+        "run_id": body.run_id,
+        "round": body.round,
+        "attempt": body.attempt,
+        "state": "planned",
+        "plan": _json(body.plan),
+        "start_sha256": body.model_sha256,
+        "metrics": "{}",
+        "cause": "",
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "seconds": 0.0,
+        "planned_at": when.time,
+    }
+    connection.execute(insert(ROUND).values(row))
+
+
+def _current(connection: Connection, body: ev.RoundCommitted | ev.RoundAbandoned) -> dict[str, object]:
+    """Check that the event is about the open attempt, and return the attempt's key."""
+    _run(connection, body.run_id, ("running", "stopping"))
+    newest = _newest_attempt(connection, body.run_id, body.round)
+    if newest is None:
+        raise StateConflict(f"Round {body.round} of run {body.run_id} was never planned.")
+    if newest["state"] != "planned" or newest["attempt"] != body.attempt:
+        raise StateConflict(
+            f"Attempt {body.attempt} of round {body.round} of run {body.run_id} is not open: "
+            f"attempt {newest['attempt']} is {newest['state']}."
+        )
+    _check_devices(connection, body.participation)
+    return {"run_id": body.run_id, "round": body.round, "attempt": body.attempt}
+
+
+def _check_devices(connection: Connection, entries: Sequence[ev.Participation]) -> None:
+    wanted = [entry.device_id for entry in entries]
+    found: set[str] = set()
+    for start in range(0, len(wanted), _CHUNK):
+        chunk = select(DEVICE.c.id).where(DEVICE.c.id.in_(wanted[start : start + _CHUNK]))
+        found.update(connection.execute(chunk).scalars())
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise NotFound(f"There is no device {missing[0]} ({len(missing)} of {len(wanted)} are unknown).")
+
+
+def _add_participation(
+    connection: Connection, key: dict[str, object], entries: Sequence[ev.Participation]
+) -> None:
+    if entries:
+        connection.execute(insert(PARTICIPATION), [{**key, **entry.model_dump()} for entry in entries])
+
+
+def _round_committed(connection: Connection, when: When, body: ev.RoundCommitted) -> None:
+    key = _current(connection, body)
+    _change(
+        connection,
+        ROUND,
+        key,
+        state="committed",
+        model_sha256=body.model_sha256,
+        state_sha256=body.state_sha256,
+        metrics=_json(body.metrics),
+        bytes_up=body.bytes_up,
+        bytes_down=body.bytes_down,
+        seconds=body.seconds,
+        closed_at=when.time,
+    )
+    _add_participation(connection, key, body.participation)
+    _change(connection, RUN, {"id": body.run_id}, committed=body.round, model_sha256=body.model_sha256)
+
+
+def _round_abandoned(connection: Connection, when: When, body: ev.RoundAbandoned) -> None:
+    key = _current(connection, body)
+    _change(connection, ROUND, key, state="abandoned", cause=body.cause, closed_at=when.time)
+    _add_participation(connection, key, body.participation)
+
+
+# -------------------------------------------------------------------------------------------------- models
+
+
+def _model_created(connection: Connection, when: When, body: ev.ModelCreated) -> None:
+    run = _run(connection, body.run_id, _OPEN)
+    if _one(connection, MODEL, run_id=body.run_id, round=body.round):
+        raise StateConflict(f"Run {body.run_id} has a model of round {body.round} already.")
+    if body.round > run["committed"]:
+        raise StateConflict(
+            f"Round {body.round} of run {body.run_id} is not committed: {run['committed']} rounds are."
+        )
+    parent = body.parent_sha256
+    if parent and not connection.execute(select(MODEL.c.run_id).where(MODEL.c.sha256 == parent)).first():
+        raise NotFound(f"There is no model {parent}, the parent of {body.model_sha256}.")
+    row = {
+        "run_id": body.run_id,
+        "round": body.round,
+        "sha256": body.model_sha256,
+        "parent_sha256": parent,
+        "metrics": _json(body.metrics),
+        "created_at": when.time,
+    }
+    connection.execute(insert(MODEL).values(row))
+
+
+def _nothing(connection: Connection, when: When, body: ev.Body) -> None:
+    """Some facts are for the record only."""
+
+
+_Rule = Callable[[Connection, When, Any], None]  # Any: each rule takes the body it is filed under
+
+_RULES: dict[type[ev.Body], _Rule] = {
+    ev.TokenCreated: _token_created,
+    ev.TokenUsed: _token_used,
+    ev.TokenRevoked: _token_revoked,
+    ev.DeviceEnrolled: _device_enrolled,
+    ev.DeviceRenewed: _device_renewed,
+    ev.DeviceRevoked: _device_revoked,
+    ev.DeviceReported: _device_reported,
+    ev.DeviceDesired: _device_desired,
+    ev.TaskRegistered: _task_registered,
+    ev.RunQueued: _run_queued,
+    ev.RunStarted: _run_started,
+    ev.RunStopping: _run_stopping,
+    ev.RunFinished: _run_finished,
+    ev.RunBest: _run_best,
+    ev.RoundPlanned: _round_planned,
+    ev.RoundCommitted: _round_committed,
+    ev.RoundAbandoned: _round_abandoned,
+    ev.ModelCreated: _model_created,
+    ev.ServerStarted: _nothing,
+    ev.ServerStopped: _nothing,
+}

@@ -1,0 +1,506 @@
+"""The store: one write path, plain reads.
+
+Rules:
+
+* :meth:`Store.record` is the only way to change what the coordinator knows. In one transaction it chains an
+  event to the journal and applies it to the tables; either both happen or neither.
+* Reads give frozen records of one moment; nothing of the database leaks out.
+* Any number of threads and processes may use one database. Writers queue; readers never wait.
+
+Example::
+
+    with open_store("state/lepton.db") as store:
+        with store.transaction() as change:
+            change.record("token.used", token_id, {"token_id": token_id, "device_id": device_id})
+            change.record("device.enrolled", device_id, {...})
+        store.device(device_id).name
+"""
+
+import base64
+import contextlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import Connection, Engine, RowMapping, Select, insert, select, text, update
+
+from lepton_fl.errors import NotFound, StateError, StateLocked
+from lepton_server.store import journal
+from lepton_server.store.engine import make_engine, parse_url, reading, writing
+from lepton_server.store.events import Body, TaskRegistered, encode_body, event_hash, parse_body
+from lepton_server.store.projection import When, apply
+from lepton_server.store.schema import prepare
+from lepton_server.store.tables import (
+    DEVICE,
+    EVENT,
+    HEAD,
+    MODEL,
+    PARTICIPATION,
+    PRESENCE,
+    ROUND,
+    RUN,
+    TASK,
+    TOKEN,
+)
+from lepton_server.store.views import (
+    ActiveDevice,
+    Device,
+    Event,
+    Head,
+    Model,
+    Part,
+    RebuildReport,
+    Round,
+    Run,
+    Task,
+    Token,
+)
+
+LOCK_TIMEOUT = 10.0  # seconds to wait for another writer
+
+
+class Transaction:
+    """Several events that happen together or not at all; made by :meth:`Store.transaction`."""
+
+    def __init__(self, connection: Connection, clock: Callable[[], float]) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._head = journal.head(connection)
+        self._start = self._head
+
+    def record(self, kind: str, subject: str, body: Mapping[str, object] | Body) -> Event:
+        """Append one event and apply it. A refused event changes nothing, and others may follow it.
+
+        Args:
+            kind: One of ``events.KINDS``.
+            subject: What it is about: the device, run, task or token id in the body, or ``server``.
+            body: The fields of the kind, or the body itself.
+
+        Returns:
+            The event, with its place in the chain.
+
+        Raises:
+            StateError: The kind is unknown or the body does not fit it.
+            StateConflict: The event does not follow from the recorded state.
+            TrustError: A token or device is not, or no longer, accepted.
+            NotFound: The event is about something unknown.
+        """
+        checked = parse_body(kind, body)
+        if subject != checked.subject:
+            raise StateError(f"Expected {checked.subject!r} as the subject of this {kind}, got {subject!r}.")
+        now = self._now()
+        encoded = encode_body(kind, checked)
+        seq, prev = self._head.seq + 1, self._head.hash
+        apply(self._connection, When(seq, now), checked)
+        digest = event_hash(prev, seq, now, kind, subject, encoded)
+        row = {
+            "seq": seq,
+            "time": now,
+            "kind": kind,
+            "subject": subject,
+            "body": encoded,
+            "prev": prev,
+            "hash": digest,
+        }
+        self._connection.execute(insert(EVENT), row)
+        self._head = Head(seq, digest)
+        return Event(seq, now, kind, subject, json.loads(encoded), prev, digest)
+
+    def task(self, name: str, version: str) -> Task | None:
+        """Return a task version as this transaction sees it."""
+        row = self._connection.execute(_task_query(name, version)).mappings().first()
+        return None if row is None else Task(**row)
+
+    def _now(self) -> float:
+        now = float(self._clock())
+        if not math.isfinite(now) or now < 0:
+            raise StateError(f"Expected a clock that gives seconds since 1970, got {now}.")
+        return now
+
+    def _close(self) -> None:
+        if self._head != self._start:
+            self._connection.execute(update(HEAD).values(seq=self._head.seq, hash=self._head.hash))
+
+
+class Store:
+    """The coordinator's state; open it with :func:`open_store`."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float], lock_timeout: float) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._lock_timeout = lock_timeout
+        self._writer = threading.Lock()  # threads queue here in turn rather than in SQLite's sleep loop
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; idempotent."""
+        self._engine.dispose()
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Record several events atomically. Keep it short: every other writer waits for its end.
+
+        Do not open another one, or call :meth:`record` on the store, inside the block: it would wait for itself.
+
+        Raises:
+            StateLocked: Another process held the write lock for too long.
+            DiskFull: No space was left; nothing was changed.
+        """
+        with self._exclusive(), writing(self._engine, self._lock_timeout) as connection:
+            change = Transaction(connection, self._clock)
+            yield change
+            change._close()
+
+    def record(self, kind: str, subject: str, body: Mapping[str, object] | Body) -> Event:
+        """Record one event, durably; see :meth:`Transaction.record`."""
+        with self.transaction() as change:
+            return change.record(kind, subject, body)
+
+    def ensure_task(self, task: TaskRegistered) -> bool:
+        """Register a task version unless it is registered just so; return whether it was new.
+
+        Raises:
+            StateConflict: The version is registered with another content.
+        """
+        with self.transaction() as change:
+            known = change.task(task.name, task.version)
+            if known is not None and _same_task(known, task):
+                return False
+            change.record("task.registered", task.name, task)
+            return True
+
+    def note_presence(self, seen: Sequence[tuple[str, float, str]]) -> None:
+        """Note when devices were last heard of: soft state, not in the journal, newest wins.
+
+        Args:
+            seen: ``(device_id, last_seen, status)``; seconds since 1970; the same device may come twice.
+        """
+        newest: dict[str, tuple[str, float, str]] = {}
+        for entry in seen:
+            held = newest.get(entry[0])
+            if held is None or entry[1] >= held[1]:
+                newest[entry[0]] = entry
+        if not newest:
+            return
+        rows = sorted(newest.values())  # one order for all writers, so that two never wait for each other
+        with self._exclusive(), writing(self._engine, self._lock_timeout, soft=True) as connection:
+            _upsert_presence(connection, rows)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._writer.acquire(timeout=self._lock_timeout):
+            raise StateLocked(
+                f"Another thread of this process has been writing for {self._lock_timeout:g} s.",
+                hint="Try again; a transaction must be short.",
+            )
+        try:
+            yield
+        finally:
+            self._writer.release()
+
+    # ------------------------------------------------------------------------------------------- devices
+
+    def devices(
+        self,
+        *,
+        state: str | None = None,
+        group: str | None = None,
+        after_id: str = "",
+        limit: int | None = None,
+    ) -> list[Device]:
+        """Return devices by id, optionally of one state or group; page with ``after_id`` and ``limit``."""
+        query = _DEVICES.where(DEVICE.c.id > after_id).order_by(DEVICE.c.id)
+        if state is not None:
+            query = query.where(DEVICE.c.state == state)
+        if group is not None:
+            label = json.dumps(group, ensure_ascii=False)
+            query = query.where(DEVICE.c.groups.contains(label, autoescape=True))
+        if limit is not None:
+            query = query.limit(limit)
+        return [_device(row) for row in self._rows(query)]
+
+    def device(self, device_id: str) -> Device:
+        """Return one device.
+
+        Raises:
+            NotFound: There is none of that id.
+        """
+        rows = self._rows(_DEVICES.where(DEVICE.c.id == device_id))
+        if not rows:
+            raise NotFound(f"There is no device {device_id!r}.", hint="`lepton devices list` shows them.")
+        return _device(rows[0])
+
+    def device_by_key(self, public_key: bytes) -> Device | None:
+        """Return the device, active or revoked, that holds a key (DER SubjectPublicKeyInfo)."""
+        encoded = base64.b64encode(public_key).decode("ascii")
+        rows = self._rows(_DEVICES.where(DEVICE.c.public_key == encoded))
+        return _device(rows[0]) if rows else None
+
+    def active_devices(self) -> list[ActiveDevice]:
+        """Return all devices that may take part, light, by id: a snapshot for selection."""
+        query = (
+            select(
+                DEVICE.c.id,
+                DEVICE.c.public_key,
+                DEVICE.c.cert_serial,
+                DEVICE.c.groups,
+                DEVICE.c.desired,
+                DEVICE.c.reported,
+                PRESENCE.c.last_seen,
+                PRESENCE.c.status,
+            )
+            .outerjoin_from(DEVICE, PRESENCE, DEVICE.c.id == PRESENCE.c.device_id)
+            .where(DEVICE.c.state == "active")
+            .order_by(DEVICE.c.id)
+        )
+        with reading(self._engine) as connection:
+            return [
+                ActiveDevice(
+                    row[0],
+                    base64.b64decode(row[1]),
+                    row[2],
+                    tuple(json.loads(row[3])),
+                    json.loads(row[4]),
+                    json.loads(row[5]),
+                    row[6],
+                    row[7] or "",
+                )
+                for row in connection.execute(query)
+            ]
+
+    # -------------------------------------------------------------------------------------- other reads
+
+    def tokens(self) -> list[Token]:
+        """Return all join tokens, oldest first."""
+        return [_token(row) for row in self._rows(select(TOKEN).order_by(TOKEN.c.created_at, TOKEN.c.id))]
+
+    def token_by_secret(self, secret_sha256: str) -> Token | None:
+        """Return the token whose secret has that hash."""
+        rows = self._rows(select(TOKEN).where(TOKEN.c.secret_sha256 == secret_sha256))
+        return _token(rows[0]) if rows else None
+
+    def tasks(self) -> list[Task]:
+        """Return all task versions, in the order of their registration."""
+        return [Task(**row) for row in self._rows(select(TASK).order_by(TASK.c.registered_at, TASK.c.name))]
+
+    def runs(self, *, state: str | None = None) -> list[Run]:
+        """Return runs in the order of the queue, optionally of one state."""
+        query = select(RUN).order_by(RUN.c.queued_seq)
+        if state is not None:
+            query = query.where(RUN.c.state == state)
+        return [Run(**_decoded(row, "spec")) for row in self._rows(query)]
+
+    def run(self, run_id: str) -> Run:
+        """Return one run.
+
+        Raises:
+            NotFound: There is none of that id.
+        """
+        rows = self._rows(select(RUN).where(RUN.c.id == run_id))
+        if not rows:
+            raise NotFound(f"There is no run {run_id!r}.", hint="`lepton run list` shows them.")
+        return Run(**_decoded(rows[0], "spec"))
+
+    def rounds(self, run_id: str) -> list[Round]:
+        """Return every attempt of every round of a run, in order."""
+        query = select(ROUND).where(ROUND.c.run_id == run_id).order_by(ROUND.c.round, ROUND.c.attempt)
+        return [Round(**_decoded(row, "plan", "metrics")) for row in self._rows(query)]
+
+    def participation(self, run_id: str, round: int | None = None) -> list[Part]:
+        """Return who took part in a run, or in all attempts of one round of it."""
+        query = select(PARTICIPATION).where(PARTICIPATION.c.run_id == run_id)
+        if round is not None:
+            query = query.where(PARTICIPATION.c.round == round)
+        order = (PARTICIPATION.c.round, PARTICIPATION.c.attempt, PARTICIPATION.c.device_id)
+        return [Part(**row) for row in self._rows(query.order_by(*order))]
+
+    def models(self, run_id: str) -> list[Model]:
+        """Return the models of a run by round."""
+        query = select(MODEL).where(MODEL.c.run_id == run_id).order_by(MODEL.c.round)
+        return [Model(**_decoded(row, "metrics")) for row in self._rows(query)]
+
+    # ------------------------------------------------------------------------------------------- journal
+
+    def events(
+        self,
+        after_seq: int = 0,
+        *,
+        kinds: Iterable[str] | None = None,
+        subject: str | None = None,
+        limit: int | None = None,
+    ) -> list[Event]:
+        """Return events after a sequence number, oldest first, optionally of some kinds or one subject."""
+        query = select(EVENT).where(EVENT.c.seq > after_seq).order_by(EVENT.c.seq)
+        if kinds is not None:
+            query = query.where(EVENT.c.kind.in_(list(kinds)))
+        if subject is not None:
+            query = query.where(EVENT.c.subject == subject)
+        if limit is not None:
+            query = query.limit(limit)
+        return [Event(**_decoded(row, "body")) for row in self._rows(query)]
+
+    def head(self) -> Head:
+        """Return sequence number and hash of the newest event; ``(0, 64 zeros)`` for an empty journal."""
+        with reading(self._engine) as connection:
+            return journal.head(connection)
+
+    def head_seq(self) -> int:
+        """Return the sequence number of the newest event: one row by key, cheap enough to poll."""
+        return self.head().seq
+
+    def follow(
+        self, after_seq: int, *, stop: threading.Event, poll: float = 0.5, kinds: Iterable[str] | None = None
+    ) -> Iterator[Event]:
+        """Yield events after a sequence number as they come, until ``stop`` is set.
+
+        Args:
+            after_seq: The last event already known.
+            stop: Ends the iteration, at the latest after ``poll`` seconds.
+            poll: Seconds between two looks when nothing comes.
+            kinds: Only these, when given.
+        """
+        wanted = None if kinds is None else list(kinds)
+        while not stop.is_set():
+            head = self.head_seq()
+            while after_seq < head and not stop.is_set():
+                upto = min(head, after_seq + 1000)
+                batch = self.events(after_seq, kinds=wanted, limit=1000)
+                yield from batch
+                # A full batch may end before ``head``; a short one has shown everything up to it.
+                after_seq = batch[-1].seq if len(batch) == 1000 else max(upto, head)
+            stop.wait(poll)
+
+    def verify_journal(self, expected: Head | None = None) -> Head:
+        """Check the whole chain, and return its head.
+
+        A chain alone cannot show that its end was cut off together with the head's row; a head that was noted
+        elsewhere can.
+
+        Args:
+            expected: A head noted earlier that must still be part of the chain.
+
+        Raises:
+            StateCorrupt: Names the first event that is missing, altered or out of place.
+        """
+        with reading(self._engine) as connection:
+            return journal.verify(connection, expected)
+
+    def rebuild(self, check_only: bool = True) -> RebuildReport:
+        """Replay the journal into fresh tables and compare them with the live ones, row by row.
+
+        Args:
+            check_only: Change nothing (others may go on writing); else replace the tables, atomically.
+
+        Raises:
+            StateCorrupt: The journal itself is damaged; nothing was changed.
+        """
+        if check_only:
+            with reading(self._engine) as connection:
+                return journal.rebuild(connection, replace=False)
+        with self._exclusive(), writing(self._engine, self._lock_timeout) as connection:
+            return journal.rebuild(connection, replace=True)
+
+    def _rows(self, query: Select[Any]) -> Sequence[RowMapping]:
+        with reading(self._engine) as connection:
+            return connection.execute(query).mappings().all()
+
+
+_DEVICES = select(DEVICE, PRESENCE.c.last_seen, PRESENCE.c.status).outerjoin_from(
+    DEVICE, PRESENCE, DEVICE.c.id == PRESENCE.c.device_id
+)
+
+
+def _decoded(row: RowMapping, *columns: str) -> dict[str, Any]:
+    """Return a row with these columns turned from JSON text into objects."""
+    return {**row, **{name: json.loads(row[name]) for name in columns}}
+
+
+def _device(row: RowMapping) -> Device:
+    values = _decoded(row, "groups", "desired", "reported")
+    values["groups"] = tuple(values["groups"])
+    values["public_key"] = base64.b64decode(values["public_key"])
+    values["status"] = values["status"] or ""
+    return Device(**values)
+
+
+def _token(row: RowMapping) -> Token:
+    values = dict(row)
+    values["used_by"] = tuple(json.loads(row["used_by"]))
+    values["revoked"] = bool(row["revoked"])
+    return Token(**values)
+
+
+def _task_query(name: str, version: str) -> Select[Any]:
+    return select(TASK).where(TASK.c.name == name, TASK.c.version == version)
+
+
+def _same_task(known: Task, task: TaskRegistered) -> bool:
+    return (known.reference, known.layout_digest, known.num_parameters) == (
+        task.reference,
+        task.layout_digest,
+        task.num_parameters,
+    )
+
+
+def _upsert_presence(connection: Connection, rows: Sequence[tuple[str, float, str]]) -> None:
+    if connection.dialect.name == "postgresql":  # one statement with arrays: one round trip for a batch
+        connection.execute(
+            text(
+                "INSERT INTO presence (device_id, last_seen, status) "
+                "SELECT * FROM unnest(CAST(:ids AS text[]), CAST(:times AS float8[]), CAST(:words AS text[])) "
+                "ON CONFLICT (device_id) DO UPDATE SET last_seen = excluded.last_seen, status = excluded.status "
+                "WHERE excluded.last_seen >= presence.last_seen"
+            ),
+            {"ids": [r[0] for r in rows], "times": [r[1] for r in rows], "words": [r[2] for r in rows]},
+        )
+        return
+    connection.exec_driver_sql(
+        "INSERT INTO presence (device_id, last_seen, status) VALUES (?, ?, ?) "
+        "ON CONFLICT (device_id) DO UPDATE SET last_seen = excluded.last_seen, status = excluded.status "
+        "WHERE excluded.last_seen >= presence.last_seen",
+        list(rows),
+    )
+
+
+def open_store(
+    url_or_path: str | os.PathLike[str],
+    *,
+    clock: Callable[[], float] = time.time,
+    lock_timeout: float = LOCK_TIMEOUT,
+) -> Store:
+    """Open the coordinator's state, making or migrating its schema.
+
+    Args:
+        url_or_path: A path (SQLite), ``sqlite:///path`` or ``postgresql://user:password@host/name``.
+        clock: Seconds since 1970, UTC: the times of events.
+        lock_timeout: Seconds to wait for another writer.
+
+    Raises:
+        ConfigError: Not a path or URL of that form.
+        ConnectionFailed: PostgreSQL does not answer or does not let us in.
+        StateTooNew: Newer code wrote it.
+        StateLocked: Another process holds it.
+        StateCorrupt: It is no database, or not one of Lepton's.
+        DiskFull: No space was left.
+    """
+    engine = make_engine(parse_url(url_or_path), lock_timeout)
+    try:
+        prepare(engine, lock_timeout)
+    except BaseException:
+        engine.dispose()
+        raise
+    return Store(engine, clock, lock_timeout)

@@ -1,0 +1,239 @@
+"""The tables: the journal, its projections, and the two that are neither.
+
+``event`` is the truth and only grows. ``enrolment_token`` … ``model_version`` are projections: they hold nothing
+that a replay of the journal does not give. ``journal_head`` lets a missing tail be noticed. ``presence`` is soft
+state (when a device was last seen): it is worth nothing after a restart, so it stays out of the journal.
+
+JSON columns hold canonical JSON text and public facts only, so that equal rows are equal on every engine.
+"""
+
+from typing import ClassVar
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlmodel import Field, SQLModel
+
+
+class _Base(SQLModel):
+    """Ours alone: another package's SQLModel tables in the same process stay apart."""
+
+    metadata: ClassVar[MetaData] = MetaData()
+
+
+def _text() -> "Column[str]":
+    return Column(Text, nullable=False)
+
+
+class EventRow(_Base, table=True):
+    """One event of the journal; rows are only ever added (a trigger says so, too)."""
+
+    __tablename__ = "event"
+    __table_args__ = (Index("event_kind_seq", "kind", "seq"), Index("event_subject_seq", "subject", "seq"))
+    # SQLite stores rows in the order of an INTEGER key, and has no other 64-bit type for one.
+    seq: int = Field(
+        sa_column=Column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False)
+    )
+    time: float = Field(sa_column=Column(Float(53), nullable=False))
+    kind: str = Field(sa_column=_text())
+    subject: str = Field(sa_column=_text())
+    body: str = Field(sa_column=_text())
+    prev: str = Field(sa_column=_text())
+    hash: str = Field(sa_column=_text())
+
+
+class HeadRow(_Base, table=True):
+    """The newest event, in one row."""
+
+    __tablename__ = "journal_head"
+    id: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    seq: int = Field(sa_column=Column(BigInteger, nullable=False))
+    hash: str = Field(sa_column=_text())
+
+
+class TokenRow(_Base, table=True):
+    """A join token, by the hash of its secret."""
+
+    __tablename__ = "enrolment_token"
+    __table_args__ = (UniqueConstraint("secret_sha256", name="enrolment_token_secret"),)
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    secret_sha256: str = Field(sa_column=_text())
+    created_at: float = Field(sa_column=Column(Float(53), nullable=False))
+    expires_at: float = Field(sa_column=Column(Float(53), nullable=False))
+    note: str = Field(sa_column=_text())
+    uses: int = Field(sa_column=Column(Integer, nullable=False))
+    used: int = Field(sa_column=Column(Integer, nullable=False))
+    revoked: int = Field(sa_column=Column(Integer, nullable=False))  # 0 or 1
+
+
+class TokenUseRow(_Base, table=True):
+    """One use of a join token by one device."""
+
+    __tablename__ = "token_use"
+    __table_args__ = (ForeignKeyConstraint(["token_id"], ["enrolment_token.id"], name="use_token"),)
+    token_id: str = Field(sa_column=Column(Text, primary_key=True))
+    device_id: str = Field(sa_column=Column(Text, primary_key=True))
+    used_at: float = Field(sa_column=Column(Float(53), nullable=False))
+    enrolled_seq: int = Field(sa_column=Column(BigInteger, nullable=False))  # 0 until the device enrolled
+
+
+class DeviceRow(_Base, table=True):
+    """A device and its twin: what is wanted of it, what it says of itself."""
+
+    __tablename__ = "device"
+    __table_args__ = (
+        UniqueConstraint("public_key", name="device_public_key"),
+        Index("device_state", "state", "id"),
+    )
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    name: str = Field(sa_column=_text())
+    public_key: str = Field(sa_column=_text())  # base64 DER SubjectPublicKeyInfo
+    state: str = Field(sa_column=_text())  # active, revoked
+    state_reason: str = Field(sa_column=_text())
+    cert_serial: str = Field(sa_column=_text())
+    cert_not_after: float = Field(sa_column=Column(Float(53), nullable=False))
+    token_id: str = Field(sa_column=_text())
+    groups: str = Field(sa_column=Column("groups", Text, nullable=False))  # JSON array of labels
+    desired: str = Field(sa_column=_text())  # JSON object
+    reported: str = Field(sa_column=_text())  # JSON object
+    enrolled_at: float = Field(sa_column=Column(Float(53), nullable=False))
+    reported_at: float | None = Field(sa_column=Column(Float(53)))
+
+
+class TaskRow(_Base, table=True):
+    """A version of a task."""
+
+    __tablename__ = "task_version"
+    name: str = Field(sa_column=Column(Text, primary_key=True))
+    version: str = Field(sa_column=Column(Text, primary_key=True))
+    reference: str = Field(sa_column=_text())
+    layout_digest: str = Field(sa_column=_text())
+    num_parameters: int = Field(sa_column=Column(BigInteger, nullable=False))
+    registered_at: float = Field(sa_column=Column(Float(53), nullable=False))
+
+
+class RunRow(_Base, table=True):
+    """A run, from the queue to its verdict."""
+
+    __tablename__ = "run"
+    __table_args__ = (Index("run_state", "state"),)
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    name: str = Field(sa_column=_text())
+    spec: str = Field(sa_column=_text())  # JSON object
+    state: str = Field(sa_column=_text())  # queued, running, stopping, completed, stopped, failed
+    reason: str = Field(sa_column=_text())
+    queued_seq: int = Field(sa_column=Column(BigInteger, nullable=False))  # the order of the queue
+    queued_at: float = Field(sa_column=Column(Float(53), nullable=False))
+    started_at: float | None = Field(sa_column=Column(Float(53)))
+    finished_at: float | None = Field(sa_column=Column(Float(53)))
+    committed: int = Field(sa_column=Column(Integer, nullable=False))  # last committed round, 0 for none
+    rounds: int | None = Field(sa_column=Column(Integer))  # as reported at the end
+    model_sha256: str | None = Field(sa_column=Column(Text))  # the newest, at the end the final model
+    best_round: int | None = Field(sa_column=Column(Integer))
+    best_sha256: str | None = Field(sa_column=Column(Text))
+    best_metric: str | None = Field(sa_column=Column(Text))
+    best_value: float | None = Field(sa_column=Column(Float(53)))
+
+
+class RoundRow(_Base, table=True):
+    """One attempt of one round."""
+
+    __tablename__ = "round"
+    __table_args__ = (ForeignKeyConstraint(["run_id"], ["run.id"], name="round_run"),)
+    run_id: str = Field(sa_column=Column(Text, primary_key=True))
+    round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    state: str = Field(sa_column=_text())  # planned, committed, abandoned
+    plan: str = Field(sa_column=_text())  # JSON object
+    start_sha256: str = Field(sa_column=_text())  # the model that went out
+    model_sha256: str | None = Field(sa_column=Column(Text))  # the model that came of it
+    state_sha256: str | None = Field(sa_column=Column(Text))  # the server optimiser's state after it
+    metrics: str = Field(sa_column=_text())  # JSON object
+    cause: str = Field(sa_column=_text())  # why it was abandoned
+    bytes_up: int = Field(sa_column=Column(BigInteger, nullable=False))
+    bytes_down: int = Field(sa_column=Column(BigInteger, nullable=False))
+    seconds: float = Field(sa_column=Column(Float(53), nullable=False))
+    planned_at: float = Field(sa_column=Column(Float(53), nullable=False))
+    closed_at: float | None = Field(sa_column=Column(Float(53)))
+
+
+class ParticipationRow(_Base, table=True):
+    """What became of one device in one attempt."""
+
+    __tablename__ = "participation"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["run_id", "round", "attempt"],
+            ["round.run_id", "round.round", "round.attempt"],
+            name="part_round",
+        ),
+        ForeignKeyConstraint(["device_id"], ["device.id"], name="part_device"),
+        Index("participation_device", "device_id"),
+    )
+    run_id: str = Field(sa_column=Column(Text, primary_key=True))
+    round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    device_id: str = Field(sa_column=Column(Text, primary_key=True))
+    outcome: str = Field(sa_column=_text())  # counted, rejected, dropped
+    reason: str = Field(sa_column=_text())
+    seconds: float = Field(sa_column=Column(Float(53), nullable=False))
+    examples: int = Field(sa_column=Column(BigInteger, nullable=False))
+    bytes_up: int = Field(sa_column=Column(BigInteger, nullable=False))
+    bytes_down: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class ModelRow(_Base, table=True):
+    """A model and the model it came from."""
+
+    __tablename__ = "model_version"
+    __table_args__ = (
+        ForeignKeyConstraint(["run_id"], ["run.id"], name="model_run"),
+        Index("model_version_sha256", "sha256"),
+    )
+    run_id: str = Field(sa_column=Column(Text, primary_key=True))
+    round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    sha256: str = Field(sa_column=_text())
+    parent_sha256: str | None = Field(sa_column=Column(Text))
+    metrics: str = Field(sa_column=_text())  # JSON object
+    created_at: float = Field(sa_column=Column(Float(53), nullable=False))
+
+
+class PresenceRow(_Base, table=True):
+    """Soft state: when a device was last heard of. Not in the journal, lost without harm."""
+
+    __tablename__ = "presence"
+    device_id: str = Field(sa_column=Column(Text, primary_key=True))
+    last_seen: float = Field(sa_column=Column(Float(53), nullable=False))
+    status: str = Field(sa_column=_text())
+
+
+METADATA: MetaData = _Base.metadata
+
+
+def _table(name: str) -> Table:
+    return METADATA.tables[name]
+
+
+EVENT = _table("event")
+HEAD = _table("journal_head")
+TOKEN = _table("enrolment_token")
+TOKEN_USE = _table("token_use")
+DEVICE = _table("device")
+TASK = _table("task_version")
+RUN = _table("run")
+ROUND = _table("round")
+PARTICIPATION = _table("participation")
+MODEL = _table("model_version")
+PRESENCE = _table("presence")
+
+# In an order in which rows can be inserted without breaking a foreign key; deleted the other way round.
+PROJECTIONS: tuple[Table, ...] = (TOKEN, TOKEN_USE, DEVICE, TASK, RUN, ROUND, PARTICIPATION, MODEL)
