@@ -1,0 +1,60 @@
+# Everything here works on a machine that has only make and Python 3.11 or newer:
+#   make demo    a fleet learns on real data, on this machine, without network
+#   make test    all tests
+# What is needed is installed into .venv first. Another Python: make test PYTHON=python3.12
+# More arguments: make test ARGS="-k config"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ARGS ?=
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+	@echo "make lint    style, types, layers, generated code"
+	@echo "make bench   measurements (make bench ARGS=--list)"
+	@echo "make clean   remove .venv and all caches"
+
+demo: $(VENV)/.sim
+	@$(BIN)/lepton demo $(ARGS)
+
+test: $(VENV)/.dev
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	PYTHON=$(BIN)/python proto/generate --check
+
+bench: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and by itself: pip then takes a CPU build where one is at hand.
+$(VENV)/.torch: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Lepton FL needs Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) ..."; $(PYTHON) -m venv $(VENV); } || { \
+	  rm -rf $(VENV); echo "Could not make a virtual environment (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	@echo "Installing torch ..."
+	@$(PIP) 'torch>=2.13,<2.14'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "Installing lepton-fl with its development tools ..."
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.sim
+
+$(VENV)/.sim: $(VENV)/.torch pyproject.toml
+	@echo "Installing lepton-fl with its simulation ..."
+	@$(PIP) --editable '.[sim]'
+	@touch $@
