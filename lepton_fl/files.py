@@ -42,8 +42,9 @@ def sha256_hex(data: bytes) -> str:
 def canonical_json(obj: object) -> bytes:
     """Encode ``obj`` as the one JSON text that stands for it, in UTF-8.
 
-    Keys are sorted, nothing is padded, text is not escaped beyond what JSON demands. Two equal objects made of
-    ``dict`` (text keys), ``list``, ``tuple``, ``str``, ``int``, ``float``, ``bool`` and ``None`` give equal bytes.
+    Keys are sorted, nothing is padded, text is not escaped beyond what JSON demands. Two equal objects
+    made of ``dict`` (text keys), ``list``, ``tuple``, ``str``, ``int``, ``float``, ``bool`` and ``None`` give
+    equal bytes.
 
     Raises:
         ValueError: NaN, infinity, a key that is not text, text that is not Unicode, or another type.
@@ -132,7 +133,7 @@ def read_private(path: str | os.PathLike[str]) -> bytes:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if mode & 0o077:
                 raise TrustError(
-                    f"Expected {target} to be private (mode 0600), got {mode:04o}: others could have read it.",
+                    f"Expected {target} to be private (mode 0600), got {mode:04o}: others could read it.",
                     hint=f"Run `chmod 600 {target}`. If somebody may have copied it, replace it instead.",
                 )
             return file.read()
@@ -261,10 +262,7 @@ class BlobStore:
         except OSError as error:
             _raise_translated(error, self.path(digest))
         if hasher.hexdigest() != digest:
-            raise StateCorrupt(
-                f"Blob {digest} in {self.folder} has SHA-256 {hasher.hexdigest()}: it was damaged or altered.",
-                hint="Restore it from a copy; storing the original content again replaces it.",
-            )
+            raise self._damaged(digest, hasher.hexdigest())
 
     def read(self, digest: str) -> bytes:
         """Return the content of a blob.
@@ -273,19 +271,17 @@ class BlobStore:
             NotFound: It is not in the store.
             StateCorrupt: Its content has another hash.
         """
-        target = self.path(digest)
-        try:
-            data = target.read_bytes()
-        except FileNotFoundError as error:
-            raise NotFound(f"There is no blob {digest} in {self.folder}.") from error
-        except OSError as error:
-            _raise_translated(error, target)
-        if sha256_hex(data) != digest:
-            raise StateCorrupt(
-                f"Blob {digest} in {self.folder} has SHA-256 {sha256_hex(data)}: it was damaged or altered.",
-                hint="Restore it from a copy; storing the original content again replaces it.",
-            )
+        with self.open(digest) as file:
+            data = file.read()
+        if sha256_hex(data) != digest:  # changed between the check and the read
+            raise self._damaged(digest, sha256_hex(data))
         return data
+
+    def _damaged(self, digest: str, found: str) -> StateCorrupt:
+        return StateCorrupt(
+            f"Blob {digest} in {self.folder} has SHA-256 {found}: it was damaged or altered.",
+            hint="Restore it from a copy; storing the original content again replaces it.",
+        )
 
     def _sweep(self) -> None:
         """Remove what a killed process left half-written, long enough ago that nobody still writes it."""

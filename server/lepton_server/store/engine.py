@@ -1,7 +1,7 @@
 """Connections to SQLite and PostgreSQL, and their errors in our words.
 
-Two ways to begin a transaction: *read* is a snapshot that never waits, *write* takes the one write lock, so that
-the events of several processes form one chain. Only a begun write may change anything.
+Two ways to begin a transaction: *read* is a snapshot that never waits, *write* takes the one write lock, so
+that the events of several processes form one chain. Only a begun write may change anything.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, create_engine, delete, insert, select
+from sqlalchemy import Connection, RowMapping, Table, create_engine, delete, insert, select
 from sqlalchemy.pool import StaticPool
 
 from lepton_fl.errors import LeptonError, StateCorrupt
@@ -126,7 +126,7 @@ def _compare(live: Connection, scratch: Connection, last: Head, replace: bool) -
     return RebuildReport(last, counts, tuple(shown), different, replace and different > 0)
 
 
-def _by_key(connection: Connection, table: Any, key: list[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _by_key(connection: Connection, table: Table, key: list[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
     rows = connection.execute(select(table)).mappings()
     return {tuple(row[name] for name in key): dict(row) for row in rows}
 

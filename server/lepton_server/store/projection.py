@@ -14,7 +14,6 @@ Rules:
                    └──> abandoned ──> planned again as the next attempt
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from sqlalchemy import Connection, RowMapping, Table, and_, insert, select, upda
 from lepton_fl.errors import NotFound, StateConflict, TrustError
 from lepton_fl.files import canonical_json
 from lepton_server.store import events as ev
-from lepton_server.store.tables import DEVICE, MODEL, PARTICIPATION, ROUND, RUN, TASK, TOKEN
+from lepton_server.store.tables import DEVICE, MODEL, PARTICIPATION, ROUND, RUN, TASK, TOKEN, TOKEN_USE
 
 FINISHED = ("completed", "stopped", "failed")
 _CHUNK = 500  # ids in one IN (…)
@@ -87,7 +86,7 @@ def _token_created(connection: Connection, when: When, body: ev.TokenCreated) ->
         "expires_at": body.expires_at,
         "note": body.note,
         "uses": body.uses,
-        "used_by": "{}",
+        "used": 0,
         "revoked": 0,
     }
     connection.execute(insert(TOKEN).values(row))
@@ -97,20 +96,20 @@ def _token_used(connection: Connection, when: When, body: ev.TokenUsed) -> None:
     token = _one(connection, TOKEN, id=body.token_id)
     if token is None:
         raise _token_refused("This coordinator did not make the token")
-    used_by = json.loads(token["used_by"])
     if token["revoked"]:
         raise _token_refused(f"Token {body.token_id} was revoked")
     if when.time >= token["expires_at"]:
         late = when.time - token["expires_at"]
         raise _token_refused(f"Token {body.token_id} expired {late:.0f} s ago")
-    if body.device_id in used_by:
+    if _one(connection, TOKEN_USE, token_id=body.token_id, device_id=body.device_id):
         raise _token_refused(f"Token {body.token_id} was used by this device already")
-    if len(used_by) >= token["uses"]:
+    if token["used"] >= token["uses"]:
         raise _token_refused(
-            f"Token {body.token_id} was used {len(used_by)} of {token['uses']} times already"
+            f"Token {body.token_id} was used {token['used']} of {token['uses']} times already"
         )
-    used_by[body.device_id] = 0  # the sequence number of the enrolment takes this place
-    _change(connection, TOKEN, {"id": body.token_id}, used_by=_json(used_by))
+    _change(connection, TOKEN, {"id": body.token_id}, used=token["used"] + 1)
+    use = {"token_id": body.token_id, "device_id": body.device_id, "used_at": when.time, "enrolled_seq": 0}
+    connection.execute(insert(TOKEN_USE).values(use))
 
 
 def _token_refused(message: str) -> TrustError:
@@ -130,7 +129,10 @@ def _token_revoked(connection: Connection, when: When, body: ev.TokenRevoked) ->
 
 
 def _device_enrolled(connection: Connection, when: When, body: ev.DeviceEnrolled) -> None:
-    used_by = _pending_uses(connection, body)
+    spent: dict[str, object] = {"token_id": body.token_id, "device_id": body.device_id}
+    use = _one(connection, TOKEN_USE, **spent)
+    if use is None or use["enrolled_seq"]:
+        raise TrustError(f"Device {body.device_id} did not spend token {body.token_id} for this enrolment.")
     known = _one(connection, DEVICE, id=body.device_id)
     holder = _one(connection, DEVICE, public_key=body.public_key)
     if holder is not None and holder["id"] != body.device_id:
@@ -139,8 +141,7 @@ def _device_enrolled(connection: Connection, when: When, body: ev.DeviceEnrolled
         raise _device_revoked_error(body.device_id)
     if known is not None and known["public_key"] != body.public_key:
         raise StateConflict(f"Device {body.device_id} is enrolled with another key.")
-    used_by[body.device_id] = when.seq
-    _change(connection, TOKEN, {"id": body.token_id}, used_by=_json(used_by))
+    _change(connection, TOKEN_USE, spent, enrolled_seq=when.seq)
     values = {
         "name": body.name,
         "cert_serial": body.cert_serial,
@@ -162,15 +163,6 @@ def _device_enrolled(connection: Connection, when: When, body: ev.DeviceEnrolled
         "reported_at": None,
     }
     connection.execute(insert(DEVICE).values({**values, **fresh}))
-
-
-def _pending_uses(connection: Connection, body: ev.DeviceEnrolled) -> dict[str, int]:
-    """Return who used the token; the device must be among them and not have enrolled with it yet."""
-    token = _one(connection, TOKEN, id=body.token_id)
-    used_by: dict[str, int] = json.loads(token["used_by"]) if token is not None else {}
-    if used_by.get(body.device_id) != 0:
-        raise TrustError(f"Device {body.device_id} did not spend token {body.token_id} for this enrolment.")
-    return used_by
 
 
 def _active(connection: Connection, device_id: str) -> RowMapping:
@@ -229,7 +221,7 @@ def _task_registered(connection: Connection, when: When, body: ev.TaskRegistered
     known = _one(connection, TASK, name=body.name, version=body.version)
     if known is not None:
         raise StateConflict(
-            f"Task {body.name} {body.version} is registered already, with layout {known['layout_digest'][:12]}….",
+            f"Task {body.name} {body.version} is registered already (layout {known['layout_digest'][:12]}…).",
             hint="Give the changed task a new version.",
         )
     connection.execute(insert(TASK).values(**body.model_dump(), registered_at=when.time))

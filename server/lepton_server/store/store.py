@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, RowMapping, Select, insert, select, text, update
+from sqlalchemy import Connection, Engine, RowMapping, Select, insert, select, update
 
 from lepton_fl.errors import NotFound, StateError, StateLocked
 from lepton_server.store import journal
@@ -46,6 +46,7 @@ from lepton_server.store.tables import (
     RUN,
     TASK,
     TOKEN,
+    TOKEN_USE,
 )
 from lepton_server.store.views import (
     ActiveDevice,
@@ -61,6 +62,7 @@ from lepton_server.store.views import (
     Token,
 )
 
+_PAGE = 1000  # events that a follower reads at a time
 LOCK_TIMEOUT = 10.0  # seconds to wait for another writer
 
 
@@ -154,7 +156,8 @@ class Store:
     def transaction(self) -> Iterator[Transaction]:
         """Record several events atomically. Keep it short: every other writer waits for its end.
 
-        Do not open another one, or call :meth:`record` on the store, inside the block: it would wait for itself.
+        Do not open another one, or call :meth:`record` on the store, inside the block: it would wait for
+        itself.
 
         Raises:
             StateLocked: Another process held the write lock for too long.
@@ -286,12 +289,23 @@ class Store:
 
     def tokens(self) -> list[Token]:
         """Return all join tokens, oldest first."""
-        return [_token(row) for row in self._rows(select(TOKEN).order_by(TOKEN.c.created_at, TOKEN.c.id))]
+        return self._tokens(select(TOKEN).order_by(TOKEN.c.created_at, TOKEN.c.id))
 
     def token_by_secret(self, secret_sha256: str) -> Token | None:
         """Return the token whose secret has that hash."""
-        rows = self._rows(select(TOKEN).where(TOKEN.c.secret_sha256 == secret_sha256))
-        return _token(rows[0]) if rows else None
+        tokens = self._tokens(select(TOKEN).where(TOKEN.c.secret_sha256 == secret_sha256))
+        return tokens[0] if tokens else None
+
+    def _tokens(self, query: Select[Any]) -> list[Token]:
+        with reading(self._engine) as connection:
+            rows = connection.execute(query).mappings().all()
+            uses = select(TOKEN_USE.c.token_id, TOKEN_USE.c.device_id).order_by(TOKEN_USE.c.used_at)
+            if len(rows) == 1:
+                uses = uses.where(TOKEN_USE.c.token_id == rows[0]["id"])
+            used_by: dict[str, list[str]] = {}
+            for token_id, device_id in connection.execute(uses):
+                used_by.setdefault(token_id, []).append(device_id)
+        return [_token(row, used_by.get(row["id"], [])) for row in rows]
 
     def tasks(self) -> list[Task]:
         """Return all task versions, in the order of their registration."""
@@ -377,11 +391,11 @@ class Store:
         while not stop.is_set():
             head = self.head_seq()
             while after_seq < head and not stop.is_set():
-                upto = min(head, after_seq + 1000)
-                batch = self.events(after_seq, kinds=wanted, limit=1000)
-                yield from batch
-                # A full batch may end before ``head``; a short one has shown everything up to it.
-                after_seq = batch[-1].seq if len(batch) == 1000 else max(upto, head)
+                page = self.events(after_seq, kinds=wanted, limit=_PAGE)
+                yield from page
+                newest = page[-1].seq if page else head
+                # A full page may end before ``head``; a short one has shown everything up to it.
+                after_seq = newest if len(page) == _PAGE else max(head, newest)
             stop.wait(poll)
 
     def verify_journal(self, expected: Head | None = None) -> Head:
@@ -437,11 +451,8 @@ def _device(row: RowMapping) -> Device:
     return Device(**values)
 
 
-def _token(row: RowMapping) -> Token:
-    values = dict(row)
-    values["used_by"] = tuple(json.loads(row["used_by"]))
-    values["revoked"] = bool(row["revoked"])
-    return Token(**values)
+def _token(row: RowMapping, used_by: Sequence[str]) -> Token:
+    return Token(**{**row, "used_by": tuple(used_by), "revoked": bool(row["revoked"])})
 
 
 def _task_query(name: str, version: str) -> Select[Any]:
@@ -457,23 +468,20 @@ def _same_task(known: Task, task: TaskRegistered) -> bool:
 
 
 def _upsert_presence(connection: Connection, rows: Sequence[tuple[str, float, str]]) -> None:
-    if connection.dialect.name == "postgresql":  # one statement with arrays: one round trip for a batch
-        connection.execute(
-            text(
-                "INSERT INTO presence (device_id, last_seen, status) "
-                "SELECT * FROM unnest(CAST(:ids AS text[]), CAST(:times AS float8[]), CAST(:words AS text[])) "
-                "ON CONFLICT (device_id) DO UPDATE SET last_seen = excluded.last_seen, status = excluded.status "
-                "WHERE excluded.last_seen >= presence.last_seen"
-            ),
-            {"ids": [r[0] for r in rows], "times": [r[1] for r in rows], "words": [r[2] for r in rows]},
-        )
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(_PRESENCE.format(source="VALUES (?, ?, ?)"), list(rows))
         return
-    connection.exec_driver_sql(
-        "INSERT INTO presence (device_id, last_seen, status) VALUES (?, ?, ?) "
-        "ON CONFLICT (device_id) DO UPDATE SET last_seen = excluded.last_seen, status = excluded.status "
-        "WHERE excluded.last_seen >= presence.last_seen",
-        list(rows),
-    )
+    # One statement with three arrays: a batch is one round trip.
+    source = "SELECT * FROM unnest(%s::text[], %s::float8[], %s::text[])"
+    columns = tuple(list(column) for column in zip(*rows, strict=True))
+    connection.exec_driver_sql(_PRESENCE.format(source=source), columns)
+
+
+_PRESENCE = """
+    INSERT INTO presence (device_id, last_seen, status) {source}
+    ON CONFLICT (device_id) DO UPDATE SET last_seen = excluded.last_seen, status = excluded.status
+    WHERE excluded.last_seen >= presence.last_seen
+"""
 
 
 def open_store(

@@ -37,6 +37,7 @@ class Token:
     expires_at: float
     note: str
     uses: int
+    used: int
     used_by: tuple[str, ...]  # device ids
     revoked: bool
 
@@ -44,7 +45,7 @@ class Token:
         """Return ``revoked``, ``used``, ``expired`` or ``valid``."""
         if self.revoked:
             return "revoked"
-        if len(self.used_by) >= self.uses:
+        if self.used >= self.uses:
             return "used"
         return "expired" if now >= self.expires_at else "valid"
 
