@@ -1,0 +1,731 @@
+"""The fleet as it is now, in memory: who is enrolled, who is there, who could train what.
+
+Rules:
+
+* The journal is the truth about enrolment. This view follows it, so that what another process writes (a
+  revocation by the command line) takes effect here within ``journal_poll_s``.
+* Presence is soft: after a restart every device is offline until it calls again. It is written to the store
+  in batches, for people to look at; an idle check-in writes nothing else, and the journal does not grow.
+* What a device says of itself is journalled when it has changed, at most once per ``REPORT_GAP_S``.
+* Nothing here waits: every method takes one lock for microseconds. ``candidates`` reads without it.
+
+Example::
+
+    fleet = Fleet(store, config)
+    fleet.start()                                   # loads, then follows the journal and writes batches
+    candidates = fleet.candidates("pkg.tasks:digits", "1", groups=())
+    if fleet.mark_busy(device_id, run_id):          # False: another run was faster
+        fleet.instruct(device_id, instruction)      # at once if it waits, else at its next check-in
+"""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Protocol
+
+from lepton_fl.errors import ConnectionFailed, LeptonError, NotFound, TrustError
+from lepton_fl.files import canonical_json
+from lepton_fl.rounds.cohort import Candidate
+from lepton_fl.wire.v1 import device_pb2 as pb
+from lepton_server.config import CheckInSection
+from lepton_server.store import Store
+
+log = logging.getLogger(__name__)
+
+REPORT_GAP_S = 60.0  # a device's report is journalled at most so often, however often it changes
+MAX_PENDING = 16  # instructions kept for a device that is away
+KEEP_S = 3600.0  # how long an instruction without a deadline is kept for it
+CLOCK_TOLERANCE_S = 5.0  # Flower refuses signatures from further ahead than this; older than 300 s, too
+IDLE, BUSY, NOT_ELIGIBLE = "idle", "busy", "not-eligible"
+_FOLLOWED = ("device.enrolled", "device.renewed", "device.revoked", "device.desired")
+_PAGE = 1000  # events read at a time
+_EMPTY = hashlib.sha256(b"{}").hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskState:
+    """What a device reported about one of its tasks."""
+
+    name: str
+    version: str
+    layout_digest: str
+    ready: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a device says of itself and what seldom changes; equal reports share one object."""
+
+    tasks: tuple[TaskState, ...]
+    client_version: str
+    capabilities: tuple[tuple[str, int | str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, as journalled."""
+        return {
+            "tasks": [
+                {
+                    "name": t.name,
+                    "version": t.version,
+                    "layout_digest": t.layout_digest,
+                    "ready": t.ready,
+                    "reason": t.reason,
+                }
+                for t in self.tasks
+            ],
+            "client_version": self.client_version,
+            "capabilities": dict(self.capabilities),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+
+
+_NO_REPORT = Report((), "", ())
+
+
+@dataclass(slots=True)
+class _Pending:
+    """An instruction that its device has not acted upon yet."""
+
+    instruction: pb.Instruction
+    key: tuple[str, str]  # kind and run: a newer one replaces it
+    until: float  # monotonic, s
+    sent: bool = False  # only a Participate outlives being sent, until the device shows that it got it
+
+
+@dataclass(slots=True)
+class _Device:
+    device_id: str
+    groups: tuple[str, ...]
+    revoked: bool = False
+    due: float = 0.0  # monotonic, s: offline after this; 0 = not seen by this process
+    status: str = IDLE
+    reason: str = ""
+    report: Report = _NO_REPORT
+    digest: str = _EMPTY  # of the report that is in the journal
+    journalled_at: float = -REPORT_GAP_S  # monotonic, s
+    renewed_at: float = float("-inf")  # monotonic, s
+    clock_offset: float = 0.0  # device minus server, s
+    desired: str = ""  # canonical JSON; empty = nothing is wanted
+    desired_digest: str = ""
+    run: str = ""  # the run that it was drawn into
+    stream: "Stream | None" = None
+    pending: list[_Pending] | None = None
+
+
+class Stream(Protocol):
+    """A device that waits: what the fleet needs of the open call. Any thread may call both methods."""
+
+    def wake(self) -> None:
+        """There is something to take."""
+
+    def close(self, error: LeptonError | None) -> None:
+        """End the call: with an error, or because a newer stream of the device has replaced it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a device that checked in is told.
+
+    Attributes:
+        next_s: Seconds until its next check-in, jitter included.
+        wait: Whether it should open a waiting stream now.
+        instructions: To act upon, in order.
+        desired: Canonical JSON of what the operator wants of it, or empty.
+    """
+
+    next_s: float
+    wait: bool
+    instructions: tuple[pb.Instruction, ...]
+    desired: str
+
+
+@dataclass(frozen=True, slots=True)
+class FleetCounts:
+    """The fleet at a glance, for /metrics."""
+
+    registered: int
+    online: int
+    waiting: int
+    busy: int
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What the next write takes to the store."""
+
+    presence: dict[str, tuple[float, str]] = field(default_factory=dict)  # id -> wall clock s, status
+    reports: set[str] = field(default_factory=set)
+
+
+class Fleet:
+    """The registered devices; see the module for its rules. Safe for any number of threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: CheckInSection | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        rng: Random | None = None,
+    ) -> None:
+        """Make an empty view; :meth:`start` or :meth:`load` fills it.
+
+        Args:
+            store: The coordinator's state.
+            config: Intervals and bounds; None = the defaults.
+            clock: Monotonic seconds.
+            wall: UTC seconds.
+            rng: For jitter only.
+        """
+        self._store = store
+        self._config = config or CheckInSection()
+        self._clock, self._wall, self._rng = clock, wall, rng or Random()  # noqa: S311 - jitter
+        self._lock = threading.Lock()
+        self.on_change = threading.Condition(self._lock)
+        self._generation = 0
+        self._devices: dict[str, _Device] = {}
+        self._registered = 0
+        self._streams = 0
+        self._run_active = False
+        self._batch = _Batch()
+        self._seq = 0
+        self._revocation: list[Callable[[str], None]] = []
+        self._follow_lock = threading.Lock()  # one thread at a time follows the journal
+        self._flush_lock = threading.Lock()  # and one writes
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load the fleet, then follow the journal and write batches in the background until :meth:`stop`."""
+        self.load()
+        self._stop.clear()
+        for name, work, period in (
+            ("fleet-journal", self.follow, self._config.journal_poll_s),
+            ("fleet-writer", self.flush, self._config.batch_window_s),
+        ):
+            thread = threading.Thread(target=self._repeat, args=(work, period), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Stop the background work and write what is left."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        try:
+            self.flush(everything=True)
+        except LeptonError as error:
+            log.warning("the last presence batch could not be written: %s", error)
+
+    def _repeat(self, work: Callable[[], None], period: float) -> None:
+        failing = False
+        while not self._stop.wait(period):
+            try:
+                work()
+            except LeptonError as error:
+                if not failing:  # said once, not twice a second
+                    log.error("%s: %s; trying again", threading.current_thread().name, error)
+                failing = True
+            except Exception:  # this thread enforces revocation: it must not die of a surprise
+                log.exception("%s: unexpected error; trying again", threading.current_thread().name)
+            else:
+                if failing:
+                    log.info("%s: works again", threading.current_thread().name)
+                failing = False
+
+    def load(self) -> None:
+        """Read the registered devices from the store."""
+        with self._follow_lock:
+            seq = self._store.head_seq()  # first: what is written meanwhile is then seen twice, not never
+            devices: dict[str, _Device] = {}
+            groups: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal ones share one object
+            digests: dict[str, str] = {}
+            for row in self._store.active_devices():
+                device = _Device(row.id, groups.setdefault(row.groups, row.groups))
+                if row.reported:
+                    digest = _digest(row.reported)
+                    device.digest = digests.setdefault(digest, digest)
+                if row.desired:
+                    _want(device, row.desired)
+                devices[row.id] = device
+            with self._lock:
+                self._devices = devices
+                self._registered = len(devices)
+                self._seq = seq
+                self._changed()
+
+    # -- the journal --------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Apply the events that were journalled since the last call, by this process or another."""
+        with self._follow_lock:
+            head = self._store.head_seq()
+            while self._seq < head:
+                events = self._store.events(self._seq, kinds=_FOLLOWED, limit=_PAGE)
+                for event in events:
+                    self._apply(event.kind, event.body)
+                # A short page has shown everything up to the head, also when that is of other kinds.
+                self._seq = events[-1].seq if len(events) == _PAGE else max(head, *(e.seq for e in events), 0)
+
+    def _apply(self, kind: str, body: Mapping[str, Any]) -> None:
+        device_id = str(body["device_id"])
+        if kind == "device.revoked":
+            self._revoke(device_id, str(body.get("reason", "")))
+            return
+        with self._lock:
+            device = self._devices.get(device_id)
+            if kind == "device.enrolled":
+                if device is None:
+                    device = self._devices[device_id] = _Device(device_id, ())
+                    self._registered += 1
+                elif device.revoked:
+                    device.revoked = False
+                    self._registered += 1
+                device.groups = tuple(body.get("groups", ()))
+                self._changed()
+            elif device is not None and kind == "device.desired":
+                _want(device, body["desired"])
+                if device.stream is not None:
+                    device.stream.close(None)  # so that it checks in and is told
+            elif device is not None and kind == "device.renewed":
+                device.renewed_at = self._clock()
+
+    def _revoke(self, device_id: str, reason: str) -> None:
+        with self._lock:
+            device = self._devices.get(device_id)
+            if device is None or device.revoked:
+                return
+            device.revoked, device.reason = True, reason
+            device.pending = None
+            self._registered -= 1
+            self._batch.reports.discard(device_id)
+            self._batch.presence.pop(device_id, None)
+            stream, device.stream = device.stream, None
+            self._streams -= stream is not None
+            self._changed()
+        if stream is not None:
+            stream.close(_revoked(device_id))
+        log.warning("device %s is revoked", device_id, extra={"event": "device.revoked", "device": device_id})
+        for callback in self._revocation:
+            callback(device_id)
+
+    def on_revoked(self, callback: Callable[[str], None]) -> None:
+        """Have ``callback(device_id)`` called, in any thread, when a device loses its enrolment."""
+        self._revocation.append(callback)
+
+    # -- what the device service asks -----------------------------------------------------------------
+
+    def require(self, device_id: str) -> None:
+        """Check that a device may talk to this coordinator.
+
+        Raises:
+            TrustError: It is not enrolled, or revoked.
+        """
+        with self._lock:
+            self._require(device_id)
+
+    def _require(self, device_id: str) -> _Device:
+        device = self._devices.get(device_id)
+        if device is None:
+            raise TrustError(
+                f"Device {device_id} is not enrolled at this coordinator.",
+                hint="Ask the operator for a join token and enrol.",
+            )
+        if device.revoked:
+            raise _revoked(device_id)
+        return device
+
+    def check_in(
+        self,
+        device_id: str,
+        report: Report,
+        status: str = IDLE,
+        reason: str = "",
+        *,
+        device_time: float = 0.0,
+        desired_digest: str = "",
+    ) -> Answer:
+        """Note that a device is there, and say what it should do.
+
+        Args:
+            device_id: Verified by its certificate.
+            report: What it says of itself.
+            status: ``idle``, ``busy`` or ``not-eligible``.
+            reason: With ``not-eligible``: the rule and the value.
+            device_time: Its clock, UTC seconds; 0 = it did not say.
+            desired_digest: SHA-256 (hex) of the desired state that it acted upon last.
+
+        Raises:
+            TrustError: It is not enrolled, or revoked.
+        """
+        now, wall = self._clock(), self._wall()
+        with self._lock:
+            device = self._require(device_id)
+            room = device.stream is not None or self._streams < self._config.max_waiting
+            next_s = self._interval()
+            if self._note(device, report, status, reason, now):
+                self._changed()
+            if device.stream is None:
+                device.due = now + next_s * self._config.offline_after
+            self._note_clock(device, device_time - wall if device_time else 0.0)
+            self._batch.presence[device_id] = (wall, status)
+            instructions = self._take(device, now) if device.pending else ()
+            desired = device.desired if device.desired_digest != desired_digest else ""
+        return Answer(next_s, self._run_active and room, instructions, desired)
+
+    def _note(self, device: _Device, report: Report, status: str, reason: str, now: float) -> bool:
+        """Take in what a device says; returns whether that may change who is eligible."""
+        changed = device.due <= now or device.status != status or device.reason != reason
+        device.status, device.reason = status, reason
+        if status == BUSY and device.pending:
+            device.pending = [p for p in device.pending if not p.sent] or None  # it got them
+        if report is not device.report and report != device.report:
+            device.report = report
+            self._batch.reports.add(device.device_id)
+            changed = True
+        return changed
+
+    def _note_clock(self, device: _Device, offset: float) -> None:
+        was, device.clock_offset = device.clock_offset, offset
+        if abs(offset) > CLOCK_TOLERANCE_S >= abs(was):
+            log.warning(
+                "the clock of device %s is %+.0f s off; Flower refuses signatures with a wrong time",
+                device.device_id,
+                offset,
+                extra={"event": "device.clock", "device": device.device_id, "offset_s": offset},
+            )
+
+    def _interval(self) -> float:
+        mean = max(self._config.interval_s, self._registered / self._config.max_rate)
+        return mean * (1 + self._config.jitter * (2 * self._rng.random() - 1))
+
+    def may_renew(self, device_id: str, gap_s: float) -> None:
+        """Check that a device may have a new certificate now; counts as its renewal.
+
+        Raises:
+            TrustError: It is not enrolled, or revoked.
+            ConnectionFailed: It had one less than ``gap_s`` seconds ago.
+        """
+        now = self._clock()
+        with self._lock:
+            device = self._require(device_id)
+            ago = now - device.renewed_at
+            if ago < gap_s:
+                raise ConnectionFailed(
+                    f"Device {device_id} renewed its certificate {ago:.0f} s ago, less than {gap_s:.0f} s.",
+                    hint="Use the certificate that was issued, or try again later.",
+                )
+            device.renewed_at = now
+
+    # -- waiting streams ------------------------------------------------------------------------------
+
+    def open_stream(self, device_id: str, stream: Stream) -> bool:
+        """Register a waiting device; a stream that it had before is closed.
+
+        Returns:
+            Whether there is room; if not, the device should come back at its next check-in.
+
+        Raises:
+            TrustError: It is not enrolled, or revoked.
+        """
+        now = self._clock()
+        with self._lock:
+            device = self._require(device_id)
+            old, device.stream = device.stream, stream
+            if old is None and self._streams >= self._config.max_waiting:
+                device.stream = None
+                return False
+            self._streams += old is None
+            changed = device.due <= now
+            device.due = float("inf")
+            self._batch.presence[device_id] = (self._wall(), device.status)
+            if device.pending:
+                stream.wake()
+            if changed:
+                self._changed()
+        if old is not None:
+            old.close(None)
+        return True
+
+    def close_stream(
+        self, device_id: str, stream: Stream, *, undelivered: Sequence[pb.Instruction] = ()
+    ) -> None:
+        """Forget a stream that has ended; what it could not deliver is kept for the next check-in."""
+        now = self._clock()
+        with self._lock:
+            device = self._devices.get(device_id)
+            if device is None or device.revoked:
+                return
+            for instruction in undelivered:
+                self._keep(device, instruction, now)
+            if device.stream is stream:
+                device.stream = None
+                self._streams -= 1
+                # It was here until now: one interval to check in again.
+                device.due = now + self._interval() * self._config.offline_after
+                self._batch.presence[device_id] = (self._wall(), device.status)
+
+    def take(self, device_id: str, stream: Stream) -> tuple[pb.Instruction, ...]:
+        """Return what a waiting device should be told now.
+
+        Raises:
+            TrustError: It was revoked.
+        """
+        with self._lock:
+            device = self._require(device_id)
+            if device.stream is not stream or not device.pending:
+                return ()
+            return self._take(device, self._clock(), unsent=True)
+
+    # -- what a round driver asks -----------------------------------------------------------------------
+
+    def candidates(self, task: str, version: str, groups: Sequence[str] = ()) -> list[Candidate]:
+        """How every registered device stands towards a task.
+
+        A device that is unfit in several ways is counted once, by the first of: revoked, other group,
+        offline, task missing, wrong version, data contract, the owner's rule, busy.
+
+        Args:
+            task: ``package.module:attribute``.
+            version: Of the task.
+            groups: Only devices with one of these labels; empty = all.
+        """
+        now, wanted = self._clock(), frozenset(groups)
+        with self._lock:
+            devices = list(self._devices.values())
+        return [_standing(device, task, version, wanted, now) for device in devices]
+
+    def wait_for_change(self, seen: int, timeout: float) -> int:
+        """Wait until something that decides eligibility has changed since generation ``seen``.
+
+        Returns:
+            The generation now; pass it to the next call. Equal to ``seen`` when the time ran out.
+        """
+        with self.on_change:
+            self.on_change.wait_for(lambda: self._generation != seen, timeout)
+            return self._generation
+
+    @property
+    def generation(self) -> int:
+        """Grows whenever somebody's eligibility may have changed by an event (not by mere silence)."""
+        return self._generation
+
+    def instruct(self, device_id: str, instruction: pb.Instruction) -> bool:
+        """Tell a device something: at once when it waits, else at its next check-in.
+
+        A newer instruction of the same kind and run replaces an older one that is still kept. A
+        ``Participate`` is kept until its deadline, and its ``deadline_s`` is what remains of it when it is
+        delivered; until the device reports itself busy or :meth:`mark_idle` is called, it is offered again at
+        a check-in (the connection may have died under it), so a device must ignore an attempt that it knows.
+
+        Returns:
+            Whether the device waits, so that it is told now.
+
+        Raises:
+            NotFound: It is not enrolled, or revoked.
+        """
+        now = self._clock()
+        with self._lock:
+            device = self._devices.get(device_id)
+            if device is None or device.revoked:
+                raise NotFound(f"There is no enrolled device {device_id}.")
+            self._keep(device, instruction, now)
+            return self._wake(device)
+
+    def mark_busy(self, device_id: str, run_id: str) -> bool:
+        """Claim a device for a run; False when another run has it, or it is gone."""
+        with self._lock:
+            device = self._devices.get(device_id)
+            if device is None or device.revoked or device.run not in ("", run_id):
+                return False
+            device.run = run_id
+            return True
+
+    def mark_idle(self, device_id: str, run_id: str) -> None:
+        """Release a device that this run had claimed, and withdraw what the run still offers it."""
+        with self._lock:
+            device = self._devices.get(device_id)
+            if device is None or device.run != run_id:
+                return
+            device.run = ""
+            if device.status == BUSY:
+                device.status = IDLE  # until it says otherwise: the next round need not wait for its check-in
+            if device.pending:
+                device.pending = [p for p in device.pending if p.key != ("participate", run_id)] or None
+            self._changed()
+
+    def set_run_active(self, active: bool) -> None:
+        """Say whether a run is under way: then devices that check in are asked to wait on a stream."""
+        with self._lock:
+            self._run_active = active
+
+    def is_online(self, device_id: str) -> bool:
+        """Whether a device waits, or is not overdue with its check-in, and is not revoked."""
+        device = self._devices.get(device_id)
+        return device is not None and not device.revoked and device.due > self._clock()
+
+    def counts(self) -> FleetCounts:
+        """Count the fleet."""
+        now = self._clock()
+        with self._lock:
+            devices, registered, streams = list(self._devices.values()), self._registered, self._streams
+        online = sum(not d.revoked and d.due > now for d in devices)
+        return FleetCounts(registered, online, streams, sum(bool(d.run) for d in devices))
+
+    # -- instructions that are kept (the lock is held) ------------------------------------------------------
+
+    def _keep(self, device: _Device, instruction: pb.Instruction, now: float) -> None:
+        kind = instruction.WhichOneof("kind") or "ping"
+        body = getattr(instruction, kind)
+        run_id = "" if kind == "ping" else body.run_id
+        until = now + (body.deadline_s if kind == "participate" else KEEP_S)
+        withdrawn = {(kind, run_id)}
+        if kind == "leave":
+            withdrawn.add(("participate", run_id))
+        kept = [p for p in device.pending or () if p.key not in withdrawn and p.until > now]
+        kept.append(_Pending(instruction, (kind, run_id), until))
+        device.pending = kept[-MAX_PENDING:]
+
+    def _take(self, device: _Device, now: float, *, unsent: bool = False) -> tuple[pb.Instruction, ...]:
+        """Hand out what is kept; only a Participate stays, marked as sent."""
+        out, stay = [], []
+        for pending in device.pending or ():
+            if pending.until <= now:
+                continue
+            if pending.key[0] == "participate":
+                stay.append(pending)
+            if not (unsent and pending.sent):
+                out.append(_with_time_left(pending, now))
+            pending.sent = True
+        device.pending = stay or None
+        return tuple(out)
+
+    def _wake(self, device: _Device) -> bool:
+        if device.stream is not None:
+            device.stream.wake()
+        return device.stream is not None
+
+    def _changed(self) -> None:
+        self._generation += 1
+        self.on_change.notify_all()
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def flush(self, *, everything: bool = False) -> None:
+        """Write presence and changed reports; what cannot be written now is kept for the next time.
+
+        Args:
+            everything: Also reports that were journalled less than ``REPORT_GAP_S`` ago.
+        """
+        with self._flush_lock:
+            self._flush_presence()
+            self._flush_reports(everything)
+
+    def _flush_presence(self) -> None:
+        with self._lock:
+            presence, self._batch.presence = self._batch.presence, {}
+        if not presence:
+            return
+        try:
+            self._store.note_presence([(i, seen, status) for i, (seen, status) in presence.items()])
+        except LeptonError:
+            with self._lock:  # newer entries win
+                self._batch.presence = presence | self._batch.presence
+            raise
+
+    def _flush_reports(self, everything: bool) -> None:
+        now = self._clock()
+        with self._lock:
+            ready = [
+                (device, device.report)
+                for device_id in self._batch.reports
+                if (device := self._devices.get(device_id)) is not None
+                and (everything or now - device.journalled_at >= REPORT_GAP_S)
+            ]
+            self._batch.reports.difference_update(d.device_id for d, _ in ready)
+        changed = [(d, r.to_json(), r.digest()) for d, r in ready]
+        changed = [(d, body, digest) for d, body, digest in changed if digest != d.digest]
+        if not changed:
+            return
+        try:
+            with self._store.transaction() as transaction:
+                for device, body, _ in changed:
+                    transaction.record(
+                        "device.reported", device.device_id, {"device_id": device.device_id, "reported": body}
+                    )
+        except LeptonError:
+            with self._lock:
+                self._batch.reports.update(d.device_id for d, _, _ in changed)
+            raise
+        for device, _, digest in changed:
+            device.digest, device.journalled_at = digest, now
+
+
+def _standing(device: _Device, task: str, version: str, groups: frozenset[str], now: float) -> Candidate:
+    """How one device stands; reads single attributes only, so no lock is needed."""
+    device_id = device.device_id
+    if device.revoked:
+        return Candidate(device_id, "revoked", device.reason)
+    if groups and groups.isdisjoint(device.groups):
+        return Candidate(device_id, "other-group")
+    if device.due <= now:
+        return Candidate(device_id, "offline")
+    state = _best_state(device.report.tasks, task, version)
+    if state is None:
+        return Candidate(device_id, "task-missing")
+    if state.version != version:
+        return Candidate(device_id, "wrong-version", f"has {state.version}")
+    if not state.ready:
+        return Candidate(device_id, "data-contract", state.reason)
+    if device.status == NOT_ELIGIBLE:
+        return Candidate(device_id, "not-eligible", device.reason)
+    if device.run or device.status == BUSY:
+        return Candidate(device_id, "busy", device.run)
+    return Candidate(device_id, "eligible")
+
+
+def _best_state(tasks: Iterable[TaskState], task: str, version: str) -> TaskState | None:
+    found = None
+    for state in tasks:
+        if state.name == task:
+            if state.version == version:
+                return state
+            found = state
+    return found
+
+
+def _with_time_left(pending: _Pending, now: float) -> pb.Instruction:
+    if pending.key[0] != "participate":
+        return pending.instruction
+    copy = pb.Instruction()
+    copy.CopyFrom(pending.instruction)
+    copy.participate.deadline_s = pending.until - now
+    return copy
+
+
+def _want(device: _Device, desired: Mapping[str, Any]) -> None:
+    device.desired = canonical_json(dict(desired)).decode() if desired else ""
+    device.desired_digest = hashlib.sha256(device.desired.encode()).hexdigest() if desired else ""
+
+
+def _digest(reported: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(dict(reported))).hexdigest()
+
+
+def _revoked(device_id: str) -> TrustError:
+    return TrustError(
+        f"Device {device_id} has been revoked by the operator.",
+        hint="Ask the operator why; to come back, remove the key and enrol with a new token.",
+    )
