@@ -1,8 +1,8 @@
 """The coordinator's state: an append-only, hash-chained journal and the tables that follow from it.
 
 The only package that speaks SQL. ``events`` says what can happen, ``projection`` what it does and when it is
-allowed, ``tables`` and ``migrations`` how it lies on disk, ``journal`` how it is checked, ``store`` how all of
-it is used.
+allowed, ``tables`` and ``migrations`` how it lies on disk, ``journal`` how it is checked, ``store`` how all
+of it is used.
 """
 
 from lepton_server.store.events import KINDS, Participation, TaskRegistered

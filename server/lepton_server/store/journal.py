@@ -111,7 +111,7 @@ def _replay(connection: Connection, scratch: Connection) -> Head:
 
 
 def _compare(live: Connection, scratch: Connection, last: Head, replace: bool) -> RebuildReport:
-    different, shown, counts = 0, [], {}
+    different, shown, counts = 0, list[str](), dict[str, int]()
     for table in PROJECTIONS:
         key = [column.name for column in table.primary_key]
         have, want = _by_key(live, table, key), _by_key(scratch, table, key)

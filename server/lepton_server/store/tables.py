@@ -1,8 +1,9 @@
 """The tables: the journal, its projections, and the two that are neither.
 
 ``event`` is the truth and only grows. ``enrolment_token`` … ``model_version`` are projections: they hold
-nothing that a replay of the journal does not give. ``journal_head`` lets a missing tail be noticed. ``presence``
-is soft state (when a device was last seen): worth nothing after a restart, so it stays out of the journal.
+nothing that a replay of the journal does not give. ``journal_head`` lets a missing tail be noticed.
+``presence`` is soft state (when a device was last seen): worth nothing after a restart, so it stays out of the
+journal.
 
 JSON columns hold canonical JSON text and public facts only, so that equal rows are equal on every engine.
 """

@@ -1,0 +1,143 @@
+"""What all tests share: a quiet environment and a real PostgreSQL."""
+
+import contextlib
+import glob
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+# Before torch or flwr is imported anywhere: one thread each on shared cores (OpenMP's barriers cost a hundred
+# times the work), and no calls home. Processes that tests start inherit it.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+)
+
+
+class Postgres:
+    """A private PostgreSQL server in a temporary folder, reachable by Unix socket only."""
+
+    def __init__(self, binaries: Path, folder: Path) -> None:
+        self._binaries = binaries
+        self._folder = folder
+        self._data = folder / "data"
+        self._count = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._user = _unprivileged()
+
+    def start(self) -> None:
+        if self._user is not None:
+            os.chown(self._folder, self._user.pw_uid, self._user.pw_gid)
+        options = ["-D", str(self._data), "-A", "trust", "-U", "lepton", "-E", "UTF8", "--no-locale", "-N"]
+        self._run("initdb", *options)
+        socket = ["-c", f"unix_socket_directories={self._folder}", "-c", "listen_addresses="]
+        quick = ["-c", "fsync=off", "-c", "max_connections=50", "-c", "shared_buffers=16MB"]
+        with open(self._folder / "log", "wb") as log:
+            self._process = subprocess.Popen(
+                [str(self._binaries / "postgres"), "-D", str(self._data), *socket, *quick],
+                stdout=log,
+                stderr=log,
+                **self._as_user(),
+            )
+        deadline = time.monotonic() + 60
+        ready = [str(self._binaries / "pg_isready"), "-q", "-h", str(self._folder), "-U", "lepton"]
+        while subprocess.run(ready, check=False).returncode != 0:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((self._folder / "log").read_text(encoding="utf-8", errors="replace"))
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)  # "fast shutdown": ends sessions, then itself
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def new_database(self) -> str:
+        """Make an empty database and return its URL."""
+        self._count += 1
+        name = f"lepton{self._count}"
+        self._run("createdb", "-h", str(self._folder), "-U", "lepton", name)
+        return f"postgresql://lepton@/{name}?host={quote(str(self._folder))}"
+
+    def _run(self, binary: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [str(self._binaries / binary), *arguments], capture_output=True, check=False, **self._as_user()
+        )
+        if done.returncode:
+            raise RuntimeError(f"{binary}: {done.stderr.decode(errors='replace')}")
+
+    def _as_user(self) -> dict:
+        """PostgreSQL refuses to run as root."""
+        if self._user is None:
+            return {"cwd": self._folder}
+        user, group = self._user.pw_uid, self._user.pw_gid
+        return {"cwd": self._folder, "user": user, "group": group, "extra_groups": []}
+
+
+def _unprivileged() -> pwd.struct_passwd | None:
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise RuntimeError("PostgreSQL needs a user other than root, and there is neither postgres nor nobody.")
+
+
+def _postgres_binaries() -> Path | None:
+    folders = sorted(
+        glob.glob("/usr/lib/postgresql/*/bin"), key=lambda f: float(Path(f).parts[-2]), reverse=True
+    )
+    on_path = shutil.which("initdb")
+    if on_path:
+        folders.append(str(Path(on_path).parent))
+    wanted = ("initdb", "postgres", "createdb", "pg_isready")
+    return next((Path(f) for f in folders if all((Path(f) / name).exists() for name in wanted)), None)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A running PostgreSQL; skips without one, or fails when LEPTON_REQUIRE_POSTGRES=1."""
+    binaries = _postgres_binaries()
+    if binaries is None:
+        reason = "no PostgreSQL server binaries on PATH or in /usr/lib/postgresql"
+        if os.environ.get("LEPTON_REQUIRE_POSTGRES") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    # Not below pytest's own folder: that one is private to this user, and a socket's path must be short.
+    folder = Path(tempfile.mkdtemp(prefix="lepton-pg-"))
+    server = Postgres(binaries, folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    """The URL of an empty PostgreSQL database."""
+    return postgres.new_database()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The path or URL of an empty database, on each engine in turn."""
+    if request.param == "sqlite":
+        return str(tmp_path / "lepton.db")
+    return request.getfixturevalue("postgres_url")
