@@ -34,9 +34,8 @@ def run(argv: Sequence[str]) -> int:
     except click.ClickException as error:
         return _usage(error, wanted)
     except BrokenPipeError:
-        # The reader has gone: that is its right. Keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        output.close_output()
+        return 0  # the reader has gone: that is its right
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:  # noqa: BLE001 -- the outermost frame: every error ends as one readable block

@@ -121,7 +121,7 @@ def print_data(
     """
     document = plain(data)
     if format == Format.JSON:
-        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        _write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
         return
     if isinstance(document, list) and all(isinstance(row, dict) for row in document):
         _print_table(document, title, columns)
@@ -253,30 +253,62 @@ def _stream(stderr: bool) -> Any:  # noqa: ANN401 -- a text stream, or what a te
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    """Print data; if the reader has gone, end the command: nobody wants the rest."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_output()
+        raise typer.Exit from None
+
+
+def close_output() -> None:
+    """Send what is still to be written nowhere, so that the interpreter can end without complaint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_table(rows: list[dict[str, Any]], title: str, columns: Sequence[str] | None) -> None:
+    names = list(columns or (rows[0] if rows else ()))
+    if not rows:
+        _write(f"{title}: none" if title else "none")
+    elif is_terminal(stderr=False):
+        _print_rich(rows, title, names)
+    else:
+        _print_aligned(rows, title, names)
+
+
+def _print_rich(rows: list[dict[str, Any]], title: str, names: list[str]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    names = list(columns or (rows[0] if rows else ()))
-    if not rows:
-        _write(f"{title}: none" if title else "none")
-        return
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in names:
-        numbers = all(_is_number(row.get(name)) for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
+        side: Any = "right" if _numbers(rows, name) else "left"
+        table.add_column(name.replace("_", " "), justify=side, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell(row.get(name))) for name in names))
-    out = console()
-    if out.is_terminal:
-        out.print(table)
-    else:  # never cut a value that another program may read
-        wide = 4 + sum(3 + max(len(cell(row.get(name))) for row in [*rows, {name: name}]) for name in names)
-        out.print(table, width=max(wide, 80), soft_wrap=False, crop=False)
+    console().print(table)
+
+
+def _print_aligned(rows: list[dict[str, Any]], title: str, names: list[str]) -> None:
+    """For a file or a pipe: the same table in plain text, with no value cut or folded."""
+    lines = [[name.replace("_", " ") for name in names]]
+    lines += [[cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    right = [_numbers(rows, name) for name in names]
+    if title:
+        _write(title)
+    for line in lines:
+        parts = [
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, right, strict=True)
+        ]
+        _write("  ".join(parts).rstrip())
+
+
+def _numbers(rows: list[dict[str, Any]], name: str) -> bool:
+    return all(_is_number(row.get(name)) for row in rows)
 
 
 def _is_number(value: object) -> bool:
