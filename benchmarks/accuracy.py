@@ -93,8 +93,8 @@ def _one_round(
     return total * (spec.grid_step / weights)
 
 
-def run(task: str, folder: Path) -> Result:
-    """Train one task until its target or its last round."""
+def run(task: str, folder: Path, *, to_the_end: bool) -> Result:
+    """Train one task until its target, or ``to_the_end`` of its rounds."""
     scenario = tomllib.loads((SCENARIOS / f"{task}.toml").read_text())
     spec = RunSpec(**scenario["run"])
     partition = PartitionSpec(**scenario["data"])
@@ -121,8 +121,10 @@ def run(task: str, folder: Path) -> Result:
                 sums = metrics.add(sums, part)
             figures = metrics.summarise(sums)
             took = time.perf_counter() - began
-            print(f"{task} round {number:4d} {stop.metric} {figures[stop.metric]:.4f} {took:6.1f} s", flush=True)
-            if figures[stop.metric] >= target:
+            print(
+                f"{task} round {number:4d} {stop.metric} {figures[stop.metric]:.4f} {took:6.1f} s", flush=True
+            )
+            if figures[stop.metric] >= target and not to_the_end:
                 break
     seconds = time.perf_counter() - began
     cohort_size = min(spec.cohort.size, len(clients))
@@ -134,16 +136,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=os.environ.get("LEPTON_DATA"))
     parser.add_argument("--task", choices=TASKS, action="append")
+    parser.add_argument("--to-the-end", action="store_true", help="do not stop at the target")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
     if options.data is None:
         parser.error("name the folder of the data sets with --data or LEPTON_DATA")
-    results = [run(task, Path(options.data)) for task in options.task or TASKS]
+    results = [run(task, Path(options.data), to_the_end=options.to_the_end) for task in options.task or TASKS]
     print("\n| task | metric | target | reached | rounds | devices per round | seconds |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for r in results:
         print(
-            f"| {r.task} | {r.metric} | {r.target:g} | {r.reached:.4f} | {r.rounds} | {r.cohort} | {r.seconds:.0f} |"
+            f"| {r.task} | {r.metric} | {r.target:g} | {r.reached:.4f} "
+            f"| {r.rounds} | {r.cohort} | {r.seconds:.0f} |"
         )
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in results], indent=2))
