@@ -37,6 +37,7 @@ class Work:
     num_coordinates: int
     metrics: Metrics
     evaluate_centrally: Callable[[Vector], Sums] | None = None
+    evaluate_on_devices: bool = True  # off: the watched metric is the central one
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Campaign:
 
     def _evaluate(self, state: RunState) -> RunState:
         collected = self._evaluate_on_devices(state)
-        metrics = self.work.metrics.summarise(collected.sums) if collected and collected.sums else {}
+        metrics = self.work.metrics.summarise(collected.sums) if collected and collected.reports else {}
         if self.work.evaluate_centrally is not None:
             central = self.work.metrics.summarise(self.work.evaluate_centrally(state.model))
             metrics |= {f"central_{name}": value for name, value in central.items()}
@@ -250,7 +251,7 @@ class Campaign:
         return after
 
     def _evaluate_on_devices(self, state: RunState) -> Collected | None:
-        ids = eligible(self.roster.candidates())
+        ids = eligible(self.roster.candidates()) if self.work.evaluate_on_devices else []
         size = self.spec.evaluate_cohort or self.spec.cohort.size
         if not ids:
             return None
@@ -259,18 +260,23 @@ class Campaign:
 
     def _heard(self, collected: Collected | None) -> bool:
         """Whether the watched metric can be expected; a silent fleet does not end a run."""
-        if self.spec.early_stop.metric.startswith("central_"):
+        if self._watched().startswith("central_"):
             return self.work.evaluate_centrally is not None
         return bool(collected and collected.reports)
 
+    def _watched(self) -> str:
+        """The devices' figure, unless only the central one is computed."""
+        name = self.spec.early_stop.metric
+        return name if self.work.evaluate_on_devices or name.startswith("central_") else f"central_{name}"
+
     def _judge(self, state: RunState, metrics: Mapping[str, float]) -> tuple[RunState, bool]:
         watch, best = self.spec.early_stop, state.best
-        if watch.metric not in metrics:
+        if self._watched() not in metrics:
             raise ConfigError(
                 f"early_stop.metric is {watch.metric!r}; this task reports {', '.join(sorted(metrics))}.",
                 hint="Name one of these.",
             )
-        value = metrics[watch.metric]
+        value = metrics[self._watched()]
         if best and not _better(value, best.value, watch.mode, watch.min_delta, False):
             return replace(state, stale=state.stale + 1), False
         return replace(state, best=Best(state.round, vector_digest(state.model), value), stale=0), True
