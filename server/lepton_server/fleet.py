@@ -477,6 +477,13 @@ class Fleet:
                 device.due = now + self._interval() * self._config.offline_after
                 self._batch.presence[device_id] = (self._wall(), device.status)
 
+    def close_streams(self) -> None:
+        """End all waiting streams in good order, as before a restart."""
+        with self._lock:
+            streams = [d.stream for d in self._devices.values() if d.stream is not None]
+        for stream in streams:
+            stream.close(None)
+
     def take(self, device_id: str, stream: Stream) -> tuple[pb.Instruction, ...]:
         """Return what a waiting device should be told now.
 
@@ -575,6 +582,11 @@ class Fleet:
         """Whether a device waits, or is not overdue with its check-in, and is not revoked."""
         device = self._devices.get(device_id)
         return device is not None and not device.revoked and device.due > self._clock()
+
+    def is_waiting(self, device_id: str) -> bool:
+        """Whether a device holds its stream open now."""
+        device = self._devices.get(device_id)
+        return device is not None and device.stream is not None
 
     def counts(self) -> FleetCounts:
         """Count the fleet."""
