@@ -1,0 +1,79 @@
+"""A desk over partitions of one data set: what a virtual device brings to a round.
+
+The simulation engine and the client app on a Flower deployment both answer requests from here, so the same
+seeds give the same bits in either.
+
+    desk = PartitionDesk("device-3", trainer, federation_data, seed=0)
+    reply = respond(request, desk)
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lepton_fl.errors import TaskError
+from lepton_fl.tasks.data import Dataset
+from lepton_fl.wire.messages import Ticket
+
+if TYPE_CHECKING:
+    from lepton_fl.training.trainer import Trainer
+
+DataOf = Callable[[str, str], Dataset]  # (device id, "train" or "evaluate") -> prepared rows
+
+
+class PartitionDesk:
+    """One device's place in a virtual fleet; implements ``training.respond.Desk``."""
+
+    def __init__(
+        self,
+        device_id: str,
+        task: str,
+        trainer: "Trainer",
+        data_of: DataOf,
+        *,
+        seed: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Seat a device.
+
+        Args:
+            device_id: names the partition, and is part of the batch seed.
+            task: the one task that this desk trains, as ``package.module:attribute``.
+            trainer: its warm trainer, shared by the devices of a process.
+            data_of: finds a device's rows; may raise DataError or DataContractError.
+            seed: of the whole simulation.
+            should_stop: asked before every training step.
+        """
+        self._device_id = device_id
+        self._task = task
+        self._trainer = trainer
+        self._data_of = data_of
+        self._seed = seed
+        self._should_stop = should_stop
+
+    def trainer(self, task: str) -> "Trainer":
+        """The trainer, if the task is the allowed one."""
+        if task != self._task:
+            raise TaskError(
+                f"The coordinator asks for task {task!r}; this device runs {self._task!r} only.",
+                hint="Start both sides with the same task.",
+            )
+        return self._trainer
+
+    def data(self, task: str, kind: str) -> Dataset:
+        """The device's rows."""
+        return self._data_of(self._device_id, kind)
+
+    def seed(self, ticket: Ticket) -> int:
+        """The same for the same device, round and attempt, wherever it runs."""
+        return batch_seed(self._seed, self._device_id, ticket.round, ticket.attempt)
+
+    def should_stop(self) -> bool:
+        """Whether the round is over."""
+        return self._should_stop()
+
+
+def batch_seed(seed: int, device_id: str, round_number: int, attempt: int) -> int:
+    """The seed of a device's batch order, in [0, 2**63): reproducible, not secret."""
+    text = f"lepton-fl batch order v1|{seed}|{device_id}|{round_number}|{attempt}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
