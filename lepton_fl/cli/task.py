@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lepton_fl.cli.output import Format, FormatOption, print_data, say
-from lepton_fl.errors import DataError
+from lepton_fl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lepton_fl.tasks import Dataset, Task
@@ -17,6 +17,7 @@ app = typer.Typer(help="Look at the tasks that are installed.", no_args_is_help=
 
 GROUP = "lepton.tasks"
 TRIAL_ROWS = 64  # of the one mini-batch
+KINDS = {".npz": "npz", ".csv": "csv", ".parquet": "parquet"}  # by suffix; a folder is a published data set
 
 
 @app.command("list")
@@ -34,9 +35,17 @@ def check(
     name: Annotated[
         str, typer.Argument(metavar="TASK", help="A name from the list, or package.module:attribute.")
     ],
-    folder: Annotated[
+    data: Annotated[
         Path | None,
-        typer.Option("--data", envvar="LEPTON_DATA", help="Folder where the task's published data set lies."),
+        typer.Option(
+            "--data",
+            envvar="LEPTON_DATA",
+            help="A device's .npz, .csv or .parquet file, or the folder of the task's published data set.",
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", help="npz, csv, parquet, images or task, if not clear from --data."),
     ] = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
@@ -57,21 +66,28 @@ def check(
         "model_bytes": 4 * trainer.layout.size,
         "rows": None,
     }
-    if (data := _data(task, folder)) is not None:
-        report = task.check(data)
+    if (rows := _rows(task, data, kind)) is not None:
+        report = task.check(rows)
         record |= {"rows": report.rows, "missing": report.missing, "low": report.low, "high": report.high}
-        record |= {"class_counts": report.class_counts, "first_loss": _trial(trainer, data)}
+        record |= {"class_counts": report.class_counts, "first_loss": _trial(trainer, rows)}
     print_data(record, format=format)
 
 
-def _data(task: "Task", folder: Path | None) -> "Dataset | None":
-    """The task's training rows; None if it has no data here and none were asked for."""
-    from lepton_fl.tasks.federated import read
+def _rows(task: "Task", path: Path | None, kind: str | None) -> "Dataset | None":
+    """The raw rows to check; None if none were named and the task brings none along."""
+    from pydantic import ValidationError
 
+    from lepton_fl.tasks.sources import DataSourceSpec, read_source
+
+    kind = kind or KINDS.get(path.suffix.lower() if path else "", "task")
     try:
-        return read(task, folder).train
+        spec = DataSourceSpec.model_validate({"kind": kind, "path": path})
+    except ValidationError as error:
+        raise ConfigError(f"--kind {kind!r}: {error.errors()[0]['msg']}") from None
+    try:
+        return read_source(spec, task)
     except DataError as error:
-        if folder is not None:
+        if path is not None or kind != "task":
             raise
         say(f"without data: {error} {error.hint}")
         return None

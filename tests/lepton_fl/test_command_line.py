@@ -469,3 +469,19 @@ def test_a_missing_data_folder_is_4(run, tmp_path):
     assert code == 0
     assert json.loads(out)["rows"] is None
     assert "without data" in err
+
+
+def test_a_devices_own_file_is_checked(run, tmp_path):
+    x = np.random.default_rng(0).uniform(0, 16, (50, 8, 8))
+    y = np.arange(50) % 10
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y)
+    code, out, err = run("task", "check", "digits", "--data", tmp_path / "mine.npz", "--format", "json")
+    assert code == 0, err
+    assert json.loads(out)["rows"] == 50
+    x[3, 2, 1] = np.nan
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y)
+    code, out, err = run("task", "check", "digits", "--data", tmp_path / "mine.npz", "--format", "json")
+    assert (code, out) == (4, "")
+    assert json.loads(err)["error"] == "data-contract"
+    assert "row 3" in err
+    assert run("task", "check", "digits", "--data", tmp_path / "mine.npz", "--kind", "xml")[0] == 3
