@@ -34,14 +34,32 @@ from lepton_fl.files import canonical_json
 
 GENESIS = "0" * 64  # what the first event names as its predecessor
 _HASH_CONTEXT = "lepton journal v1"
+OUTCOMES = ("accepted", "surplus", *(str(reason) for reason in Rejection))
+_MAX_REASON = 300  # characters of a device's own words
 MAX_BODY = 8 << 20  # bytes of canonical JSON in one event; a plan for 1,000 devices has about 100 KB
+
+
+def _is_control(char: str) -> bool:
+    return ord(char) < 32 or 127 <= ord(char) < 160 or 0xD800 <= ord(char) <= 0xDFFF
 
 
 def _no_control(text: str) -> str:
     """Refuse control characters and half characters: PostgreSQL cannot store them, terminals obey them."""
-    if any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) <= 0xDFFF for char in text):
+    if any(map(_is_control, text)):
         raise ValueError("contains a control character or half a character")
     return text
+
+
+def _outcome(word: str) -> str:
+    if word not in OUTCOMES:
+        raise ValueError(f"expected one of {', '.join(OUTCOMES)}")
+    return str(word)  # plain text, were it a member of the enumeration
+
+
+def _clean(words: object) -> object:
+    if not isinstance(words, str):
+        return words
+    return "".join("�" if _is_control(char) else char for char in words[:_MAX_REASON])
 
 
 def _encodable(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -61,7 +79,7 @@ Count = Annotated[int, Field(ge=0, le=2**62)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 RoundNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Json = Annotated[dict[str, JsonValue], AfterValidator(_encodable)]
-Outcome = Literal["counted", "rejected", "dropped"]
+Outcome = Literal["counted", "surplus", "rejected", "dropped"]
 Verdict = Literal["completed", "stopped", "failed"]
 
 
@@ -177,6 +195,13 @@ class RunStopping(_AboutRun):
     reason: Text = ""
 
 
+class RunWaiting(_AboutRun):
+    """The run waits for enough devices, and why; an empty cause says that it moves again."""
+
+    cause: Text
+    until: Time = 0.0
+
+
 class RunFinished(_AboutRun):
     """The run is over; nothing about it is accepted any more."""
 
@@ -191,10 +216,11 @@ class Participation(BaseModel):
 
     Attributes:
         device_id: The device.
-        outcome: ``counted``; ``rejected`` (an answer came and was refused); ``dropped`` (no usable answer).
-        reason: A value of ``Rejection``; empty exactly when counted.
-        seconds: From the request to the answer or the deadline.
-        examples: Training examples used, 0 when not counted.
+        outcome: ``accepted``, ``surplus`` (good, but the round was full), or a value of ``Rejection``.
+        reason: In words, perhaps the device's own: cut and cleaned rather than refused, because no device may
+            keep a round from being recorded.
+        seconds: The device's own.
+        examples: Training examples used.
         bytes_up: Payload bytes from the device.
         bytes_down: Payload bytes to the device.
     """
@@ -202,18 +228,11 @@ class Participation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     device_id: Id
     outcome: Outcome
-    reason: str = ""
+    reason: Annotated[str, BeforeValidator(_clean)] = ""
     seconds: Seconds = 0.0
     examples: Count = 0
     bytes_up: Count = 0
     bytes_down: Count = 0
-
-    def model_post_init(self, _context: object, /) -> None:
-        """Check that the reason fits the outcome."""
-        if self.outcome == "counted" and self.reason:
-            raise ValueError(f"Expected no reason for a counted device, got {self.reason!r}.")
-        if self.outcome != "counted" and self.reason not in set(Rejection):
-            raise ValueError(f"Expected a reason of {', '.join(Rejection)}, got {self.reason!r}.")
 
 
 def _each_once(entries: list[Participation]) -> list[Participation]:
@@ -254,6 +273,34 @@ class RoundAbandoned(_AboutRun):
     round: Positive
     attempt: Positive
     cause: Text
+    participation: Participants = Field(default_factory=list)
+
+
+class RoundEvaluated(_AboutRun):
+    """The model of a committed round was evaluated, on devices or centrally."""
+
+    round: Positive
+    metrics: Json = Field(default_factory=dict)
+    improved: bool = False  # the best so far by the metric that the run was asked to watch
+    participation: Participants = Field(default_factory=list)
+
+
+class RunWaiting(_AboutRun):
+    """The run does not move, and why; an empty cause: it moves again."""
+
+    cause: Text = ""
+    until: Time = 0.0
+
+
+class RoundEvaluated(_AboutRun):
+    """The model after a round was evaluated; 0 is the model that the run started with.
+
+    Who took part in the evaluation is kept in the journal only.
+    """
+
+    round: RoundNumber
+    metrics: Json = Field(default_factory=dict)
+    improved: bool = False
     participation: Participants = Field(default_factory=list)
 
 
@@ -303,11 +350,15 @@ KINDS: Mapping[str, type[Body]] = {
     "run.queued": RunQueued,
     "run.started": RunStarted,
     "run.stopping": RunStopping,
+    "run.waiting": RunWaiting,
     "run.finished": RunFinished,
     "run.best": RunBest,
     "round.planned": RoundPlanned,
     "round.committed": RoundCommitted,
     "round.abandoned": RoundAbandoned,
+    "round.evaluated": RoundEvaluated,
+    "round.evaluated": RoundEvaluated,
+    "run.waiting": RunWaiting,
     "model.created": ModelCreated,
     "server.started": ServerStarted,
     "server.stopped": ServerStopped,

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 from sqlalchemy import Connection, Engine, RowMapping, Select, insert, select, update
 
@@ -66,6 +66,19 @@ _PAGE = 1000  # events that a follower reads at a time
 LOCK_TIMEOUT = 10.0  # seconds to wait for another writer
 
 
+BodyLike = Mapping[str, object] | Body
+
+
+def _checked(kind: str, subject: str | BodyLike, body: BodyLike | None) -> Body:
+    """Return the checked body of ``record(kind, body)`` or ``record(kind, subject, body)``."""
+    if isinstance(subject, str):
+        checked = parse_body(kind, {} if body is None else body)
+        if subject != checked.subject:
+            raise StateError(f"Expected {checked.subject!r} as the subject of this {kind}, got {subject!r}.")
+        return checked
+    return parse_body(kind, subject)
+
+
 class Transaction:
     """Several events that happen together or not at all; made by :meth:`Store.transaction`."""
 
@@ -75,12 +88,17 @@ class Transaction:
         self._head = journal.head(connection)
         self._start = self._head
 
-    def record(self, kind: str, subject: str, body: Mapping[str, object] | Body) -> Event:
+    @overload
+    def record(self, kind: str, body: BodyLike, /) -> Event: ...
+    @overload
+    def record(self, kind: str, subject: str, body: BodyLike, /) -> Event: ...
+    def record(self, kind: str, subject: str | BodyLike, body: BodyLike | None = None, /) -> Event:
         """Append one event and apply it. A refused event changes nothing, and others may follow it.
 
         Args:
             kind: One of ``events.KINDS``.
-            subject: What it is about: the device, run, task or token id in the body, or ``server``.
+            subject: What it is about: the device, run, task or token id in the body, or ``server``. It follows
+                from the body and may be left out; when it is given, it is checked.
             body: The fields of the kind, or the body itself.
 
         Returns:
@@ -92,9 +110,8 @@ class Transaction:
             TrustError: A token or device is not, or no longer, accepted.
             NotFound: The event is about something unknown.
         """
-        checked = parse_body(kind, body)
-        if subject != checked.subject:
-            raise StateError(f"Expected {checked.subject!r} as the subject of this {kind}, got {subject!r}.")
+        checked = _checked(kind, subject, body)
+        subject = checked.subject
         now = self._now()
         encoded = encode_body(kind, checked)
         seq, prev = self._head.seq + 1, self._head.hash
@@ -168,10 +185,14 @@ class Store:
             yield change
             change._close()
 
-    def record(self, kind: str, subject: str, body: Mapping[str, object] | Body) -> Event:
+    @overload
+    def record(self, kind: str, body: BodyLike, /) -> Event: ...
+    @overload
+    def record(self, kind: str, subject: str, body: BodyLike, /) -> Event: ...
+    def record(self, kind: str, subject: str | BodyLike, body: BodyLike | None = None, /) -> Event:
         """Record one event, durably; see :meth:`Transaction.record`."""
         with self.transaction() as change:
-            return change.record(kind, subject, body)
+            return change.record(kind, _checked(kind, subject, body))
 
     def ensure_task(self, task: TaskRegistered) -> bool:
         """Register a task version unless it is registered just so; return whether it was new.
@@ -332,7 +353,7 @@ class Store:
     def rounds(self, run_id: str) -> list[Round]:
         """Return every attempt of every round of a run, in order."""
         query = select(ROUND).where(ROUND.c.run_id == run_id).order_by(ROUND.c.round, ROUND.c.attempt)
-        return [Round(**_decoded(row, "plan", "metrics")) for row in self._rows(query)]
+        return [Round(**_decoded(row, "plan", "metrics", "evaluated")) for row in self._rows(query)]
 
     def participation(self, run_id: str, round: int | None = None) -> list[Part]:
         """Return who took part in a run, or in all attempts of one round of it."""
@@ -345,7 +366,7 @@ class Store:
     def models(self, run_id: str) -> list[Model]:
         """Return the models of a run by round."""
         query = select(MODEL).where(MODEL.c.run_id == run_id).order_by(MODEL.c.round)
-        return [Model(**_decoded(row, "metrics")) for row in self._rows(query)]
+        return [Model(**_decoded(row, "metrics", "evaluation")) for row in self._rows(query)]
 
     # ------------------------------------------------------------------------------------------- journal
 

@@ -2,8 +2,7 @@
 
 ``event`` is the truth and only grows. ``enrolment_token`` … ``model_version`` are projections: they hold
 nothing that a replay of the journal does not give. ``journal_head`` lets a missing tail be noticed.
-``presence`` is soft state (when a device was last seen): worth nothing after a restart, so it stays out of the
-journal.
+``presence`` is soft state (when a device was last seen): worth nothing after a restart, so not journalled.
 
 JSON columns hold canonical JSON text and public facts only, so that equal rows are equal on every engine.
 """
@@ -136,6 +135,8 @@ class RunRow(_Base, table=True):
     queued_at: float = Field(sa_column=Column(Float(53), nullable=False))
     started_at: float | None = Field(sa_column=Column(Float(53)))
     finished_at: float | None = Field(sa_column=Column(Float(53)))
+    waiting: str = Field(sa_column=_text())  # for what it waits, "" when it moves
+    waiting_until: float = Field(sa_column=Column(Float(53), nullable=False))
     committed: int = Field(sa_column=Column(Integer, nullable=False))  # last committed round, 0 for none
     rounds: int | None = Field(sa_column=Column(Integer))  # as reported at the end
     model_sha256: str | None = Field(sa_column=Column(Text))  # the newest, at the end the final model
@@ -143,6 +144,8 @@ class RunRow(_Base, table=True):
     best_sha256: str | None = Field(sa_column=Column(Text))
     best_metric: str | None = Field(sa_column=Column(Text))
     best_value: float | None = Field(sa_column=Column(Float(53)))
+    waiting: str = Field(sa_column=_text())  # why the run does not move; empty when it does
+    waiting_until: float = Field(sa_column=Column(Float(53), nullable=False))
 
 
 class RoundRow(_Base, table=True):
@@ -158,7 +161,8 @@ class RoundRow(_Base, table=True):
     start_sha256: str = Field(sa_column=_text())  # the model that went out
     model_sha256: str | None = Field(sa_column=Column(Text))  # the model that came of it
     state_sha256: str | None = Field(sa_column=Column(Text))  # the server optimiser's state after it
-    metrics: str = Field(sa_column=_text())  # JSON object
+    metrics: str = Field(sa_column=_text())  # JSON object, of training
+    evaluated: str = Field(sa_column=_text())  # JSON object, of the model that came of it; {} = not evaluated
     cause: str = Field(sa_column=_text())  # why it was abandoned
     bytes_up: int = Field(sa_column=Column(BigInteger, nullable=False))
     bytes_down: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -184,7 +188,7 @@ class ParticipationRow(_Base, table=True):
     round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     device_id: str = Field(sa_column=Column(Text, primary_key=True))
-    outcome: str = Field(sa_column=_text())  # counted, rejected, dropped
+    outcome: str = Field(sa_column=_text())  # accepted, surplus or a Rejection
     reason: str = Field(sa_column=_text())
     seconds: float = Field(sa_column=Column(Float(53), nullable=False))
     examples: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -204,7 +208,8 @@ class ModelRow(_Base, table=True):
     round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     sha256: str = Field(sa_column=_text())
     parent_sha256: str | None = Field(sa_column=Column(Text))
-    metrics: str = Field(sa_column=_text())  # JSON object
+    metrics: str = Field(sa_column=_text())  # JSON object: of the round that made it
+    evaluation: str = Field(sa_column=_text())  # JSON object: of the model itself, {} when not evaluated
     created_at: float = Field(sa_column=Column(Float(53), nullable=False))
 
 

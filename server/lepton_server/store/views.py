@@ -109,6 +109,8 @@ class Run:
     queued_at: float
     started_at: float | None
     finished_at: float | None
+    waiting: str  # for what it waits, "" when it moves
+    waiting_until: float
     committed: int  # the last committed round, 0 for none
     rounds: int | None  # as reported at the end
     model_sha256: str | None  # the newest model, at the end the final one
@@ -116,6 +118,8 @@ class Run:
     best_sha256: str | None
     best_metric: str | None
     best_value: float | None
+    waiting: str  # why the run does not move; empty when it does
+    waiting_until: float
 
     @property
     def finished(self) -> bool:
@@ -135,7 +139,8 @@ class Round:
     start_sha256: str  # the model that went out
     model_sha256: str | None  # the model that came of it
     state_sha256: str | None  # the server optimiser's state after it
-    metrics: JsonObject
+    metrics: JsonObject  # of training
+    evaluated: JsonObject  # of the model that came of it; empty when not evaluated
     cause: str
     bytes_up: int
     bytes_down: int
@@ -152,7 +157,7 @@ class Part:
     round: int
     attempt: int
     device_id: str
-    outcome: str  # counted, rejected, dropped
+    outcome: str  # accepted, surplus or a Rejection
     reason: str
     seconds: float
     examples: int
@@ -168,7 +173,8 @@ class Model:
     round: int
     sha256: str
     parent_sha256: str | None
-    metrics: JsonObject
+    metrics: JsonObject  # of the round that made it
+    evaluation: JsonObject  # of the model itself, empty when not evaluated
     created_at: float
 
 
