@@ -82,7 +82,7 @@ class TlsSection(_Section):
     device_certificate_days: float = Field(
         default=30.0,
         ge=1 / 86_400,
-        le=825,
+        le=398,
         allow_inf_nan=False,
         description="Life of a device's certificate, days.",
     )
@@ -92,13 +92,6 @@ class TlsSection(_Section):
         lt=1,
         allow_inf_nan=False,
         description="Part of its life after which a device is told to renew its certificate.",
-    )
-    server_certificate_days: float = Field(
-        default=397.0,
-        ge=1,
-        le=825,
-        allow_inf_nan=False,
-        description="Life of the server's certificate, days.",
     )
 
 

@@ -603,11 +603,13 @@ class Fleet:
         body = getattr(instruction, kind)
         run_id = "" if kind == "ping" else body.run_id
         until = now + (body.deadline_s if kind == "participate" else KEEP_S)
-        withdrawn = {(kind, run_id)}
-        if kind == "leave":
-            withdrawn.add(("participate", run_id))
-        kept = [p for p in device.pending or () if p.key not in withdrawn and p.until > now]
-        kept.append(_Pending(instruction, (kind, run_id), until))
+        key = (kind, run_id)
+        kept = [
+            p
+            for p in device.pending or ()
+            if p.key != key and p.until > now and not _is_over(p.instruction, kind, body)
+        ]
+        kept.append(_Pending(instruction, key, until))
         device.pending = kept[-MAX_PENDING:]
 
     def _take(self, device: _Device, now: float, *, unsent: bool = False) -> tuple[pb.Instruction, ...]:
@@ -716,6 +718,15 @@ def _best_state(tasks: Iterable[TaskState], task: str, version: str) -> TaskStat
                 return state
             found = state
     return found
+
+
+def _is_over(offer: pb.Instruction, kind: str, body: pb.Verdict | pb.Leave) -> bool:
+    """Whether a verdict or a leave ends what a kept ``Participate`` offers."""
+    if kind not in ("verdict", "leave") or not offer.HasField("participate"):
+        return False
+    offered = offer.participate
+    same_run = offered.run_id == body.run_id
+    return same_run and (offered.round, offered.attempt) <= (body.round, body.attempt)
 
 
 def _with_time_left(pending: _Pending, now: float) -> pb.Instruction:

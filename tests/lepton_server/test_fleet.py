@@ -95,7 +95,9 @@ def standing(fleet, device_id, groups=()):
 
 
 def participate(run="r1", deadline_s=100.0, round=1):
-    return pb.Instruction(participate=pb.Participate(run_id=run, round=round, attempt=1, deadline_s=deadline_s))
+    return pb.Instruction(
+        participate=pb.Participate(run_id=run, round=round, attempt=1, deadline_s=deadline_s)
+    )
 
 
 def verdict(run="r1", round=1):
@@ -197,7 +199,9 @@ def test_desired_state_is_told_until_it_is_acknowledged(fleet, ids, store):
     told = fleet.check_in(ids[0], READY).desired
     assert told == '{"a":"ü","b":[1]}'
     assert fleet.check_in(ids[0], READY, desired_digest="0" * 64).desired == told
-    assert fleet.check_in(ids[0], READY, desired_digest=hashlib.sha256(told.encode()).hexdigest()).desired == ""
+    assert (
+        fleet.check_in(ids[0], READY, desired_digest=hashlib.sha256(told.encode()).hexdigest()).desired == ""
+    )
     store.record("device.desired", ids[0], {"device_id": ids[0], "desired": {}})
     fleet.follow()
     assert fleet.check_in(ids[0], READY).desired == ""
@@ -303,8 +307,14 @@ def test_an_instruction_waits_for_the_check_in(fleet, ids, clock):
 
 
 def test_newest_wins_per_kind_and_run(fleet, ids):
-    for instruction in (verdict(round=1), verdict("r2"), verdict(round=2), participate(), participate(round=3)):
-        fleet.instruct(ids[0], instruction)
+    for instruction in (
+        verdict(round=1),
+        verdict("r2"),
+        verdict(round=2),
+        participate(),
+        participate(round=3),
+    ):
+        fleet.instruct(ids[0], instruction)  # the offer is of a later round than the verdict
     told = fleet.check_in(ids[0], READY).instructions
     assert [(i.WhichOneof("kind"), getattr(i, i.WhichOneof("kind")).round) for i in told] == [
         ("verdict", 1),
@@ -318,6 +328,18 @@ def test_leave_withdraws_the_offer(fleet, ids):
     leave = pb.Instruction(leave=pb.Leave(run_id="r1", round=1, attempt=1))
     fleet.instruct(ids[0], leave)
     assert fleet.check_in(ids[0], READY).instructions == (leave,)
+
+
+def test_a_verdict_ends_its_offer_and_not_the_next(fleet, ids):
+    fleet.instruct(ids[0], participate(round=1))
+    fleet.instruct(ids[0], verdict(round=1))
+    assert fleet.check_in(ids[0], READY).instructions == (verdict(round=1),)
+    fleet.instruct(ids[0], participate(round=2))
+    fleet.instruct(ids[0], verdict(round=1))  # a late reply to the earlier round
+    assert [i.WhichOneof("kind") for i in fleet.check_in(ids[0], READY).instructions] == [
+        "participate",
+        "verdict",
+    ]
 
 
 def test_kept_instructions_are_bounded_and_expire(fleet, ids, clock):

@@ -1,0 +1,720 @@
+"""The gRPC device service: enrolment, check-in and the waiting streams.
+
+Two ports of one process. The *enrolment port* has server TLS and answers ``Enroll`` and ``Renew``: whoever
+calls proves itself with a token or with its key. The *device port* demands a certificate of our authority and
+answers ``CheckIn`` and ``Wait``.
+
+Rules:
+
+* A device is who its certificate's key says: its id is derived from the key. Names in the certificate mean
+  nothing, and the fleet is asked at every call: a revoked device is refused though its certificate is valid.
+* A request is bytes until its handler has checked every field. What is wrong is named, with its bound.
+* A peer gets our errors (``lepton_fl.wire.status``) and never a stack trace; a secret is never logged.
+* The event loop computes for microseconds and never waits: what touches the store runs in a small pool.
+
+Example::
+
+    service = DeviceService(config, store, authority, fleet)
+    service.start()                       # ConnectionFailed: a port is taken
+    service.endpoints.device_service      # "fl.example.org:9441"
+    service.stop()
+"""
+
+import asyncio
+import base64
+import contextlib
+import ipaddress
+import logging
+import math
+import resource
+import secrets
+import socket
+import threading
+import time
+import urllib.parse
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from cryptography import x509
+from google.protobuf.message import DecodeError, Message
+
+from lepton_fl import crypto
+from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError, TrustError
+from lepton_fl.plan import PROTOCOL_VERSION
+from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of
+from lepton_fl.wire.v1 import device_pb2 as pb
+from lepton_server.authority import Authority, DeviceCertificate
+from lepton_server.config import ListenSection, ServerConfig
+from lepton_server.fleet import BUSY, IDLE, NOT_ELIGIBLE, Fleet, Report, TaskState
+from lepton_server.store import Device, Store, Token
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Work = Callable[[bytes, Context], Awaitable[Message | None]]
+M = TypeVar("M", bound=Message)
+
+REPLAY_S = 600.0  # a device whose answer was lost may show its spent token again for so long
+RENEW_GAP_S = 60.0  # a device gets at most one certificate in this time
+ENROLMENTS_AT_ONCE = 64  # more are put off
+_SERVICE = "lepton.v1.DeviceService"
+_STATUS = {pb.STATUS_IDLE: IDLE, pb.STATUS_BUSY: BUSY, pb.STATUS_NOT_ELIGIBLE: NOT_ELIGIBLE}
+_MAX_CACHED = 100_000  # certificates (about 250 bytes each) and reports whose check need not be repeated
+
+
+class _Refusal(Exception):
+    """An error whose gRPC status is another than its class' usual one."""
+
+    def __init__(self, status: grpc.StatusCode, error: LeptonError) -> None:
+        super().__init__(str(error))
+        self.status, self.error = status, error
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where devices find the services, ``host:port``."""
+
+    enrolment: str
+    device_service: str
+    fleet: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What a verified certificate says."""
+
+    device_id: str
+    not_after: float  # UTC, s
+    renew_after: float  # UTC, s
+
+
+class DeviceService:
+    """The two gRPC ports, on an event loop in a thread of its own."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        store: Store,
+        authority: Authority,
+        fleet: Fleet,
+        *,
+        fleet_port: int | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """Prepare; nothing is opened before :meth:`start`.
+
+        Args:
+            config: Of the coordinator.
+            store: Enrolments are recorded here.
+            authority: Issues certificates and has the server's own.
+            fleet: The view that check-ins feed; started by the caller.
+            fleet_port: Where Flower's fleet API really listens, when the configured port is 0.
+            wall: UTC seconds.
+        """
+        self._config, self._store, self._authority, self._fleet = config, store, authority, fleet
+        self._fleet_port = config.listen.fleet_port if fleet_port is None else fleet_port
+        self._wall = wall
+        self._identities = _Identities(
+            (1 - config.tls.renew_at) * config.tls.device_certificate_days * 86_400
+        )
+        self._reports: dict[bytes, Report] = {}
+        self._limiter = FailureLimiter(config.limits.enrolment_failures, config.limits.enrolment_window_s)
+        self._pool: ThreadPoolExecutor | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._servers: list[grpc.aio.Server] = []
+        self._endpoints: Endpoints | None = None
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Where devices reach this coordinator; known once it is started."""
+        assert self._endpoints is not None, "the device service is not started"
+        return self._endpoints
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """The enrolment port and the device port that are bound."""
+        enrolment, device = self.endpoints.enrolment, self.endpoints.device_service
+        return int(enrolment.rpartition(":")[2]), int(device.rpartition(":")[2])
+
+    def start(self) -> None:
+        """Open both ports and serve until :meth:`stop`.
+
+        Raises:
+            ConnectionFailed: A port is taken or cannot be bound; nothing is left open.
+        """
+        raise_file_limit()
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="enrolment")
+        loop = self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="device-service", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._open(), loop).result()
+        except BaseException:
+            self.stop(grace_s=0)
+            raise
+        log.info("devices: %s, enrolment: %s", self.endpoints.device_service, self.endpoints.enrolment)
+
+    def stop(self, grace_s: float = 1.0) -> None:
+        """End the waiting streams, give other calls ``grace_s`` seconds to end, and close the ports."""
+        loop, thread, pool = self._loop, self._thread, self._pool
+        self._loop = self._thread = self._pool = None
+        if loop is None or thread is None or pool is None:
+            return
+        asyncio.run_coroutine_threadsafe(self._close(grace_s), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        pool.shutdown()
+        loop.close()
+
+    @staticmethod
+    def _run(loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_forever()
+
+    async def _open(self) -> None:
+        listen, limits = self._config.listen, self._config.limits
+        enrolment = self._server({"Enroll": self._enroll, "Renew": self._renew}, ENROLMENTS_AT_ONCE)
+        room = limits.max_concurrent + self._config.check_in.max_waiting
+        device = self._server({"CheckIn": self._check_in, "Wait": self._wait}, room)
+        self._servers = [enrolment, device]
+        ports = [
+            _bind(
+                enrolment, listen.host, listen.enrolment_port, self._credentials(demand=False), "enrolment"
+            ),
+            _bind(device, listen.host, listen.device_port, self._credentials(demand=True), "device"),
+        ]
+        self._endpoints = endpoints_of(listen, ports[0], ports[1], self._fleet_port)
+        for server in self._servers:
+            await server.start()
+
+    async def _close(self, grace_s: float) -> None:
+        self._fleet.close_streams()
+        for server in self._servers:
+            await server.stop(grace_s)
+        self._servers.clear()
+
+    def _credentials(self, *, demand: bool) -> grpc.ServerCredentials:
+        authority = self._authority
+        pair = [(authority.server_key_pem, authority.server_cert_pem)]
+        return grpc.ssl_server_credentials(pair, authority.ca_pem if demand else None, demand)
+
+    def _server(self, here: dict[str, Work], at_once: int) -> grpc.aio.Server:
+        server = grpc.aio.server(options=_options(self._config), maximum_concurrent_rpcs=at_once)
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        for name in ("Enroll", "Renew", "CheckIn", "Wait"):
+            work = here.get(name, self._elsewhere)
+            # No deserializer: bytes that do not decode are answered by us, in our words.
+            make: Any = (
+                grpc.unary_stream_rpc_method_handler
+                if name == "Wait"
+                else grpc.unary_unary_rpc_method_handler
+            )
+            handlers[name] = make(_guarded(name, work), response_serializer=_serialize)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+        return server
+
+    async def _elsewhere(self, _data: bytes, _context: Context) -> Message | None:
+        error = ConfigError(
+            "This call is not served at this port.",
+            hint="Enroll and Renew go to the enrolment port, CheckIn and Wait to the device port.",
+        )
+        raise _Refusal(grpc.StatusCode.UNIMPLEMENTED, error)
+
+    # -- the enrolment port ---------------------------------------------------------------------------
+
+    async def _enroll(self, data: bytes, context: Context) -> pb.EnrollResponse:
+        return await self._limited(context, lambda: self._admit(_parse(pb.EnrollRequest(), data)))
+
+    async def _renew(self, data: bytes, context: Context) -> pb.RenewResponse:
+        return await self._limited(context, lambda: self._reissue(_parse(pb.RenewRequest(), data)))
+
+    async def _limited(self, context: Context, work: Callable[[], M]) -> M:
+        """Run ``work`` in the pool, unless its caller's address has failed too often lately."""
+        address = _address(context.peer())
+        self._limiter.check(address)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except (TrustError, ConfigError, _Refusal) as error:
+            self._limiter.failed(address)
+            log.warning(
+                "%s: refused: %s", address, error, extra={"event": "enrolment.refused", "peer": address}
+            )
+            raise
+
+    def _admit(self, request: pb.EnrollRequest) -> pb.EnrollResponse:
+        _check_protocol(request.protocol)
+        _check_size("token_secret", len(request.token_secret), crypto.SECRET_BYTES, crypto.SECRET_BYTES)
+        _check_size("csr_pem", len(request.csr_pem), 1, 8192)
+        name = _words("name", request.name, 100) or "unnamed"
+        groups = _labels(request.groups)
+        key = crypto.verify_csr(request.csr_pem)
+        secret_sha256 = crypto.secret_sha256(request.token_secret)
+        self._token(secret_sha256)  # a forged token costs no write lock and no signature
+        device_id = crypto.device_id(key)
+        issued = self._issue(request.csr_pem, device_id)
+        certificate = {"cert_serial": issued.serial, "cert_not_after": issued.not_after}
+        with self._store.transaction() as change:
+            token = self._token(secret_sha256)  # as it is now that nobody else can use it
+            if self._is_replay(token, device_id):
+                change.record("device.renewed", device_id, {"device_id": device_id, **certificate})
+            else:
+                change.record("token.used", token.id, {"token_id": token.id, "device_id": device_id})
+                body = {
+                    "device_id": device_id,
+                    "name": name,
+                    "public_key": _base64(crypto.public_der(key)),
+                    "token_id": token.id,
+                    "groups": groups,
+                    **certificate,
+                }
+                change.record("device.enrolled", device_id, body)
+        self._fleet.follow()  # its first check-in may come before the next look at the journal
+        log.info(
+            "device %s (%s) enrolled with token %s",
+            device_id,
+            name,
+            token.id,
+            extra={"event": "device.enrolled", "device": device_id, "token": token.id},
+        )
+        return pb.EnrollResponse(
+            device_id=device_id,
+            certificate_pem=issued.pem,
+            ca_pem=self._authority.ca_pem,
+            endpoints=self._wire_endpoints(),
+        )
+
+    def _issue(self, csr_pem: bytes, device_id: str) -> DeviceCertificate:
+        days = self._config.tls.device_certificate_days
+        return self._authority.sign_device(csr_pem, device_id, days, now=self._wall())
+
+    def _token(self, secret_sha256: str) -> Token:
+        token = self._store.token_by_secret(secret_sha256)
+        if token is None:
+            raise TrustError(
+                "This coordinator did not make the token.",
+                hint="Ask the operator for a new one (`lepton token create`).",
+            )
+        return token
+
+    def _is_replay(self, token: Token, device_id: str) -> bool:
+        """Whether the same key shows the same token again because the answer was lost, minutes ago."""
+        if device_id not in token.used_by:
+            return False
+        device: Device = self._store.device(device_id)
+        recent = abs(self._wall() - device.enrolled_at) <= REPLAY_S
+        return device.state == "active" and device.token_id == token.id and recent
+
+    def _reissue(self, request: pb.RenewRequest) -> pb.RenewResponse:
+        _check_protocol(request.protocol)
+        _check_size("csr_pem", len(request.csr_pem), 1, 8192)
+        if not crypto.is_device_id(request.device_id):
+            raise ConfigError(f"Expected a device id, got {_printable(request.device_id, 40)!r}.")
+        key = crypto.verify_csr(request.csr_pem)
+        if crypto.device_id(key) != request.device_id:
+            raise TrustError(f"The request is not signed by the key of device {request.device_id}.")
+        self._fleet.follow()  # a revocation that was written this instant counts
+        self._fleet.may_renew(request.device_id, RENEW_GAP_S)
+        issued = self._issue(request.csr_pem, request.device_id)
+        body = {
+            "device_id": request.device_id,
+            "cert_serial": issued.serial,
+            "cert_not_after": issued.not_after,
+        }
+        self._store.record("device.renewed", request.device_id, body)
+        log.info(
+            "device %s renewed its certificate",
+            request.device_id,
+            extra={"event": "device.renewed", "device": request.device_id},
+        )
+        return pb.RenewResponse(certificate_pem=issued.pem, endpoints=self._wire_endpoints())
+
+    def _wire_endpoints(self) -> pb.Endpoints:
+        return pb.Endpoints(device_service=self.endpoints.device_service, fleet=self.endpoints.fleet)
+
+    # -- the device port ------------------------------------------------------------------------------
+
+    def _identify(self, context: Context) -> _Identity:
+        """Who calls; the TLS handshake has verified the certificate, which may have expired since."""
+        pem = context.auth_context().get("x509_pem_cert")
+        if not pem:
+            raise TrustError("The call came without a client certificate.")
+        identity = self._identities.of(next(iter(pem)))
+        if identity.not_after <= self._wall():
+            raise TrustError(
+                f"The certificate of device {identity.device_id} has expired.",
+                hint="Renew it at the enrolment port.",
+            )
+        return identity
+
+    async def _check_in(self, data: bytes, context: Context) -> pb.CheckInResponse:
+        identity = self._identify(context)
+        self._fleet.require(identity.device_id)  # nobody learns what we think of a message before that
+        request = _parse(pb.CheckInRequest(), data)
+        _check_protocol(request.protocol)
+        status = _STATUS.get(request.status)
+        if status is None:
+            raise ConfigError(f"Expected a status of 1, 2 or 3, got {request.status}.")
+        device_time = request.device_time
+        if not (math.isfinite(device_time) and 0 <= device_time <= 1e11):
+            raise ConfigError(f"Expected device_time in seconds since 1970, got {device_time}.")
+        reason = _words("reason", request.reason, 500) if request.reason else ""
+        if (desired := request.desired_digest) and len(desired) != 64:
+            raise ConfigError(f"Expected desired_digest of 64 characters, got {len(desired)}.")
+        answer = self._fleet.check_in(
+            identity.device_id,
+            self._report(request),
+            status,
+            reason,
+            device_time=device_time,
+            desired_digest=desired,
+        )
+        wall = self._wall()
+        return pb.CheckInResponse(
+            next_check_in_s=answer.next_s,
+            wait=answer.wait,
+            server_time=wall,
+            instructions=answer.instructions,
+            renew=wall >= identity.renew_after,
+            desired_json=answer.desired,
+        )
+
+    def _report(self, request: pb.CheckInRequest) -> Report:
+        """The lasting part of a check-in; one that was checked before is recognised by its bytes."""
+        lasting = pb.CheckInRequest(client_version=request.client_version)
+        if request.tasks:
+            lasting.tasks.extend(request.tasks)
+        if request.HasField("capabilities"):
+            lasting.capabilities.CopyFrom(request.capabilities)
+        key = lasting.SerializeToString(deterministic=True)
+        report = self._reports.get(key)
+        if report is None:
+            if len(self._reports) >= _MAX_CACHED:
+                self._reports.clear()
+            report = self._reports[key] = _checked_report(lasting)
+        return report
+
+    async def _wait(self, data: bytes, context: Context) -> None:
+        device_id = self._identify(context).device_id
+        self._fleet.require(device_id)
+        _check_protocol(_parse(pb.WaitRequest(), data).protocol)
+        stream = _Waiting(asyncio.get_running_loop())
+        if not self._fleet.open_stream(device_id, stream):
+            raise _Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                ConnectionFailed(
+                    f"{self._config.check_in.max_waiting} devices are waiting already.",
+                    hint="Check in at the interval that was given.",
+                ),
+            )
+        await self._serve_stream(device_id, stream, context)
+
+    async def _serve_stream(self, device_id: str, stream: "_Waiting", context: Context) -> None:
+        end = stream.loop.time() + self._config.check_in.stream_s
+        left: tuple[pb.Instruction, ...] = ()
+        try:
+            while await stream.woken(end):
+                left = self._fleet.take(device_id, stream)
+                while left:
+                    await context.write(left[0])
+                    left = left[1:]
+        finally:  # also when the connection is lost, which cancels this call
+            self._fleet.close_stream(device_id, stream, undelivered=left)
+
+
+class _Waiting:
+    """The open call of a device that waits (``fleet.Stream``)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._event = asyncio.Event()
+        self._closed = False
+        self._error: LeptonError | None = None
+
+    def wake(self) -> None:
+        """There is something to take; called by any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the call with it
+            self.loop.call_soon_threadsafe(self._event.set)
+
+    def close(self, error: LeptonError | None) -> None:
+        """End the call; called by any thread."""
+        self._error, self._closed = error, True
+        self.wake()
+
+    async def woken(self, end: float) -> bool:
+        """Wait until there is something to take; False when the call should end in good order.
+
+        Raises:
+            LeptonError: It should end with this error.
+        """
+        try:
+            async with asyncio.timeout_at(end):
+                await self._event.wait()
+        except TimeoutError:
+            return False
+        self._event.clear()
+        if self._error is not None:
+            raise self._error
+        return not self._closed
+
+
+class _Identities:
+    """Certificates that were parsed once, by their bytes."""
+
+    def __init__(self, renew_before: float) -> None:
+        self._renew_before = renew_before  # s before its end; its start lies in the past for slow clocks
+        self._known: dict[bytes, _Identity] = {}
+
+    def of(self, pem: bytes) -> _Identity:
+        """Return who holds a certificate.
+
+        Raises:
+            TrustError: It does not decode, or its key is not of our kind.
+        """
+        identity = self._known.get(pem)
+        if identity is None:
+            if len(self._known) >= _MAX_CACHED:
+                self._known.clear()
+            identity = self._known[pem] = self._parse(pem)
+        return identity
+
+    def _parse(self, pem: bytes) -> _Identity:
+        try:
+            certificate = x509.load_pem_x509_certificate(pem)
+            key = certificate.public_key()
+        except ValueError as error:
+            raise TrustError("The client certificate does not decode.") from error
+        if not isinstance(key, crypto.PublicKey):
+            raise TrustError("The client certificate is not for an elliptic-curve key.")
+        end = certificate.not_valid_after_utc.timestamp()
+        return _Identity(crypto.device_id(key), end, end - self._renew_before)
+
+
+class FailureLimiter:
+    """Refuses an address that has failed too often in the window in hand; used on the event loop only."""
+
+    def __init__(
+        self,
+        limit: int,
+        window_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        max_peers: int = 10_000,
+    ) -> None:
+        self._limit, self._window, self._clock, self._max = limit, window_s, clock, max_peers
+        self._failures: dict[str, tuple[float, int]] = {}  # address -> start of the window, count
+
+    def check(self, address: str) -> None:
+        """Raise ConnectionFailed, as RESOURCE_EXHAUSTED, when the address must wait."""
+        start, count = self._failures.get(address, (0.0, 0))
+        left = start + self._window - self._clock()
+        if count >= self._limit and left > 0:
+            error = ConnectionFailed(
+                f"{count} attempts from {address} have failed; the next is allowed in {left:.0f} s.",
+                hint="Check the token, then try again later.",
+            )
+            raise _Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, error)
+
+    def failed(self, address: str) -> None:
+        """Count a failure."""
+        now = self._clock()
+        start, count = self._failures.get(address, (now, 0))
+        if start + self._window <= now:
+            start, count = now, 0
+        if len(self._failures) >= self._max and address not in self._failures:
+            self._forget(now)
+        self._failures[address] = (start, count + 1)
+
+    def _forget(self, now: float) -> None:
+        """Make room: windows that are over, or else the oldest."""
+        self._failures = {a: f for a, f in self._failures.items() if f[0] + self._window > now}
+        while len(self._failures) >= self._max:
+            del self._failures[next(iter(self._failures))]
+
+
+# -- the edge of gRPC ------------------------------------------------------------------------------------
+
+
+def _guarded(name: str, work: Work) -> Callable[[bytes, Context], Awaitable[Message | None]]:
+    """Answer every error in our words; what we did not foresee is logged here and numbered there."""
+
+    async def call(data: bytes, context: Context) -> Message | None:
+        try:
+            return await work(data, context)
+        except _Refusal as refusal:
+            await _abort(context, refusal.status, refusal.error)
+        except LeptonError as error:
+            log.info("%s refused: %s", name, error, extra={"event": "call.refused", "call": name})
+            await _abort(context, grpc.StatusCode[status_of(error)], error)
+        except Exception:  # the edge of the process: a peer gets a number, the log the cause
+            number = secrets.token_hex(4)
+            log.exception("%s failed (reference %s)", name, number)
+            unforeseen = LeptonError(
+                f"The coordinator failed; its log has the cause under reference {number}."
+            )
+            await _abort(context, grpc.StatusCode.INTERNAL, unforeseen)
+
+    return call
+
+
+async def _abort(context: Context, status: grpc.StatusCode, error: LeptonError) -> NoReturn:
+    await context.abort(status, str(error)[:MAX_DETAIL], metadata_of(error))
+    raise AssertionError("abort returned")
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    age = int(config.limits.connection_age_s * 1000)
+    stream = int(config.check_in.stream_s * 1000)
+    return [
+        ("grpc.so_reuseport", 0),  # a second coordinator must fail, not share the port
+        ("grpc.max_receive_message_length", config.limits.max_message_bytes),
+        ("grpc.max_metadata_size", 8192),
+        ("grpc.absolute_max_metadata_size", 16384),
+        ("grpc.max_concurrent_streams", 8),  # per connection; a device needs two
+        ("grpc.server_handshake_timeout_ms", 20_000),
+        # A silent waiting device is noticed after 80 s; idle connections are not pinged.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 20_000),  # devices may ping so often
+        ("grpc.max_connection_age_ms", age),  # gRPC itself spreads it by 10 %
+        ("grpc.max_connection_age_grace_ms", stream + 30_000),  # a waiting stream ends by itself
+    ]
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, how: grpc.ServerCredentials, name: str) -> int:
+    try:
+        return server.add_secure_port(_join(host, port), how)
+    except RuntimeError as error:
+        raise ConnectionFailed(
+            f"Cannot listen at {_join(host, port)} (the {name} port): it is taken or not ours to bind.",
+            hint=f"Stop what uses it, or set [listen] {name}_port; `ss -ltnp` shows who has it.",
+        ) from error
+
+
+def endpoints_of(listen: ListenSection, enrolment: int, device: int, fleet: int) -> Endpoints:
+    """Return the addresses to advertise: the first public name, else this host's, with the ports in use."""
+    host = listen.public_names[0] if listen.public_names else socket.gethostname()
+    return Endpoints(_join(host, enrolment), _join(host, device), _join(host, fleet))
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _address(peer: str) -> str:
+    """The caller's address without its port; of IPv6 the /64, which one household or host has to itself."""
+    kind, _, rest = urllib.parse.unquote(peer).partition(":")
+    host = rest.rpartition(":")[0].strip("[]")
+    if kind == "ipv6":
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.IPv6Network((host.partition("%")[0], 64), strict=False))
+    return host or kind
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files, here connections, as the hard limit does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# -- checks of fields ------------------------------------------------------------------------------------
+
+
+def _parse(message: M, data: bytes) -> M:
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise ConfigError(f"The {len(data)} bytes are no {type(message).__name__}.") from error
+    return message
+
+
+def _check_protocol(protocol: int) -> None:
+    if protocol == PROTOCOL_VERSION:
+        return
+    older = "client" if protocol < PROTOCOL_VERSION else "coordinator"
+    error = ConfigError(
+        f"The device speaks protocol {protocol}, the coordinator {PROTOCOL_VERSION}.",
+        hint=f"Update the {older}.",
+    )
+    raise _Refusal(grpc.StatusCode.FAILED_PRECONDITION, error)
+
+
+def _check_size(field: str, size: int, least: int, most: int) -> None:
+    if not least <= size <= most:
+        bound = f"{least}" if least == most else f"{least} to {most}"
+        raise ConfigError(f"Expected {field} of {bound} bytes, got {size}.")
+
+
+def _printable(text: str, most: int) -> str:
+    return "".join(c if c.isprintable() else " " for c in text[:most]).strip()
+
+
+def _words(field: str, text: str, most: int) -> str:
+    """Text for people: its length is checked, line breaks and control characters become spaces."""
+    if len(text) > most:
+        raise ConfigError(f"Expected {field} of at most {most} characters, got {len(text)}.")
+    return text if text.isprintable() else _printable(text, most)
+
+
+def _label(field: str, text: str, least: int, most: int) -> str:
+    """A word that is compared: it is refused rather than changed."""
+    if not least <= len(text) <= most or not text.isprintable():
+        raise ConfigError(
+            f"Expected {field} of {least} to {most} printable characters, got {_printable(text, 60)!r}."
+        )
+    return text
+
+
+def _labels(groups: Iterable[str]) -> list[str]:
+    labels = [_label("groups", group, 1, 50) for group in groups]
+    if len(labels) > 16:
+        raise ConfigError(f"Expected at most 16 groups, got {len(labels)}.")
+    return sorted(set(labels))
+
+
+def _checked_report(request: pb.CheckInRequest) -> Report:
+    if len(request.tasks) > 32:
+        raise ConfigError(f"Expected at most 32 tasks, got {len(request.tasks)}.")
+    tasks = tuple(_task_state(task) for task in request.tasks)
+    if len({(t.name, t.version) for t in tasks}) != len(tasks):
+        raise ConfigError("Expected each task version once.")
+    can = request.capabilities
+    for field, value, most in (("cpus", can.cpus, 65_536), ("memory_bytes", can.memory_bytes, 2**53)):
+        if value > most:
+            raise ConfigError(f"Expected {field} of at most {most}, got {value}.")
+    capabilities: tuple[tuple[str, int | str], ...] = (
+        ("cpus", can.cpus),
+        ("memory_bytes", can.memory_bytes),
+        ("accelerator", _words("accelerator", can.accelerator, 50)),
+        ("os", _words("os", can.os, 100)),
+    )
+    return Report(tasks, _label("client_version", request.client_version, 0, 50), capabilities)
+
+
+def _task_state(task: pb.TaskReport) -> TaskState:
+    digest = task.layout_digest
+    if digest and (len(digest) != 64 or not set(digest) <= set("0123456789abcdef")):
+        raise ConfigError(f"Expected layout_digest of 64 hexadecimal digits, got {_printable(digest, 70)!r}.")
+    return TaskState(
+        _label("a task's name", task.name, 1, 200),
+        _label("a task's version", task.version, 1, 50),
+        digest,
+        task.ready,
+        _words("a task's reason", task.reason, 500),
+    )
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
