@@ -239,6 +239,9 @@ class Guard:
         if response[0] == 200 and not stored:
             self._link.offer(node_id, message_id, reply_id)  # says why, when the message was withdrawn
             raise Refusal(422, "refused", "The reply was not accepted.")
+        if await body.is_gone():  # hung up while it waited: the slot is for one that is there
+            self._link.abandon(message_id, reply_id)
+            raise Disconnected
         await _send_response(send, *response)
 
     async def _admit_reply(self, node_id: int, message_id: str, reply_id: str, body: "_Body") -> bool:
@@ -380,6 +383,15 @@ class _Body:
         """Return when the client has gone; the body must have been read."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+    async def is_gone(self) -> bool:
+        """Whether the client has gone already; does not wait."""
+        task = asyncio.ensure_future(self.disconnected())
+        await asyncio.wait((task,), timeout=0)
+        if task.done():
+            return True
+        task.cancel()
+        return False
 
     async def _next(self) -> bytes:
         message = await self._receive()

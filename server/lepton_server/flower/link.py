@@ -310,6 +310,13 @@ class FlowerLink:
                 return False
             return True
 
+    def abandon(self, message_id: str, reply_id: str) -> None:
+        """The device that announced this reply has gone: free its slot."""
+        with self._lock:
+            post = self._posts.get(message_id)
+            if post is not None and post.reply_id == reply_id and post.stage is _Stage.UPLOADING:
+                self._reopen(post)
+
     # --- what Flower's state reports --------------------------------------------------------------------
 
     def _registered(self, reply: Message, tree: ObjectTree, session_id: str, missing: list[str]) -> None:
