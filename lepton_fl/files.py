@@ -283,6 +283,21 @@ class BlobStore:
             hint="Restore it from a copy; storing the original content again replaces it.",
         )
 
+    def delete(self, digest: str) -> bool:
+        """Remove a blob that nothing names any more; return whether it was there.
+
+        Raises:
+            StateError: It may not be removed.
+        """
+        target = self.path(digest)
+        try:
+            target.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            _raise_translated(error, target)
+        return True
+
     def _sweep(self) -> None:
         """Remove what a killed process left half-written, long enough ago that nobody still writes it."""
         limit = time.time() - _STALE

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -172,13 +172,28 @@ class Authority:
             TrustError: The request is bad, or its key is another device's.
             ConfigError: ``days`` is out of bounds.
         """
-        if not 0 < days <= MAX_DEVICE_DAYS:
-            raise ConfigError(f"Expected 0 < days <= {MAX_DEVICE_DAYS} for a device certificate, got {days}.")
         key = verify_csr(csr_pem)
         found = device_id(key)
         if found != expected_id:
             raise TrustError(f"The request is for the key of device {found}, not of {expected_id}.")
-        builder = self._builder(found, key, time.time() if now is None else now, days)
+        return self.issue_device(key, days, now=now)
+
+    def issue_device(
+        self, key: PublicKey, days: float = DEVICE_DAYS, *, now: float | None = None
+    ) -> DeviceCertificate:
+        """Issue a client certificate for a key whose holder has proved that it is theirs (``verify_csr``).
+
+        Args:
+            key: The device's public key; its id follows from it.
+            days: Life of the certificate, at most 398, and never longer than the CA's.
+            now: Seconds since 1970; the system's clock by default.
+
+        Raises:
+            ConfigError: ``days`` is out of bounds.
+        """
+        if not 0 < days <= MAX_DEVICE_DAYS:
+            raise ConfigError(f"Expected 0 < days <= {MAX_DEVICE_DAYS} for a device certificate, got {days}.")
+        builder = self._builder(device_id(key), key, time.time() if now is None else now, days)
         certificate = (
             builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
             .add_extension(_usage(digital_signature=True), critical=True)
@@ -214,7 +229,6 @@ class Authority:
             ValueError,
             TypeError,
             x509.ExtensionNotFound,
-            UnsupportedAlgorithm,
         ) as error:
             raise TrustError(
                 "The certificate was not issued to a device by this coordinator.",
@@ -342,7 +356,7 @@ def _read_ca(path: Path, key: PrivateKey, now: float) -> x509.Certificate:
     except TrustError as error:
         raise StateError(
             f"{path}: {error}",
-            hint="Check this machine's clock. An expired CA must be replaced, and every device enrolled anew.",
+            hint="Check this machine's clock. An expired CA must be replaced and all devices enrolled anew.",
         ) from error
     return certificate
 

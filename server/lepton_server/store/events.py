@@ -22,6 +22,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -29,12 +30,11 @@ from pydantic import (
     ValidationError,
 )
 
-from lepton_fl.errors import Rejection, StateError
+from lepton_fl.errors import StateError
 from lepton_fl.files import canonical_json
 
 GENESIS = "0" * 64  # what the first event names as its predecessor
 _HASH_CONTEXT = "lepton journal v1"
-OUTCOMES = ("accepted", "surplus", *(str(reason) for reason in Rejection))
 _MAX_REASON = 300  # characters of a device's own words
 MAX_BODY = 8 << 20  # bytes of canonical JSON in one event; a plan for 1,000 devices has about 100 KB
 
@@ -48,12 +48,6 @@ def _no_control(text: str) -> str:
     if any(map(_is_control, text)):
         raise ValueError("contains a control character or half a character")
     return text
-
-
-def _outcome(word: str) -> str:
-    if word not in OUTCOMES:
-        raise ValueError(f"expected one of {', '.join(OUTCOMES)}")
-    return str(word)  # plain text, were it a member of the enumeration
 
 
 def _clean(words: object) -> object:
@@ -195,13 +189,6 @@ class RunStopping(_AboutRun):
     reason: Text = ""
 
 
-class RunWaiting(_AboutRun):
-    """The run waits for enough devices, and why; an empty cause says that it moves again."""
-
-    cause: Text
-    until: Time = 0.0
-
-
 class RunFinished(_AboutRun):
     """The run is over; nothing about it is accepted any more."""
 
@@ -216,8 +203,9 @@ class Participation(BaseModel):
 
     Attributes:
         device_id: The device.
-        outcome: ``accepted``, ``surplus`` (good, but the round was full), or a value of ``Rejection``.
-        reason: In words, perhaps the device's own: cut and cleaned rather than refused, because no device may
+        outcome: ``counted``; ``surplus`` (good, but the round was full); ``rejected`` (an answer came and was
+            refused); ``dropped`` (no usable answer).
+        reason: A value of ``Rejection``, or words, perhaps the device's own: cut and cleaned rather than refused, because no device may
             keep a round from being recorded.
         seconds: The device's own.
         examples: Training examples used.
@@ -292,18 +280,6 @@ class RunWaiting(_AboutRun):
     until: Time = 0.0
 
 
-class RoundEvaluated(_AboutRun):
-    """The model after a round was evaluated; 0 is the model that the run started with.
-
-    Who took part in the evaluation is kept in the journal only.
-    """
-
-    round: RoundNumber
-    metrics: Json = Field(default_factory=dict)
-    improved: bool = False
-    participation: Participants = Field(default_factory=list)
-
-
 class ModelCreated(Body):
     """A model exists; round 0 is the one a run starts with."""
 
@@ -350,13 +326,11 @@ KINDS: Mapping[str, type[Body]] = {
     "run.queued": RunQueued,
     "run.started": RunStarted,
     "run.stopping": RunStopping,
-    "run.waiting": RunWaiting,
     "run.finished": RunFinished,
     "run.best": RunBest,
     "round.planned": RoundPlanned,
     "round.committed": RoundCommitted,
     "round.abandoned": RoundAbandoned,
-    "round.evaluated": RoundEvaluated,
     "round.evaluated": RoundEvaluated,
     "run.waiting": RunWaiting,
     "model.created": ModelCreated,

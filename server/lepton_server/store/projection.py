@@ -253,8 +253,6 @@ def _run_queued(connection: Connection, when: When, body: ev.RunQueued) -> None:
         "reason": "",
         "queued_seq": when.seq,
         "queued_at": when.time,
-        "waiting": "",
-        "waiting_until": 0.0,
         "committed": 0,
         "waiting": "",
         "waiting_until": 0.0,
@@ -284,19 +282,12 @@ def _run_finished(connection: Connection, when: When, body: ev.RunFinished) -> N
         {"id": body.run_id},
         state=body.verdict,
         reason=body.reason,
-        waiting="",
-        waiting_until=0.0,
         finished_at=when.time,
         waiting="",
         waiting_until=0.0,
         rounds=body.rounds,
         model_sha256=body.model_sha256 or run["model_sha256"],
     )
-
-
-def _run_waiting(connection: Connection, when: When, body: ev.RunWaiting) -> None:
-    _run(connection, body.run_id, _OPEN)
-    _change(connection, RUN, {"id": body.run_id}, waiting=body.cause, waiting_until=body.until)
 
 
 def _run_waiting(connection: Connection, when: When, body: ev.RunWaiting) -> None:
@@ -429,7 +420,7 @@ def _round_evaluated(connection: Connection, when: When, body: ev.RoundEvaluated
     if newest["evaluated"] != "{}":
         raise StateConflict(f"Round {body.round} of run {body.run_id} is evaluated already.")
     _check_devices(connection, body.participation)
-    key = {"run_id": body.run_id, "round": body.round, "attempt": newest["attempt"]}
+    key: dict[str, object] = {"run_id": body.run_id, "round": body.round, "attempt": newest["attempt"]}
     _change(connection, ROUND, key, evaluated=_json(body.metrics))
 
 
@@ -453,18 +444,9 @@ def _model_created(connection: Connection, when: When, body: ev.ModelCreated) ->
         "sha256": body.model_sha256,
         "parent_sha256": parent,
         "metrics": _json(body.metrics),
-        "evaluation": "{}",
         "created_at": when.time,
     }
     connection.execute(insert(MODEL).values(row))
-
-
-def _round_evaluated(connection: Connection, when: When, body: ev.RoundEvaluated) -> None:
-    _run(connection, body.run_id, _OPEN)
-    if not _one(connection, MODEL, run_id=body.run_id, round=body.round):
-        raise StateConflict(f"Run {body.run_id} has no model of round {body.round} to evaluate.")
-    key: dict[str, object] = {"run_id": body.run_id, "round": body.round}
-    _change(connection, MODEL, key, evaluation=_json(body.metrics))
 
 
 def _nothing(connection: Connection, when: When, body: ev.Body) -> None:
@@ -486,13 +468,11 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.RunQueued: _run_queued,
     ev.RunStarted: _run_started,
     ev.RunStopping: _run_stopping,
-    ev.RunWaiting: _run_waiting,
     ev.RunFinished: _run_finished,
     ev.RunBest: _run_best,
     ev.RoundPlanned: _round_planned,
     ev.RoundCommitted: _round_committed,
     ev.RoundAbandoned: _round_abandoned,
-    ev.RoundEvaluated: _round_evaluated,
     ev.RunWaiting: _run_waiting,
     ev.RoundEvaluated: _round_evaluated,
     ev.ModelCreated: _model_created,

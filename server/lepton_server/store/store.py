@@ -74,7 +74,7 @@ def _checked(kind: str, subject: str | BodyLike, body: BodyLike | None) -> Body:
     if isinstance(subject, str):
         checked = parse_body(kind, {} if body is None else body)
         if subject != checked.subject:
-            raise StateError(f"Expected {checked.subject!r} as the subject of this {kind}, got {subject!r}.")
+            raise StateError(f"Expected the subject {checked.subject!r} for this {kind}, got {subject!r}.")
         return checked
     return parse_body(kind, subject)
 
@@ -366,7 +366,7 @@ class Store:
     def models(self, run_id: str) -> list[Model]:
         """Return the models of a run by round."""
         query = select(MODEL).where(MODEL.c.run_id == run_id).order_by(MODEL.c.round)
-        return [Model(**_decoded(row, "metrics", "evaluation")) for row in self._rows(query)]
+        return [Model(**_decoded(row, "metrics")) for row in self._rows(query)]
 
     # ------------------------------------------------------------------------------------------- journal
 

@@ -135,8 +135,6 @@ class RunRow(_Base, table=True):
     queued_at: float = Field(sa_column=Column(Float(53), nullable=False))
     started_at: float | None = Field(sa_column=Column(Float(53)))
     finished_at: float | None = Field(sa_column=Column(Float(53)))
-    waiting: str = Field(sa_column=_text())  # for what it waits, "" when it moves
-    waiting_until: float = Field(sa_column=Column(Float(53), nullable=False))
     committed: int = Field(sa_column=Column(Integer, nullable=False))  # last committed round, 0 for none
     rounds: int | None = Field(sa_column=Column(Integer))  # as reported at the end
     model_sha256: str | None = Field(sa_column=Column(Text))  # the newest, at the end the final model
@@ -188,7 +186,7 @@ class ParticipationRow(_Base, table=True):
     round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     device_id: str = Field(sa_column=Column(Text, primary_key=True))
-    outcome: str = Field(sa_column=_text())  # accepted, surplus or a Rejection
+    outcome: str = Field(sa_column=_text())  # counted, surplus, rejected, dropped
     reason: str = Field(sa_column=_text())
     seconds: float = Field(sa_column=Column(Float(53), nullable=False))
     examples: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -208,8 +206,7 @@ class ModelRow(_Base, table=True):
     round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     sha256: str = Field(sa_column=_text())
     parent_sha256: str | None = Field(sa_column=Column(Text))
-    metrics: str = Field(sa_column=_text())  # JSON object: of the round that made it
-    evaluation: str = Field(sa_column=_text())  # JSON object: of the model itself, {} when not evaluated
+    metrics: str = Field(sa_column=_text())  # JSON object
     created_at: float = Field(sa_column=Column(Float(53), nullable=False))
 
 

@@ -109,8 +109,6 @@ class Run:
     queued_at: float
     started_at: float | None
     finished_at: float | None
-    waiting: str  # for what it waits, "" when it moves
-    waiting_until: float
     committed: int  # the last committed round, 0 for none
     rounds: int | None  # as reported at the end
     model_sha256: str | None  # the newest model, at the end the final one
@@ -157,7 +155,7 @@ class Part:
     round: int
     attempt: int
     device_id: str
-    outcome: str  # accepted, surplus or a Rejection
+    outcome: str  # counted, surplus, rejected, dropped
     reason: str
     seconds: float
     examples: int
@@ -173,8 +171,7 @@ class Model:
     round: int
     sha256: str
     parent_sha256: str | None
-    metrics: JsonObject  # of the round that made it
-    evaluation: JsonObject  # of the model itself, empty when not evaluated
+    metrics: JsonObject
     created_at: float
 
 
