@@ -67,7 +67,8 @@ class TaskSection(_Section):
     reference: str = Field(description="package.module:attribute, or the short name of a ready task: digits.")
     data: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="The data source: kind, path and what the kind needs; empty = the task's bundled data.",
+        description="The data source: kind (npz, csv, parquet, images, task), path and so on; "
+        "empty = the task's bundled data.",
     )
 
     @field_validator("reference")

@@ -1,0 +1,412 @@
+"""The edge client process: checks in, waits, takes part when selected, and outlives its troubles.
+
+One loop in the main thread owns all decisions. It calls the coordinator, then handles events until the
+next call is due: instructions from the Wait stream, the worker getting busy or idle, finished data checks.
+
+    Agent(config).run()            # until ``stop`` (SIGTERM) or the coordinator refuses this device
+
+Rules: one line per change of state, never per attempt; intervals run on the boot clock; only a refusal by
+the coordinator (TrustError) or unusable state on disk ends the process.
+"""
+
+import logging
+import math
+import os
+import platform
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from lepton_client.backoff import Backoff
+from lepton_client.clock import Clock, SystemClock, Watch
+from lepton_client.config import ClientConfig, TaskSection
+from lepton_client.desk import Office
+from lepton_client.diary import Diary
+from lepton_client.eligibility import Machine, first_objection
+from lepton_client.enrol import RENEW_AT, certificate_life, describe_end, renew
+from lepton_client.inspection import Finding, Inspector, inspect
+from lepton_client.ledger import Ledger
+from lepton_client.limits import apply_limits
+from lepton_client.link import PROTOCOL, Cancelled, Link, Listener, Refused
+from lepton_client.state import Identity, StateDir
+from lepton_client.worker import Answerer, Node, Selection, Worker
+from lepton_fl import crypto
+from lepton_fl.errors import LeptonError
+from lepton_fl.wire.v1 import device_pb2 as pb
+
+log = logging.getLogger("lepton_client")
+
+LEAVE_S: Final = 5.0  # seconds that a training step may take to notice that we stop
+RETRY_RENEWAL_S: Final = 600.0  # between two tries to renew while the certificate may still do
+SLICE_S: Final = 30.0  # longest nap: after a laptop's sleep the boot clock is looked at again
+FALLBACK_S: Final = 60.0  # to the next check-in, when the coordinator's word makes no sense
+STEADY_S: Final = 5.0  # a stream that lived so long was a good one
+MAX_TASK_S: Final = 7 * 86_400.0  # no round lasts longer
+RETRY_PUSH_S: Final = 30.0  # Flower's node repeats an upload so long before the worker joins anew
+SUSPECT_AFTER: Final = 3  # failed calls, after which the certificate might be why
+
+NodeFactory = Callable[[str, bytes, crypto.PrivateKey], Node]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A Wait stream is over."""
+
+    stream: int
+    error: LeptonError | None
+
+
+class Poke:
+    """Something changed: check in now."""
+
+
+Event = pb.Instruction | Ended | Poke
+
+
+class Agent:
+    """One device's agent; ``run`` once."""
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        *,
+        clock: Clock | None = None,
+        machine: Machine | None = None,
+        node_factory: NodeFactory | None = None,
+        answer: Answerer | None = None,
+        check: Callable[[TaskSection], Finding] = inspect,
+    ) -> None:
+        """Everything but ``config`` is for tests."""
+        self._config = config
+        self._clock = clock or SystemClock()
+        self._machine = machine or Machine()
+        self._node_factory = node_factory or flower_node
+        self._state = StateDir(config.client.state_dir)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()  # put() is safe in a signal handler
+        self._inspector = Inspector(config.tasks, self._poke, check)
+        self._answer: Answerer = answer or Office(config.tasks, config.limits, self._inspector.distrust)
+        self._watch = Watch(self._clock)
+        bounds = config.connection.backoff_min_s, config.connection.backoff_max_s
+        self._backoff, self._stream_backoff = Backoff(*bounds), Backoff(*bounds)
+        self._stopping = False
+        self._poked = False
+        self._failures = 0
+        self._renewal_wanted = False
+        self._renewal_tried = -math.inf
+        self._link: Link | None = None
+        self._listener: Listener | None = None
+        self._stream = 0  # number of the current Wait stream
+        self._stream_began = 0.0
+
+    def stop(self) -> None:
+        """Ask the agent to leave; may be called from a signal handler or any thread."""
+        self._stopping = True
+        self._events.put(Poke())
+
+    def run(self) -> bool:
+        """Work until ``stop``.
+
+        Returns:
+            Whether every thread ended; False: the process should end without waiting for the task's code.
+
+        Raises:
+            NotFound: the device is not enrolled.
+            TrustError: the coordinator refuses this device.
+            StateError: the state folder is held by another agent, or damaged.
+        """
+        with self._state.locked():
+            self._identity = self._state.identity()
+            self._key = crypto.load_key(self._state.key)
+            ledger = Ledger(self._state.ledger)
+            apply_limits(self._config.limits)
+            self._diary = Diary(self._state, self._clock, self._facts())
+            self._worker = Worker(
+                self._new_node,
+                self._answer,
+                ledger,
+                self._clock,
+                poll_s=self._config.connection.poll_s,
+                changed=self._poke,
+                trouble=self._diary.hit,
+            )
+            for entry in ledger.interrupted():
+                self._diary.say(
+                    f"interrupted {entry.key}",
+                    f"Round {entry.round} of run {entry.run_id} was cut off by a restart; it is not redone.",
+                )
+            try:
+                self._loop()
+                return self._leave("stopped")
+            except LeptonError as error:
+                self._leave(f"stopped: {error}")
+                raise
+
+    # --------------------------------------------------------------------------------------------- the loop
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            delay = self._check_in()
+            self._diary.flush()
+            self._handle_until(self._clock.now() + delay)
+
+    def _handle_until(self, deadline: float) -> None:
+        """Handle events until the deadline, or until one asks for an earlier check-in."""
+        while not self._stopping and (left := deadline - self._clock.now()) > 0:
+            try:
+                event = self._events.get(timeout=min(left, SLICE_S))
+            except queue.Empty:
+                continue
+            sooner = self._handle(event)
+            self._diary.flush()
+            if sooner is not None:
+                deadline = min(deadline, self._clock.now() + sooner)
+
+    def _handle(self, event: Event) -> float | None:
+        """Returns in how many seconds to check in, if that is to be sooner than planned."""
+        if isinstance(event, pb.Instruction):
+            self._obey(event)
+            return None
+        if isinstance(event, Ended):
+            return self._stream_ended(event)
+        self._poked = False
+        return 0.0
+
+    def _poke(self) -> None:
+        if not self._poked:
+            self._poked = True
+            self._events.put(Poke())
+
+    # ----------------------------------------------------------------------------------------- the check-in
+
+    def _check_in(self) -> float:
+        """One call; returns the seconds to the next one."""
+        if jump := self._watch.jumped():
+            log.warning("this machine's clock was moved by %+.0f s", jump)
+        self._inspector.refresh()
+        try:
+            self._renew_if_due()
+            answer = self._dial().check_in(self._report())
+        except Cancelled:
+            return 0.0
+        except Refused:
+            raise
+        except LeptonError as error:
+            return self._offline(error)
+        return self._online(answer)
+
+    def _report(self) -> pb.CheckInRequest:
+        status, reason = self._status()
+        findings = self._inspector.findings
+        self._diary.note(
+            state=pb.Status.Name(status).removeprefix("STATUS_").lower().replace("_", " "),
+            reason=reason,
+            tasks=[{"name": f.name, "ready": f.ready, "reason": f.reason, "rows": f.rows} for f in findings],
+        )
+        for finding in findings:
+            text = "" if finding.ready else f"{finding.name} sits out: {finding.reason}"
+            self._diary.say(f"task {finding.name}", text, logging.WARNING)
+        return pb.CheckInRequest(
+            protocol=PROTOCOL,
+            status=status,
+            reason=reason[:500],
+            tasks=[
+                pb.TaskReport(name=f.name, version=f.version, ready=f.ready, reason=f.short_reason)
+                for f in findings
+            ],
+            client_version=version("lepton-fl"),
+            capabilities=_capabilities(),
+            device_time=self._clock.wall(),
+        )
+
+    def _status(self) -> tuple[pb.Status, str]:
+        if self._worker.busy:
+            return pb.STATUS_BUSY, ""
+        reason = self._objection()
+        self._diary.say("eligible", f"Not taking part now: {reason}." if reason else "")
+        return (pb.STATUS_NOT_ELIGIBLE, reason) if reason else (pb.STATUS_IDLE, "")
+
+    def _objection(self) -> str:
+        if not self._config.tasks:
+            return "no task is allowed on this device"
+        if self._diary.trouble:
+            return self._diary.trouble
+        now = datetime.fromtimestamp(self._clock.wall()).astimezone()
+        rules = self._config.eligibility
+        return first_objection(rules, self._state.folder, now, self._machine)
+
+    def _online(self, answer: pb.CheckInResponse) -> float:
+        self._backoff.reset()
+        self._failures = 0
+        self._diary.say("connection", f"Connected to {self._identity.device_service}.")
+        self._diary.say("clock", self._watch.heard(answer.server_time) or "", logging.WARNING)
+        self._diary.note(connected=True, error="", clock_skew_s=round(self._watch.skew))
+        self._renewal_wanted = answer.renew
+        for instruction in answer.instructions:
+            self._obey(instruction)
+        if answer.wait:
+            self._listen()
+        else:
+            self._hush()
+        delay = answer.next_check_in_s
+        return delay if 0 < delay <= 86_400 else FALLBACK_S  # NaN compares false
+
+    def _offline(self, error: LeptonError) -> float:
+        self._failures += 1
+        self._hang_up()
+        text = f"{error} {error.hint}".strip()
+        self._diary.say("connection", f"No contact, trying again by itself: {text}", logging.WARNING)
+        self._diary.note(connected=False, error=text)
+        return self._backoff.next()
+
+    def _dial(self) -> Link:
+        if self._link is None:
+            identity = crypto.key_to_pem(self._key), self._identity.certificate_pem.encode()
+            self._link = self._new_link(self._identity.device_service, identity)
+        return self._link
+
+    def _new_link(self, address: str, identity: tuple[bytes, bytes] | None = None) -> Link:
+        return Link(
+            address,
+            self._identity.ca_pem.encode(),
+            identity=identity,
+            timeout_s=self._config.connection.timeout_s,
+            stopping=lambda: self._stopping,
+        )
+
+    def _hang_up(self) -> None:
+        self._hush()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    # ---------------------------------------------------------------------------------------------- renewal
+
+    def _renew_if_due(self) -> None:
+        """Ask for a new certificate at 2/3 of its life, when told to, or when it may be why calls fail."""
+        start, end = certificate_life(self._identity)
+        now = self._watch.server_now()
+        due = now >= start + RENEW_AT * (end - start) or self._renewal_wanted
+        if not due and self._failures < SUSPECT_AFTER:
+            return
+        ended = now >= end
+        if not ended and self._clock.now() - self._renewal_tried < RETRY_RENEWAL_S:
+            return
+        self._renewal_tried = self._clock.now()
+        try:
+            with self._new_link(self._identity.enrolment) as link:
+                self._adopt(renew(self._state, self._identity, link))
+        except LeptonError as error:
+            if ended:  # nothing else can be tried; Refused ends the agent
+                raise
+            self._diary.say("renewal", f"The certificate could not be renewed yet: {error}", logging.WARNING)
+
+    def _adopt(self, identity: Identity) -> None:
+        self._identity = identity
+        self._renewal_wanted = False
+        self._hang_up()  # the next call shows the new certificate
+        self._diary.say("renewal", f"The certificate was renewed; it is good until {describe_end(identity)}.")
+        self._diary.note(**self._facts())
+
+    # ----------------------------------------------------------------------------------------- instructions
+
+    def _listen(self) -> None:
+        if self._listener is not None or self._link is None:
+            return
+        self._stream += 1
+        self._stream_began = self._clock.now()
+        self._listener = self._link.wait()
+        reader = threading.Thread(
+            target=self._read, args=(self._stream, self._listener), name="lepton-listener", daemon=True
+        )
+        reader.start()
+
+    def _read(self, stream: int, listener: Listener) -> None:
+        error: LeptonError | None = None
+        try:
+            for instruction in listener:
+                self._events.put(instruction)
+        except LeptonError as trouble:
+            error = trouble
+        self._events.put(Ended(stream, error))
+
+    def _hush(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+            self._listener = None
+
+    def _stream_ended(self, event: Ended) -> float | None:
+        if event.stream != self._stream or self._listener is None:
+            return None  # an older one, or one that we ended
+        self._listener = None
+        if isinstance(event.error, Refused):
+            raise event.error
+        if self._clock.now() - self._stream_began >= STEADY_S:
+            self._stream_backoff.reset()
+        return self._stream_backoff.next()
+
+    def _obey(self, instruction: pb.Instruction) -> None:
+        kind = instruction.WhichOneof("kind")
+        if kind == "participate":
+            self._participate(instruction.participate)
+        elif kind == "verdict":
+            said = instruction.verdict
+            self._diary.verdict(said.run_id, said.round, said.accepted, said.reason, said.detail)
+        elif kind == "leave":
+            told = instruction.leave
+            if self._worker.leave((told.run_id, told.round, told.attempt)):
+                log.info("round %d of run %s closed without us", told.round, told.run_id)
+
+    def _participate(self, call: pb.Participate) -> None:
+        reason = self._objection()
+        refusal = f"Not taking part: {reason}." if reason else ""
+        deadline_s = call.deadline_s if 0 < call.deadline_s <= MAX_TASK_S else MAX_TASK_S
+        stay_s = call.stay_s if 0 <= call.stay_s <= MAX_TASK_S else 0.0
+        log.info("selected for round %d of run %s (%s)", call.round, call.run_id, call.task)
+        key = (call.run_id, call.round, call.attempt)
+        self._worker.select(Selection(key, self._clock.now() + deadline_s, stay_s, refusal))
+        self._diary.note(state="busy", reason="")
+
+    def _new_node(self) -> Node:
+        return self._node_factory(self._identity.fleet, self._identity.ca_pem.encode(), self._key)
+
+    # ---------------------------------------------------------------------------------------------- the end
+
+    def _leave(self, reason: str) -> bool:
+        ended = self._worker.stop(LEAVE_S)
+        self._hang_up()
+        self._diary.note(state="stopped", reason=reason, connected=False)
+        self._diary.flush()
+        return ended
+
+    def _facts(self) -> dict[str, str | int]:
+        identity = self._identity
+        return {
+            "pid": os.getpid(),
+            "device_id": identity.device_id,
+            "name": identity.name,
+            "coordinator": identity.device_service,
+            "certificate_ends": describe_end(identity),
+        }
+
+
+def flower_node(address: str, ca_pem: bytes, key: crypto.PrivateKey) -> Node:
+    """Flower's node; flwr is imported here, at the first selection."""
+    from lepton_client.flower import FlowerNode
+
+    return FlowerNode(address, ca_pem, key, retry_for_s=RETRY_PUSH_S)
+
+
+def _capabilities() -> pb.Capabilities:
+    return pb.Capabilities(
+        cpus=os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        accelerator="cuda" if Path("/dev/nvidiactl").exists() else "",
+        os=f"{platform.system()} {platform.release()} {platform.machine()}"[:100],
+    )

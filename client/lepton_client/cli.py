@@ -1,0 +1,202 @@
+"""``lepton client enroll|run|status|check``: what the owner of a device types.
+
+Importing this module imports neither gRPC nor numpy; commands import what they need.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lepton_fl.cli.output import Format, FormatOption, print_data
+from lepton_fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lepton_client.config import ClientConfig
+
+app = typer.Typer()
+client_app = typer.Typer(help="Run this machine as a device: join, train, report.", no_args_is_help=True)
+app.add_typer(client_app, name="client")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The device's TOML file; see client/client.toml.")
+]
+StateOption = Annotated[
+    Path | None, typer.Option("--state-dir", help="Folder of the device's key, certificate and status.")
+]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="Allow this task: package.module:attribute or a short name.")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="The task's data: a .npz, .csv or .parquet file, a folder of images, or a JSON object with the "
+        "keys of a data source. Without it the task's own published data are used.",
+    ),
+]
+
+_KINDS = {".npz": "npz", ".csv": "csv", ".parquet": "parquet"}
+
+
+@client_app.command()
+def enroll(
+    token: Annotated[
+        str,
+        typer.Option(
+            envvar="LEPTON_TOKEN",
+            help="What `lepton token create` printed; '-' reads it from standard input.",
+        ),
+    ],
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    name: Annotated[
+        str | None, typer.Option(help="Shown to the operator; default: this host's name.")
+    ] = None,
+    group: Annotated[list[str] | None, typer.Option(help="A label; may be repeated.")] = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Join a coordinator with a one-time token. May be repeated with the same token until it succeeds."""
+    import platform
+    import sys
+
+    from lepton_client.enrol import describe_end, enrol
+    from lepton_client.state import StateDir
+    from lepton_fl import crypto
+
+    settings = _load(config, {"client.state_dir": state_dir, "client.name": name})
+    text = sys.stdin.readline() if token == "-" else token  # noqa: S105 - "-" is no password
+    crypto.parse_join_token(text)  # a bad token leaves nothing behind
+    state = StateDir(settings.client.state_dir)
+    with state.locked():
+        identity = enrol(
+            state,
+            text,
+            name=settings.client.name or platform.node()[:64] or "device",
+            groups=tuple(group) if group else settings.client.groups,
+            timeout_s=settings.connection.timeout_s,
+        )
+    record = {
+        "device_id": identity.device_id,
+        "name": identity.name,
+        "coordinator": identity.device_service,
+        "certificate_ends": describe_end(identity),
+        "state_dir": str(state.folder),
+    }
+    print_data(record, format=format, title="Enrolled. Next: lepton client run")
+
+
+@client_app.command()
+def run(
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+) -> None:
+    """Check in, train when selected, until stopped. Survives a coordinator that is away."""
+    from lepton_client.agent import Agent
+    from lepton_client.logs import configure
+
+    settings = _with_task(_load(config, {"client.state_dir": state_dir}), task, data)
+    configure(settings.log)
+    agent = Agent(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    if not agent.run():
+        os._exit(0)  # the state is saved; code of a task that does not return must not keep us here
+
+
+@client_app.command()
+def status(
+    config: ConfigOption = None, state_dir: StateOption = None, format: FormatOption = Format.TEXT
+) -> None:
+    """Say how this device is, and what became of its last answers."""
+    from lepton_client.report import describe, verdict_rows
+    from lepton_client.state import StateDir
+
+    settings = _load(config, {"client.state_dir": state_dir})
+    state = StateDir(settings.client.state_dir)
+    identity = state.identity()
+    record, verdicts = describe(state, identity), verdict_rows(state)
+    if format == Format.JSON:
+        print_data(record | {"verdicts": verdicts}, format=format)
+        return
+    print_data(record)
+    if verdicts:
+        print_data(
+            verdicts, title="\nLast answers", columns=["at", "run", "round", "accepted", "reason", "detail"]
+        )
+
+
+@client_app.command()
+def check(
+    config: ConfigOption = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Check the owner's data against the contract of each allowed task. Exit code 4 if one cannot train."""
+    from lepton_client.inspection import inspect
+
+    settings = _with_task(_load(config, {}), task, data)
+    if not settings.tasks:
+        raise ConfigError(
+            "No task is allowed on this device.", hint="Add [[tasks]] to the configuration, or give --task."
+        )
+    findings = [inspect(section) for section in settings.tasks]
+    rows = [
+        {"task": f.name, "version": f.version, "ready": f.ready, "rows": f.rows, "reason": f.reason}
+        for f in findings
+    ]
+    print_data(
+        rows, format=format, title="Contract check", columns=["task", "version", "ready", "rows", "reason"]
+    )
+    if not all(finding.ready for finding in findings):
+        raise typer.Exit(4)
+
+
+def _load(path: Path | None, overrides: dict[str, Any]) -> "ClientConfig":
+    from lepton_client.config import ClientConfig
+    from lepton_fl.config import load
+
+    texts = {key: str(value) if value is not None else None for key, value in overrides.items()}
+    return load(ClientConfig, path, overrides=texts).value
+
+
+def _with_task(settings: "ClientConfig", task: str | None, data: str | None) -> "ClientConfig":
+    """Options that stand for one [[tasks]] entry."""
+    from pydantic import ValidationError
+
+    if task is None:
+        if data is not None:
+            raise ConfigError("--data was given without --task.", hint="Say which task the data are for.")
+        return settings
+    try:
+        return settings.with_task(task, source_from(data) if data is not None else {})
+    except ValidationError as error:
+        raise ConfigError(error.errors(include_url=False)[0]["msg"]) from None
+
+
+def source_from(text: str) -> dict[str, Any]:
+    """A data source from one option: a JSON object, a file by its suffix, or a folder of images.
+
+    Raises:
+        ConfigError: neither fits.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--data is not a JSON object: {error}.") from None
+    path = Path(text).expanduser().absolute()
+    if (kind := _KINDS.get(path.suffix.lower())) is not None:
+        return {"kind": kind, "path": str(path)}
+    if path.is_dir():
+        return {"kind": "images", "path": str(path)}
+    raise ConfigError(
+        f"--data {text!r} is neither a .npz, .csv or .parquet file, nor a folder, nor a JSON object.",
+        hint='Check the path; write {"kind": ...} to say what it is.',
+    )

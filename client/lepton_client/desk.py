@@ -1,0 +1,108 @@
+"""What this device brings to a round: the tasks its owner allows, and the owner's data.
+
+An ``Office`` lives as long as the agent and keeps models and data between rounds; torch is imported when it
+answers for the first time.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lepton_client.config import LimitsSection, TaskSection
+from lepton_client.inspection import fingerprint
+from lepton_fl.errors import DataError, LeptonError, TaskError
+
+if TYPE_CHECKING:
+    from lepton_client.material import Material
+    from lepton_fl.tasks.data import Dataset
+    from lepton_fl.training.trainer import Trainer
+    from lepton_fl.wire.messages import Ticket
+    from lepton_fl.wire.records import Records
+
+log = logging.getLogger(__name__)
+
+
+class Office:
+    """Answers requests; used by one thread at a time."""
+
+    def __init__(
+        self, sections: tuple[TaskSection, ...], limits: LimitsSection, distrust: Callable[[], None]
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            sections: The allow-list.
+            limits: How many threads compute.
+            distrust: Called when data turn out to be bad, so that they are inspected again.
+        """
+        self._sections, self._limits, self._distrust = sections, limits, distrust
+        self._trainers: dict[str, Trainer] = {}
+        self._materials: dict[str, Material] = {}
+
+    def __call__(self, records: "Records", should_stop: Callable[[], bool]) -> "Records":
+        """Do what a request asks; a failure becomes the answer."""
+        import torch
+
+        torch.set_num_threads(self._limits.threads)
+        from lepton_fl.training.respond import respond
+
+        return respond(records, _Desk(self, should_stop))
+
+    def trainer(self, name: str) -> "Trainer":
+        """The trainer of an allowed task; raises TaskError for any other."""
+        if name not in self._trainers:
+            from lepton_client.material import load_section_task
+            from lepton_fl.training.trainer import Trainer
+
+            self._trainers[name] = Trainer(load_section_task(self._section(name)))
+        return self._trainers[name]
+
+    def data(self, name: str, kind: str) -> "Dataset":
+        """Rows to train on or evaluate with; read again when the files behind them changed."""
+        section = self._section(name)
+        known = self._materials.get(name)
+        if known is None or known.fingerprint != fingerprint(section):
+            from lepton_client.material import load_material
+
+            try:
+                known = self._materials[name] = load_material(self.trainer(name).task, section)
+            except LeptonError:
+                self._materials.pop(name, None)
+                self._distrust()
+                raise
+        if kind == "train":
+            return known.train
+        if len(known.evaluate) == 0:
+            raise DataError(
+                "This device keeps no rows for evaluation.", hint="Set held_out in its data source."
+            )
+        return known.evaluate
+
+    def _section(self, name: str) -> TaskSection:
+        from lepton_client.material import name_of
+
+        for section in self._sections:
+            if name in (section.reference, name_of(section)):
+                return section
+        raise TaskError(
+            f"The owner of this device does not allow the task {name[:200]!r}.",
+            hint="Tasks are allowed one by one, in the [[tasks]] of the device's configuration.",
+        )
+
+
+class _Desk:
+    """An ``Office`` at work on one request; see ``lepton_fl.training.respond.Desk``."""
+
+    def __init__(self, office: Office, should_stop: Callable[[], bool]) -> None:
+        self._office, self.should_stop = office, should_stop
+
+    def trainer(self, task: str) -> "Trainer":
+        return self._office.trainer(task)
+
+    def data(self, task: str, kind: str) -> "Dataset":
+        return self._office.data(task, kind)
+
+    def seed(self, ticket: "Ticket") -> int:
+        """Nobody may predict the order of the batches: part of what hides a single row."""
+        return secrets.randbits(63)

@@ -1,0 +1,41 @@
+"""What ``lepton client status`` shows: the identity, and what the agent last wrote down."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from lepton_client.enrol import describe_end
+from lepton_client.state import Identity, StateDir
+
+
+def describe(state: StateDir, identity: Identity) -> dict[str, Any]:
+    """One record about the device; an agent that was killed is told from one that runs by its lock."""
+    known = state.status()
+    pid = state.holder()
+    return {
+        "device_id": identity.device_id,
+        "name": identity.name,
+        "coordinator": identity.device_service,
+        "certificate_ends": describe_end(identity),
+        "running": pid != 0,
+        "pid": pid or None,
+        "state": known.get("state", "never ran") if pid else "not running",
+        "since": _time(known.get("since")),
+        "connected": bool(known.get("connected")) and pid != 0,
+        "reason": known.get("reason", ""),
+        "error": known.get("error", ""),
+        "clock_skew_s": known.get("clock_skew_s"),
+        "tasks": [_task(task) for task in known.get("tasks", [])],
+    }
+
+
+def verdict_rows(state: StateDir) -> list[dict[str, Any]]:
+    """The last verdicts, oldest first."""
+    return [row | {"at": _time(row.get("at"))} for row in state.status().get("verdicts", [])]
+
+
+def _task(task: dict[str, Any]) -> str:
+    return f"{task['name']}: {'ready' if task['ready'] else task['reason']}"
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -1,0 +1,350 @@
+"""The part of the agent that takes part in rounds: one thread, alive only while this device is selected.
+
+The main thread tells it ``select`` and ``leave``; it joins Flower, pulls the round's message, has the task
+answer it, pushes the answer and stays a while for the next round. Rules:
+
+* Nothing is trained that the ledger does not first hold as begun; what it holds is not trained again.
+* An answer is pushed until it is taken, refused, or too late; a coordinator that restarted is joined anew.
+* ``leave`` and ``stop`` end training before its next step; what was left is not answered.
+"""
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from lepton_client.backoff import Backoff
+from lepton_client.clock import Clock
+from lepton_client.ledger import Ledger
+from lepton_fl.errors import LeptonError, Rejection, StateError, TrustError, UpdateRejected
+
+if TYPE_CHECKING:
+    from lepton_fl.wire.messages import Ticket
+    from lepton_fl.wire.records import Records
+
+log = logging.getLogger(__name__)
+
+GRACE: Final = 5.0  # seconds after a deadline in which an answer may still be taken
+
+
+class Node(Protocol):
+    """What carries the messages of a round; ``lepton_client.flower.FlowerNode`` in production.
+
+    Every method raises TrustError (not admitted) or ConnectionFailed (try later).
+    """
+
+    def activate(self) -> Any:  # noqa: ANN401 - the node id, which nobody here needs
+        """Join."""
+        ...
+
+    def pull(self) -> "tuple[Any, Records] | None":
+        """The oldest message that was not answered, with a handle; raises UpdateRejected if unreadable."""
+        ...
+
+    def push(self, handle: Any, records: "Records") -> None:  # noqa: ANN401 - what ``pull`` gave
+        """Answer; raises UpdateRejected when the answer does not count."""
+        ...
+
+    def push_error(self, handle: Any, reason: Rejection, message: str) -> None:  # noqa: ANN401 - as above
+        """Answer that there will be no result; raises like ``push``."""
+        ...
+
+    def deactivate(self) -> None:
+        """Leave."""
+        ...
+
+    def close(self) -> None:
+        """Hang up; from another thread it ends the waits of a running call."""
+        ...
+
+
+class Answerer(Protocol):
+    """Does what a request asks; ``lepton_client.desk.Office`` in production."""
+
+    def __call__(self, records: "Records", should_stop: Callable[[], bool]) -> "Records":
+        """The answer; raises UpdateRejected only when the request has no readable ticket."""
+        ...
+
+
+Key = tuple[str, int, int]  # run, round, attempt
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One Participate."""
+
+    key: Key
+    deadline: float  # clock seconds
+    stay_s: float
+    refusal: str = ""  # why this device will not do it, when that is so
+
+
+class Worker:
+    """Takes part in rounds in a thread of its own."""
+
+    def __init__(
+        self,
+        node_factory: Callable[[], Node],
+        answer: Answerer,
+        ledger: Ledger,
+        clock: Clock,
+        *,
+        poll_s: float,
+        changed: Callable[[], None],
+        trouble: Callable[[LeptonError], None],
+    ) -> None:
+        """Nothing starts yet.
+
+        Args:
+            node_factory: Makes what carries messages; called in the worker's thread.
+            answer: Does the work.
+            ledger: What was begun.
+            clock: For deadlines.
+            poll_s: Pause between two looks for a message.
+            changed: Called from the thread when it gets busy or idle.
+            trouble: Called from the thread when this machine's own state fails (full disk).
+        """
+        self._node_factory, self._answer, self._ledger = node_factory, answer, ledger
+        self._clock, self._poll_s = clock, poll_s
+        self._changed, self._trouble = changed, trouble
+        self._lock = threading.Condition()
+        self._open: dict[Key, Selection] = {}
+        self._left: set[Key] = set()
+        self._finished: deque[Key] = deque(maxlen=64)
+        self._stay_until = 0.0
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._node: Node | None = None
+        self._backoff = Backoff(0.2, 5.0)
+
+    # -------------------------------------------------------------------------------------- main thread
+
+    @property
+    def busy(self) -> bool:
+        """Whether a selection is open."""
+        with self._lock:
+            return bool(self._open)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        with self._lock:
+            return self._thread is not None and self._thread.is_alive()
+
+    def select(self, selection: Selection) -> None:
+        """This device is in a cohort."""
+        with self._lock:
+            if self._stopping or selection.key in self._open or selection.key in self._finished:
+                return  # told twice, by the stream and by a check-in
+            self._left.discard(selection.key)
+            self._open[selection.key] = selection
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="lepton-worker", daemon=True)
+                self._thread.start()
+            self._lock.notify_all()
+
+    def leave(self, key: Key) -> bool:
+        """The round closed without this device; False when it was not at work on it."""
+        with self._lock:
+            if self._open.pop(key, None) is None:
+                return False
+            self._left.add(key)
+            self._stay_until = 0.0
+            self._lock.notify_all()
+            return True
+
+    def stop(self, timeout_s: float) -> bool:
+        """Leave everything; returns whether the thread ended within ``timeout_s``."""
+        with self._lock:
+            self._stopping = True
+            self._open.clear()
+            self._lock.notify_all()
+            thread, node = self._thread, self._node
+        if thread is None:
+            return True
+        if node is not None:
+            with contextlib.suppress(LeptonError):
+                node.close()  # an upload that is under way need not end first
+        thread.join(timeout_s)
+        return not thread.is_alive()
+
+    # ------------------------------------------------------------------------------------------- thread
+
+    def _run(self) -> None:
+        try:
+            while self._wanted():
+                self._engage()
+        except BaseException:
+            log.exception("the worker failed; the agent goes on without this round")
+            with self._lock:
+                self._open.clear()
+                self._thread = None
+        finally:
+            self._changed()
+
+    def _wanted(self) -> bool:
+        """Whether to join (again); when not, the thread ends, and no selection can slip in between."""
+        with self._lock:
+            self._expire()
+            if self._open and not self._stopping:
+                return True
+            self._left.clear()
+            self._thread = None
+            return False
+
+    def _engage(self) -> None:
+        """Join Flower once and work until nobody waits for this device, or the connection breaks."""
+        try:
+            node = self._node = self._node_factory()
+        except LeptonError as error:
+            self._broken(error)
+            return
+        try:
+            node.activate()
+            while self._attend():
+                self._look(node)
+                self._backoff.reset()
+        except LeptonError as error:
+            self._broken(error)
+        finally:
+            with contextlib.suppress(LeptonError):  # it may be the coordinator that went away
+                node.deactivate()
+            node.close()
+            self._node = None
+
+    def _look(self, node: Node) -> None:
+        """Pull once; work on what came or pause."""
+        try:
+            pulled = node.pull()
+        except UpdateRejected as error:
+            log.warning("a message that cannot be read was put aside: %s", error)
+            pulled = None
+        if pulled is None:
+            self._pause(self._poll_s)
+        else:
+            self._work(node, *pulled)
+
+    def _broken(self, error: LeptonError) -> None:
+        log.warning("lost the round's connection: %s", error)
+        if isinstance(error, TrustError):
+            with self._lock:
+                self._open.clear()  # not ours to insist; the next check-in says why
+            return
+        self._pause(self._backoff.next())
+
+    def _attend(self) -> bool:
+        """Wait while there is nothing to pull; False when it is time to leave Flower."""
+        with self._lock:
+            while True:
+                self._expire()
+                if self._stopping:
+                    return False
+                if self._open:
+                    return True
+                left = self._stay_until - self._clock.now()
+                if left <= 0:
+                    return False
+                self._lock.wait(min(left, 1.0))
+
+    def _pause(self, seconds: float) -> None:
+        with self._lock:
+            if not self._stopping:
+                self._lock.wait(seconds)
+
+    def _expire(self) -> None:
+        """Forget selections whose round is over; the lock is held."""
+        now = self._clock.now()
+        for key in [k for k, s in self._open.items() if now > s.deadline + GRACE]:
+            del self._open[key]
+            log.warning("round %d of run %s: no message came before its deadline", key[1], key[0])
+
+    def _work(self, node: Node, handle: Any, records: "Records") -> None:  # noqa: ANN401 - the node's own
+        from lepton_fl.wire.messages import Fields, Ticket
+
+        try:
+            ticket = Ticket.take(Fields(records.config))
+        except UpdateRejected as error:
+            reason, text = error.reason, str(error)
+            self._push(lambda: node.push_error(handle, reason, text), node, None)
+            self._pause(self._poll_s)
+            return
+        key = (ticket.run_id, ticket.round, ticket.attempt)
+        if refusal_text := self._refusal(ticket, key):
+            log.warning("%s round %d of run %s is not done: %s", ticket.kind, key[1], key[0], refusal_text)
+            self._push(lambda: node.push_error(handle, Rejection.FAILED, refusal_text), node, key)
+            self._pause(self._poll_s)  # the same message may come again until the round is over
+        else:
+            log.info("%s round %d of run %s begins", ticket.kind, ticket.round, ticket.run_id)
+            answer = self._answer(records, lambda: self._gone(key))
+            if not self._gone(key) and self._push(lambda: node.push(handle, answer), node, key):
+                self._note(ticket)
+        self._done(key)
+
+    def _refusal(self, ticket: "Ticket", key: Key) -> str:
+        """Why the work must not start; '' after the ledger has it as begun."""
+        if self._gone(key):
+            return "The round is over for this device."
+        with self._lock:
+            selection = self._open.get(key)
+        if selection is not None and selection.refusal:
+            return selection.refusal
+        try:
+            fresh = self._ledger.begin(ticket)
+        except StateError as error:
+            self._trouble(error)
+            return str(error)
+        return (
+            "" if fresh else "This device had begun it before, perhaps before a restart; it works once only."
+        )
+
+    def _push(self, push: Callable[[], None], node: Node, key: Key | None) -> bool:
+        """Hand an answer over; a broken connection is tried again until the round is over.
+
+        Returns:
+            Whether the coordinator has it; False when it refused it by reason.
+        """
+        backoff = Backoff(0.2, 5.0)
+        while True:
+            try:
+                push()
+                return True
+            except UpdateRejected as refusal:
+                log.warning("the answer was refused (%s): %s", refusal.reason, refusal)
+                return False
+            except LeptonError as error:
+                if isinstance(error, TrustError) or key is None or self._over(key):
+                    raise
+                log.warning("the answer did not get through, trying again: %s", error)
+            self._pause(backoff.next())
+            with contextlib.suppress(LeptonError):  # then the next push says what is wrong
+                node.activate()
+
+    def _over(self, key: Key) -> bool:
+        with self._lock:
+            self._expire()
+            return self._stopping or key not in self._open
+
+    def _gone(self, key: Key) -> bool:
+        """Whether nobody waits for this answer any more: training stops at its next step."""
+        with self._lock:
+            selection = self._open.get(key)
+            late = selection is not None and self._clock.now() > selection.deadline + GRACE
+            return self._stopping or late or key in self._left
+
+    def _note(self, ticket: "Ticket") -> None:
+        try:
+            self._ledger.answered(ticket)
+        except StateError as error:  # "begun" is on disk, and that is what matters
+            self._trouble(error)
+
+    def _done(self, key: Key) -> None:
+        with self._lock:
+            selection = self._open.pop(key, None)
+            self._left.discard(key)
+            self._finished.append(key)
+            if selection is not None:
+                self._stay_until = self._clock.now() + selection.stay_s
+        self._changed()
