@@ -116,7 +116,7 @@ class RunSpec(Frozen):
     grid_step: Positive = 2.0**-24  # a power of two; updates reach +-(2**31 - 1) * grid_step
     evaluate_every: Annotated[int, Field(ge=0)] = 1  # federated evaluation every n rounds; 0 = never
     evaluate_cohort: Annotated[int, Field(ge=0)] = 0  # devices asked to evaluate; 0 = as many as train
-    central_data: str = ""  # a data source on the coordinator for central evaluation; empty = none
+    central_data: str = ""  # folder of the task's data set on the coordinator, or "built-in"; empty = none
     early_stop: EarlyStop = EarlyStop()
     seed: Annotated[int, Field(ge=0)] = 0  # of the initial model
     initial_model: str = ""  # SHA-256 of a stored model to start from; empty = a fresh one

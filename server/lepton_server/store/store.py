@@ -368,6 +368,11 @@ class Store:
         query = select(MODEL).where(MODEL.c.run_id == run_id).order_by(MODEL.c.round)
         return [Model(**_decoded(row, "metrics")) for row in self._rows(query)]
 
+    def model_users(self, sha256: str) -> int:
+        """Return how many runs have this model among theirs, in any round."""
+        query = select(MODEL.c.run_id).where(MODEL.c.sha256 == sha256).distinct()
+        return len(self._rows(query))
+
     # ------------------------------------------------------------------------------------------- journal
 
     def events(

@@ -1,0 +1,264 @@
+"""A run's record: checkpoints in the blob store, events in the journal, and where a run stands.
+
+A run's state is a fold over its own events plus two blobs (model, optimiser state), so there is nothing to
+repair after a crash.
+"""
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lepton_fl.errors import Rejection, StateCorrupt
+from lepton_fl.files import BlobStore
+from lepton_fl.plan import RoundPlan, RunSpec
+from lepton_fl.rounds.campaign import Best, Committed, Evaluated
+from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Collected
+from lepton_fl.rounds.optimizers import ServerState
+from lepton_fl.vector import Vector
+from lepton_server.ops import Meters
+from lepton_server.store import Event, Store
+
+log = logging.getLogger(__name__)
+
+KEEP_ROUNDS = 3  # checkpoints of a run that stay besides the first and the best
+WAITING_EVERY_S = 5.0  # a changing cause of waiting is journalled at most so often
+
+
+def save_model(blobs: BlobStore, model: Vector) -> str:
+    """Store a model's little-endian float32 bytes; their SHA-256 is the model's name everywhere."""
+    return blobs.put(np.ascontiguousarray(model, "<f4").tobytes())
+
+
+def load_model(blobs: BlobStore, sha256: str) -> Vector:
+    """Read a model back, verified against its name."""
+    return np.frombuffer(blobs.read(sha256), "<f4").astype(np.float32)
+
+
+def save_server_state(blobs: BlobStore, state: ServerState) -> str | None:
+    """Store the optimiser's vectors as safetensors; None if it keeps none."""
+    if not state.slots:
+        return None
+    from safetensors.numpy import save
+
+    return blobs.put(save(dict(state.slots)))
+
+
+def load_server_state(blobs: BlobStore, sha256: str | None) -> ServerState:
+    """Read the optimiser's vectors back."""
+    if sha256 is None:
+        return ServerState()
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return ServerState(load(blobs.read(sha256)))
+    except SafetensorError as error:
+        raise StateCorrupt(f"Optimiser state {sha256} does not decode: {error}.") from error
+
+
+# --- where a run stands -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run's position, folded from its events."""
+
+    round: int = 0
+    attempt: int = 0  # last attempt planned at the round after that
+    open: bool = False  # that attempt has neither been committed nor abandoned
+    model_sha256: str = ""
+    state_sha256: str | None = None
+    evaluated: int = 0
+    best: Best | None = None
+    stale: int = 0
+
+
+def fold(progress: Progress, event: Event) -> Progress:
+    """One event's effect on a run's position."""
+    body = event.body
+    match event.kind:
+        case "model.created" if body["round"] == 0:
+            return replace(progress, model_sha256=body["model_sha256"])
+        case "round.planned":
+            return replace(progress, attempt=body["attempt"], open=True)
+        case "round.abandoned":
+            return replace(progress, open=False)
+        case "round.committed":
+            done = replace(progress, round=body["round"], attempt=0, open=False)
+            return replace(done, model_sha256=body["model_sha256"], state_sha256=body["state_sha256"])
+        case "round.evaluated":
+            stale = 0 if body["improved"] else progress.stale + bool(body["metrics"])
+            return replace(progress, evaluated=body["round"], stale=stale)
+        case "run.best":
+            return replace(progress, best=Best(body["round"], body["model_sha256"], body["value"]))
+    return progress
+
+
+def progress_of(store: Store, run_id: str) -> Progress:
+    """Where a run stands, from the journal."""
+    progress = Progress()
+    for event in store.events(subject=run_id):
+        progress = fold(progress, event)
+    return progress
+
+
+# --- the record -------------------------------------------------------------------------------------
+
+
+class RunBook:
+    """The journal as the book of one run (``rounds.campaign.Book``)."""
+
+    def __init__(self, store: Store, blobs: BlobStore, run_id: str, spec: RunSpec, meters: Meters) -> None:
+        self._store, self._blobs, self._run_id, self._meters = store, blobs, run_id, meters
+        self._metric = spec.early_stop.metric
+        progress = progress_of(store, run_id)
+        self._parent, self._best = progress.model_sha256, progress.best
+        self._shown_at = -WAITING_EVERY_S
+        rounds = [r for r in store.rounds(run_id) if r.state == "committed" and r.model_sha256]
+        self._kept = deque((str(r.model_sha256), r.state_sha256) for r in rounds[-KEEP_ROUNDS:])
+
+    def planned(self, plan: RoundPlan) -> None:
+        """Journal a plan."""
+        body = _attempt(plan) | {"plan": plan.to_json(), "model_sha256": plan.model_sha256}
+        self._store.record("round.planned", self._run_id, body)
+
+    def abandoned(self, collected: Collected, cause: str) -> None:
+        """Journal that an attempt does not count, and why."""
+        body = _attempt(collected.plan) | {"cause": cause, "participation": _participation(collected)}
+        self._store.record("round.abandoned", self._run_id, body)
+        self._meters.abandoned.labels(self._run_id).inc()
+        self._count(collected)
+        log.warning("run %s round %d: abandoned: %s", self._run_id, collected.plan.round, cause)
+
+    def committed(self, round_: Committed) -> None:
+        """Write the blobs, then the rows that name them, in one transaction."""
+        plan, state, metrics = round_.collected.plan, round_.state, dict(round_.metrics)
+        model_sha256 = save_model(self._blobs, state.model)
+        state_sha256 = save_server_state(self._blobs, state.server)
+        body = _attempt(plan) | {
+            "model_sha256": model_sha256,
+            "state_sha256": state_sha256,
+            "metrics": metrics,
+            "participation": _participation(round_.collected),
+            "bytes_up": round_.collected.bytes_up,
+            "bytes_down": round_.bytes_down,
+            "seconds": round_.seconds,
+        }
+        created = {
+            "model_sha256": model_sha256,
+            "run_id": self._run_id,
+            "round": plan.round,
+            "parent_sha256": self._parent,
+            "metrics": metrics,
+        }
+        with self._store.transaction() as transaction:
+            transaction.record("round.committed", self._run_id, body)
+            transaction.record("model.created", self._run_id, created)
+        self._parent = model_sha256
+        self._kept.append((model_sha256, state_sha256))
+        self._drop_old_checkpoints()
+        self._measure(round_)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        summary = round_.collected.summary()
+        log.info(
+            "run %s round %d: %s; %s; %.2f s", self._run_id, plan.round, summary, figures, round_.seconds
+        )
+
+    def evaluated(self, evaluation: Evaluated) -> None:
+        """Journal an evaluation and, if it is the best so far, that too."""
+        state, collected = evaluation.state, evaluation.collected
+        body = {
+            "run_id": self._run_id,
+            "round": state.round,
+            "metrics": dict(evaluation.metrics),
+            "improved": evaluation.improved,
+            "participation": _participation(collected) if collected else [],
+        }
+        with self._store.transaction() as transaction:
+            transaction.record("round.evaluated", self._run_id, body)
+            if evaluation.improved and state.best:
+                best = {
+                    "run_id": self._run_id,
+                    "round": state.best.round,
+                    "model_sha256": state.best.model_sha256,
+                    "metric": self._metric,
+                    "value": state.best.value,
+                }
+                transaction.record("run.best", self._run_id, best)
+        superseded, self._best = self._best, state.best
+        if superseded and superseded != state.best:
+            self._drop(superseded.model_sha256)
+        figures = ", ".join(f"{k} {v:.4g}" for k, v in evaluation.metrics.items())
+        log.info("run %s round %d evaluated: %s", self._run_id, state.round, figures or "no device answered")
+
+    def waiting(self, cause: str, seconds: float) -> None:
+        """Journal why the run waits, not too often; '' when it moves again."""
+        self._meters.waiting.labels(self._run_id).set(1 if cause else 0)
+        now = time.monotonic()
+        if cause and now - self._shown_at < WAITING_EVERY_S:
+            return
+        self._shown_at = now if cause else -WAITING_EVERY_S
+        until = time.time() + seconds if cause else 0.0
+        self._store.record(
+            "run.waiting", self._run_id, {"run_id": self._run_id, "cause": cause, "until": until}
+        )
+        if cause:
+            log.warning("run %s waits up to %.0f s more: %s", self._run_id, seconds, cause)
+
+    def _drop_old_checkpoints(self) -> None:
+        while len(self._kept) > KEEP_ROUNDS:
+            model_sha256, state_sha256 = self._kept.popleft()
+            self._drop(model_sha256)
+            if state_sha256 and state_sha256 not in {kept for _, kept in self._kept}:
+                self._blobs.delete(state_sha256)
+
+    def _drop(self, model_sha256: str) -> None:
+        """Delete a checkpoint unless something still needs it: blobs are shared by content."""
+        recent = {kept for kept, _ in self._kept}
+        best = self._best.model_sha256 if self._best else ""
+        if model_sha256 in recent or model_sha256 == best or self._store.model_users(model_sha256) > 1:
+            return
+        self._blobs.delete(model_sha256)
+
+    def _measure(self, round_: Committed) -> None:
+        self._meters.rounds.labels(self._run_id).inc()
+        self._meters.seconds.labels(self._run_id).observe(round_.seconds)
+        self._meters.bytes.labels(self._run_id, "down").inc(round_.bytes_down)
+        self._meters.bytes.labels(self._run_id, "up").inc(round_.collected.bytes_up)
+        self._count(round_.collected)
+
+    def _count(self, collected: Collected) -> None:
+        for entry in collected.participation.values():
+            self._meters.reports.labels(self._run_id, entry.outcome).inc()
+
+
+def _attempt(plan: RoundPlan) -> dict[str, Any]:
+    return {"run_id": plan.run_id, "round": plan.round, "attempt": plan.attempt}
+
+
+_OUTCOMES = {
+    ACCEPTED: "counted",
+    SURPLUS: "surplus",
+    Rejection.OFFLINE: "dropped",
+    Rejection.FAILED: "dropped",
+}
+
+
+def _participation(collected: Collected) -> list[dict[str, Any]]:
+    bytes_down = 4 * collected.plan.num_coordinates
+    return [
+        {
+            "device_id": entry.device_id,
+            "outcome": (outcome := _OUTCOMES.get(entry.outcome, "rejected")),
+            "reason": "" if outcome in ("counted", "surplus") else entry.outcome,
+            "seconds": entry.seconds,
+            "examples": entry.num_examples,
+            "bytes_up": entry.num_bytes,
+            "bytes_down": bytes_down,
+        }
+        for entry in collected.participation.values()
+    ]
