@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 	@echo "make lint    style, types, layers, generated code"
+	@echo "make docs    the generated parts of docs/"
 	@echo "make bench   measurements (make bench ARGS=--list)"
 	@echo "make clean   remove .venv and all caches"
 
@@ -28,8 +29,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy .ci/check_wheel.py .ci/reference_docs.py
 	$(BIN)/lint-imports --no-logo
 	PYTHON=$(BIN)/python proto/generate --check
+
+docs: $(VENV)/.dev
+	$(BIN)/python .ci/reference_docs.py
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks $(ARGS)

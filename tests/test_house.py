@@ -217,6 +217,11 @@ def test_generated_code_is_fresh():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_reference_pages_are_fresh():
+    done = run(sys.executable, ".ci/reference_docs.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
 # --- the command is light -----------------------------------------------------------------------------------
 
 HEAVY = {"torch", "flwr", "scipy", "grpc", "google.protobuf", "sqlmodel", "sqlalchemy", "sklearn", "pyarrow"}

@@ -11,13 +11,14 @@ from lepton_fl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lepton_fl.tasks import Dataset, Task
+    from lepton_fl.tasks.sources import DataSourceSpec
     from lepton_fl.training.trainer import Trainer
 
 app = typer.Typer(help="Look at the tasks that are installed.", no_args_is_help=True)
 
 GROUP = "lepton.tasks"
 TRIAL_ROWS = 64  # of the one mini-batch
-KINDS = {".npz": "npz", ".csv": "csv", ".parquet": "parquet"}  # by suffix; a folder is a published data set
+KINDS = {".npz": "npz", ".csv": "csv", ".parquet": "parquet"}  # by suffix
 
 
 @app.command("list")
@@ -36,16 +37,13 @@ def check(
         str, typer.Argument(metavar="TASK", help="A name from the list, or package.module:attribute.")
     ],
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--data",
             envvar="LEPTON_DATA",
-            help="A device's .npz, .csv or .parquet file, or the folder of the task's published data set.",
+            help="A .npz, .csv or .parquet file, a folder of images, the folder of the task's published data "
+            "set, or a JSON object with the keys of a data source.",
         ),
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option("--kind", help="npz, csv, parquet, images or task, if not clear from --data."),
     ] = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
@@ -66,31 +64,47 @@ def check(
         "model_bytes": 4 * trainer.layout.size,
         "rows": None,
     }
-    if (rows := _rows(task, data, kind)) is not None:
+    if (rows := _rows(task, data)) is not None:
         report = task.check(rows)
         record |= {"rows": report.rows, "missing": report.missing, "low": report.low, "high": report.high}
         record |= {"class_counts": report.class_counts, "first_loss": _trial(trainer, rows)}
     print_data(record, format=format)
 
 
-def _rows(task: "Task", path: Path | None, kind: str | None) -> "Dataset | None":
+def _rows(task: "Task", data: str | None) -> "Dataset | None":
     """The raw rows to check; None if none were named and the task brings none along."""
-    from pydantic import ValidationError
-
     from lepton_fl.tasks.sources import DataSourceSpec, read_source
 
-    kind = kind or KINDS.get(path.suffix.lower() if path else "", "task")
+    if data is not None:
+        return read_source(_source(data), task)
     try:
-        spec = DataSourceSpec.model_validate({"kind": kind, "path": path})
-    except ValidationError as error:
-        raise ConfigError(f"--kind {kind!r}: {error.errors()[0]['msg']}") from None
-    try:
-        return read_source(spec, task)
+        return read_source(DataSourceSpec(kind="task"), task)
     except DataError as error:
-        if path is not None or kind != "task":
-            raise
         say(f"without data: {error} {error.hint}")
         return None
+
+
+def _source(data: str) -> "DataSourceSpec":
+    """What one option says of a data source."""
+    from pydantic import ValidationError
+
+    from lepton_fl.tasks.sources import DataSourceSpec
+
+    path = Path(data).expanduser()
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:  # published data sets are archives
+        kind = "task" if not path.is_dir() or any(path.glob("*.npz")) else "images"
+    try:
+        if data.lstrip().startswith("{"):
+            return DataSourceSpec.model_validate_json(data)
+        return DataSourceSpec.model_validate({"kind": kind, "path": path})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"--data {data!r}: {key} {first['msg']}",
+            hint='for example --data \'{"kind": "npz", "path": "my.npz"}\'',
+        ) from None
 
 
 def _trial(trainer: "Trainer", data: "Dataset") -> float:

@@ -484,4 +484,5 @@ def test_a_devices_own_file_is_checked(run, tmp_path):
     assert (code, out) == (4, "")
     assert json.loads(err)["error"] == "data-contract"
     assert "row 3" in err
-    assert run("task", "check", "digits", "--data", tmp_path / "mine.npz", "--kind", "xml")[0] == 3
+    assert run("task", "check", "digits", "--data", '{"kind": "xml"}')[0] == 3
+    assert run("task", "check", "digits", "--data", '{"kind": ')[0] == 3
