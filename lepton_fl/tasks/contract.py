@@ -18,6 +18,8 @@ from lepton_fl.tasks.data import Array, Dataset
 
 Bound = float | tuple[float, ...]  # one for all values, or one per entry of the last axis
 
+_LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
+
 # Which numpy kinds of array each declared dtype takes: b(ool), i(nt), u(nsigned), f(loat).
 _KINDS = {"float": "biuf", "int": "iu", "uint8": "u"}
 
@@ -32,16 +34,16 @@ class DataContract:
 
     shape: tuple[int, ...]  # of one row of x
     dtype: Literal["float", "int", "uint8"] = "float"
-    low: Bound = -np.inf  # smallest value allowed; a tuple gives one per entry of the last axis
-    high: Bound = np.inf
+    low: Bound = -_LARGEST  # smallest value allowed; a tuple gives one per entry of the last axis
+    high: Bound = _LARGEST
     columns: tuple[str, ...] = ()  # names of the entries of the last axis
     missing: Literal["refuse", "allow"] = "refuse"  # NaN in x; the task's transform must impute them
     num_classes: int = 0  # 0 = the target is a number
     class_names: tuple[str, ...] = ()  # of classes 0, 1, ...; empty = "0", "1", ...
     target: str = "target"  # the target's name
     target_shape: tuple[int, ...] = ()  # of one row of y
-    target_low: float = -np.inf  # of a number
-    target_high: float = np.inf
+    target_low: float = -_LARGEST  # of a number
+    target_high: float = _LARGEST
     min_rows: int = 1
 
     def __post_init__(self) -> None:

@@ -218,7 +218,7 @@ def _read_table(spec: DataSourceSpec, path: Path, contract: DataContract) -> Dat
         ) from error
     arrays = {name: _column(path, table, name, contract) for name in schema}
     x = np.stack([arrays[name] for name in columns], axis=1)
-    return Dataset(x.astype(np.float32) if contract.dtype == "float" else x, arrays[target])
+    return Dataset(x, arrays[target])
 
 
 def _pyarrow(kind: str) -> Any:  # noqa: ANN401 - pyarrow publishes no types
@@ -335,7 +335,7 @@ def _read_image(file: Path, shape: tuple[int, ...]) -> Array:
         with Image.open(file) as image:
             if image.size != (width, height):  # known before the pixels are decoded
                 raise DataError(
-                    f"{file} has {image.size[0]} x {image.size[1]} pixels, the task needs {width} x {height}.",
+                    f"{file} has {image.size[0]}x{image.size[1]} pixels, the task needs {width}x{height}.",
                     hint="Resize the images of this device.",
                 )
             pixels = np.asarray(
