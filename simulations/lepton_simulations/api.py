@@ -61,7 +61,7 @@ class Result:
         """
         from lepton_simulations.plot import plot_rows
 
-        return plot_rows(self.rows, Path(path), title=self.task)
+        return plot_rows(self.rows, Path(path), title=self.task.rpartition(":")[2])
 
 
 def simulate(
@@ -189,12 +189,10 @@ def _book(
 
 
 def _start(config: SimulationConfig, fleet: VirtualFleet, book: MemoryBook, resume: bool) -> RunState:
-    scenario = {k: v for k, v in config.model_dump(mode="json").items() if k not in ("output", "engine")}
-    scenario["seed"] = config.engine.seed  # the number of workers may differ when a run is continued
     if isinstance(book, FolderBook):
         if resume:
-            return book.resume(scenario)
-        book.begin(scenario)
+            return book.resume(config)
+        book.begin(config)
     elif resume:
         raise ConfigError("There is nothing to resume without a folder.", hint="Name the folder of the run.")
     model = fleet.trainer.initial(config.run.seed)

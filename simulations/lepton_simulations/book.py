@@ -25,6 +25,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO, Self
 
+from pydantic import ValidationError
+
 from lepton_fl.errors import StateCorrupt, StateError, StateLocked
 from lepton_fl.files import BlobStore, canonical_json, make_private_folder, write_atomic
 from lepton_fl.plan import RoundPlan
@@ -32,6 +34,7 @@ from lepton_fl.rounds.campaign import Best, Committed, Evaluated, RunState
 from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.vector import Layout, Vector
+from lepton_simulations.config import SimulationConfig
 
 MODEL = "model"
 CSV_EVERY_S = 2.0  # metrics.csv is rewritten whole, so not more often than this
@@ -162,7 +165,7 @@ class FolderBook(MemoryBook):
         """Whether a run has been recorded here."""
         return (self.folder / "state.json").exists()
 
-    def begin(self, scenario: Mapping[str, Any]) -> None:
+    def begin(self, scenario: SimulationConfig) -> None:
         """Record the configuration of a fresh run.
 
         Raises:
@@ -174,9 +177,9 @@ class FolderBook(MemoryBook):
                 hint="Continue it with --resume, or name another folder with --output.",
             )
         self._truncate(0)
-        write_atomic(self.folder / "scenario.json", canonical_json(dict(scenario)) + b"\n")
+        write_atomic(self.folder / "scenario.json", canonical_json(scenario.to_json()) + b"\n")
 
-    def resume(self, scenario: Mapping[str, Any]) -> RunState:
+    def resume(self, scenario: SimulationConfig) -> RunState:
         """The last committed state; the journal and the random generator are set back to it.
 
         Raises:
@@ -276,11 +279,10 @@ class FolderBook(MemoryBook):
 
     # --- reading ------------------------------------------------------------------------------------
 
-    def _check_scenario(self, scenario: Mapping[str, Any]) -> None:
+    def _check_scenario(self, scenario: SimulationConfig) -> None:
         if not self.started:
             raise StateError(f"{self.folder} holds no run to continue.", hint="Leave out --resume.")
-        recorded = _read_json(self.folder / "scenario.json")
-        now = json.loads(canonical_json(dict(scenario)))
+        recorded, now = read_scenario(self.folder).identity(), scenario.identity()
         differing = sorted(k for k in recorded.keys() | now.keys() if recorded.get(k) != now.get(k))
         if differing:
             raise StateError(
@@ -327,6 +329,19 @@ def _encode(tensors: Mapping[str, Vector]) -> bytes:
     from safetensors.numpy import save
 
     return save(dict(tensors))
+
+
+def read_scenario(folder: Path) -> SimulationConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+        StateCorrupt: it cannot be read.
+    """
+    body = _read_json(folder / "scenario.json")
+    try:
+        return SimulationConfig.model_validate_json(json.dumps(body))
+    except ValidationError as error:
+        raise StateCorrupt(f"{folder / 'scenario.json'} is not a scenario: {error}.") from error
 
 
 def _report(collected: Collected) -> dict[str, Any]:

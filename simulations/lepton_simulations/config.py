@@ -7,7 +7,7 @@ rounds = 10
 partition = { kind = "dirichlet", clients = 20, alpha = 0.5 }
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,9 +21,8 @@ class DataConfig(Frozen):
     folder: str = ""  # where its file lies; digits needs none
     partition: PartitionSpec = PartitionSpec()
     seed: Annotated[int, Field(ge=0)] = 0  # of the split
-    evaluate: Literal["central", "devices"] = (
-        "central"  # on the whole test set, or also on the devices' own part
-    )
+    # Evaluate on the whole test set, or also on the devices' own part of it.
+    evaluate: Literal["central", "devices"] = "central"
 
 
 class EngineConfig(Frozen):
@@ -57,3 +56,9 @@ class SimulationConfig(Frozen):
     engine: EngineConfig = EngineConfig()
     faults: FaultConfig = FaultConfig()
     output: OutputConfig = OutputConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on: all but the number of workers and where files lie."""
+        body = self.to_json()
+        del body["output"], body["engine"]["workers"], body["engine"]["device"], body["data"]["folder"]
+        return body
