@@ -97,7 +97,7 @@ def run(task: str, folder: Path, *, to_the_end: bool) -> Result:
     """Train one task until its target, or ``to_the_end`` of its rounds."""
     scenario = tomllib.loads((SCENARIOS / f"{task}.toml").read_text())
     spec = RunSpec(**scenario["run"])
-    partition = PartitionSpec(**scenario["data"])
+    partition = PartitionSpec(**scenario["data"]["partition"])
     began = time.perf_counter()
     _start_worker(spec.task, folder, partition, spec.seed)
     clients, metrics = np.array(_fleet.clients), _fleet.task.metrics

@@ -9,7 +9,7 @@ def demo_config(workers: int | None = None) -> SimulationConfig:
     """Digits over 20 devices by Dirichlet(0.5), ten of them per round."""
     run = RunSpec(
         task="digits",
-        rounds=15,
+        rounds=12,
         cohort=CohortSpec(size=10),
         local=LocalPlan(optimizer="adam", learning_rate=0.004, batch_size=10, epochs=2),
         early_stop=EarlyStop(metric="accuracy", mode="max"),

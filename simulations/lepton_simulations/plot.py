@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 SCORE, HELD_OUT, TRAINING = "#0b7285", "#e8590c", "#adb5bd"
 # The first of these that a task reports is its score.
-SCORES = (("accuracy", "Accuracy"), ("r2", "R²"), ("rmse", "RMSE"))
+SCORES = (("accuracy", "accuracy"), ("r2", "R²"), ("rmse", "RMSE"))
 
 
 def plot_rows(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
@@ -67,19 +67,9 @@ def _draw(axes: "Axes", rows: Sequence[Row], x: Sequence[float], label: str, *, 
     ]
     if name:
         values = [row.metric(name) for row in rows]
-        lines = (
-            _line(
-                axes,
-                x,
-                values,
-                SCORE,
-                f"Held-out {title[0].lower() + title[1:] if title.istitle() else title}",
-                wide=True,
-            )
-            + lines
-        )
+        lines = _line(axes, x, values, SCORE, f"Held-out {title}", wide=True) + lines
         _mark_last(axes, x, values, percent=name == "accuracy")
-        axes.set_ylabel(title, color=SCORE)
+        axes.set_ylabel(title[0].upper() + title[1:], color=SCORE)
         if name == "accuracy":
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
