@@ -35,6 +35,18 @@ from cryptography.x509.oid import NameOID
 from lepton_fl.errors import ConfigError, StateCorrupt, TrustError
 from lepton_fl.files import canonical_json, read_private, write_private
 
+# What the cryptography library raises for bytes that are no certificate, request or key, or a damaged one.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
 
@@ -73,7 +85,7 @@ def key_from_pem(pem: bytes) -> PrivateKey:
     """
     try:
         key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise StateCorrupt("Expected an unencrypted private key in PEM, got bytes that are none.") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise StateCorrupt("Expected an elliptic-curve P-256 private key, got another kind of key.")
@@ -125,7 +137,7 @@ def public_from_der(der: bytes) -> PublicKey:
     """
     try:
         key = serialization.load_der_public_key(der)
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise TrustError("Expected a public key in DER, got bytes that are none.") from error
     return _require_p256(key)
 
@@ -186,7 +198,7 @@ def verify_csr(pem: bytes) -> PublicKey:
         request = x509.load_pem_x509_csr(pem)
         key = _require_p256(request.public_key())
         valid = request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
+    except UNREADABLE as error:
         raise TrustError("Expected a certificate request in PEM, got bytes that are none.") from error
     if not valid:
         raise TrustError("The certificate request is not signed by the key it is for.")
@@ -293,7 +305,7 @@ def _check_parts(addr: str, ca: bytes, secret: bytes) -> None:
         raise _bad_token(f"Expected a secret of {SECRET_BYTES} bytes, got {len(secret)}")
     try:
         x509.load_der_x509_certificate(ca)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise _bad_token("The CA certificate in the join token does not decode") from error
 
 

@@ -30,12 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from lepton_fl.crypto import (
+    UNREADABLE,
     PrivateKey,
     PublicKey,
     device_id,
@@ -224,12 +224,7 @@ class Authority:
             constraints = leaf.extensions.get_extension_for_class(x509.BasicConstraints).value
             names = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
             key = leaf.public_key()
-        except (
-            InvalidSignature,
-            ValueError,
-            TypeError,
-            x509.ExtensionNotFound,
-        ) as error:
+        except UNREADABLE as error:
             raise TrustError(
                 "The certificate was not issued to a device by this coordinator.",
                 hint="Enrol the device with a token of this coordinator.",
@@ -275,7 +270,7 @@ class Authority:
             key, certificate = _read_server(self.server_path)
             certificate.verify_directly_issued_by(self._certificate)
             held = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except (StateCorrupt, InvalidSignature, ValueError, TypeError, x509.ExtensionNotFound):
+        except (StateCorrupt, *UNREADABLE):
             return False  # it is ours to replace: nobody pins it
         start, end = (
             certificate.not_valid_before_utc.timestamp(),
@@ -388,7 +383,7 @@ def _parse_certificate(data: bytes) -> x509.Certificate:
         if data.lstrip().startswith(b"-----"):
             return x509.load_pem_x509_certificate(data)
         return x509.load_der_x509_certificate(data)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise TrustError("Expected a certificate in PEM or DER, got bytes that are none.") from error
 
 

@@ -205,8 +205,8 @@ class Participation(BaseModel):
         device_id: The device.
         outcome: ``counted``; ``surplus`` (good, but the round was full); ``rejected`` (an answer came and was
             refused); ``dropped`` (no usable answer).
-        reason: A value of ``Rejection``, or words, perhaps the device's own: cut and cleaned rather than refused, because no device may
-            keep a round from being recorded.
+        reason: A value of ``Rejection``, or words, perhaps the device's own: cut and cleaned rather than
+            refused, because no device may keep a round from being recorded.
         seconds: The device's own.
         examples: Training examples used.
         bytes_up: Payload bytes from the device.

@@ -74,7 +74,7 @@ def _checked(kind: str, subject: str | BodyLike, body: BodyLike | None) -> Body:
     if isinstance(subject, str):
         checked = parse_body(kind, {} if body is None else body)
         if subject != checked.subject:
-            raise StateError(f"Expected the subject {checked.subject!r} for this {kind}, got {subject!r}.")
+            raise StateError(f"Expected subject {checked.subject!r} for this {kind}, got {subject!r}.")
         return checked
     return parse_body(kind, subject)
 
