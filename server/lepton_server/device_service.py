@@ -602,9 +602,25 @@ def _bind(server: grpc.aio.Server, host: str, port: int, how: grpc.ServerCredent
 
 
 def endpoints_of(listen: ListenSection, enrolment: int, device: int, fleet: int) -> Endpoints:
-    """Return the addresses to advertise: the first public name, else this host's, with the ports in use."""
-    host = listen.public_names[0] if listen.public_names else socket.gethostname()
+    """Return the addresses to advertise: the first of ``hosts_of``, with the ports in use."""
+    host = hosts_of(listen)[0]
     return Endpoints(_join(host, enrolment), _join(host, device), _join(host, fleet))
+
+
+def hosts_of(listen: ListenSection) -> tuple[str, ...]:
+    """Return the names by which devices reach this machine: those configured, else this host's own.
+
+    A host whose own name does not resolve can only serve devices on itself until a name is configured.
+    """
+    if listen.public_names:
+        return listen.public_names
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        log.warning("this host's name %r does not resolve; set listen.public_names for other machines", name)
+        return ("127.0.0.1",)
+    return (name,)
 
 
 def _join(host: str, port: int) -> str:

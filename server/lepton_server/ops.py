@@ -30,7 +30,6 @@ class Meters:
             "lepton_devices", "Registered devices by standing", ["standing"], registry=self.registry
         )
         self.streams = Gauge("lepton_waiting_streams", "Open Wait streams", registry=self.registry)
-        self.check_ins = Gauge("lepton_check_ins", "Check-ins answered since start", registry=self.registry)
         self.runs = Gauge("lepton_runs", "Runs by state", ["state"], registry=self.registry)
         self.rounds = Counter("lepton_rounds", "Committed rounds", ["run"], registry=self.registry)
         self.abandoned = Counter(
@@ -40,7 +39,10 @@ class Meters:
             "lepton_reports", "Device answers by outcome", ["run", "outcome"], registry=self.registry
         )
         self.late = Counter(
-            "lepton_late_replies", "Replies refused because their round had closed", registry=self.registry
+            "lepton_refused_replies",
+            "Replies refused by the transport, by reason",
+            ["reason"],
+            registry=self.registry,
         )
         self.seconds = Histogram(
             "lepton_round_seconds",

@@ -1,8 +1,8 @@
 """The training runs of a coordinator: queued, driven, and continued after a restart.
 
-The driver reads the last committed round from the journal and goes on with the next attempt. Every run has a
-thread of its own. Whatever ends it, it gets a verdict, unless the coordinator shuts down: then the run is left
-as it is, to be continued.
+The driver reads the last committed round from the journal and goes on with the next attempt. Every run has
+a thread of its own. Whatever ends it, it gets a verdict, unless the coordinator shuts down: then the run is
+left as it is, to be continued.
 """
 
 import json
@@ -84,6 +84,10 @@ class RunDriver:
         for thread in list(self._active.values()):
             thread.join()
         self._workshop.close()
+
+    def is_watching(self) -> bool:
+        """Whether queued runs will be noticed."""
+        return self._thread.is_alive()
 
     def active(self) -> int:
         """How many runs are being driven."""

@@ -1,0 +1,239 @@
+"""The coordinator process: every part, started in order and ended in the reverse.
+
+    with Coordinator(config) as coordinator:   # ports are bound, runs are continued
+        coordinator.wait()                     # until stop() or a signal
+
+Starting either succeeds as a whole or leaves nothing open and the state as it was.
+"""
+
+import fcntl
+import logging
+import os
+import socket
+import ssl
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import uvicorn
+
+from lepton_fl import __version__
+from lepton_fl.errors import ConnectionFailed, LeptonError, StateLocked
+from lepton_fl.files import BlobStore, make_private_folder
+from lepton_server.authority import Authority
+from lepton_server.config import ServerConfig
+from lepton_server.device_service import DeviceService, Endpoints, hosts_of
+from lepton_server.fleet import Fleet
+from lepton_server.flower import FlowerLink, Limits, Refused
+from lepton_server.ops import Meters, ops_app
+from lepton_server.runs import RunDriver
+from lepton_server.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+START_S = 30.0  # for a listener to come up
+
+
+class Coordinator:
+    """One coordinator; start it with ``start`` or as a context manager."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.meters = Meters()
+        self._stack = ExitStack()
+        self._ended = threading.Event()
+        self._driver: RunDriver | None = None
+        self._service: DeviceService | None = None
+        self._fleet: Fleet | None = None
+        self._ops_port = 0
+
+    # --- life ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Open everything.
+
+        Raises:
+            StateLocked: another coordinator uses the state folder.
+            ConnectionFailed: a port is taken or cannot be bound.
+            LeptonError: the state cannot be used; the message says why.
+        """
+        with ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+
+    def stop(self) -> None:
+        """Ask ``wait`` to return; may be called from a signal handler."""
+        self._ended.set()
+
+    def wait(self) -> None:
+        """Block until ``stop``."""
+        while not self._ended.wait(1.0):  # a bounded wait lets signals through
+            pass
+
+    def close(self) -> None:
+        """End all parts; runs are left to be continued."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Where devices reach this coordinator."""
+        assert self._service is not None, "the coordinator is not started"
+        return self._service.endpoints
+
+    @property
+    def ops_port(self) -> int:
+        """The bound port of the operator's endpoints."""
+        return self._ops_port
+
+    # --- parts --------------------------------------------------------------------------------------
+
+    def _open(self, stack: ExitStack) -> None:
+        config = self.config
+        folder = config.server.state_dir
+        make_private_folder(folder)
+        stack.enter_context(_claim(folder))
+        store = stack.enter_context(open_store(config.store_url))
+        blobs = BlobStore(config.blob_dir)
+        authority = Authority.open(folder / "keys", hosts_of(config.listen))
+        link = FlowerLink(
+            Limits(max_reply_bytes=config.limits.max_body_bytes),
+            max_unread_replies=config.rounds.max_unread_replies,
+            on_refused=self._refused,
+        )
+        stack.enter_context(link)
+        fleet_port = self._serve_fleet(stack, link, authority)
+        fleet = self._fleet = Fleet(store, config.check_in)
+        fleet.on_revoked(lambda device_id: _expel(store, link, device_id))
+        fleet.start()
+        stack.callback(fleet.stop)
+        service = self._service = DeviceService(config, store, authority, fleet, fleet_port=fleet_port)
+        service.start()
+        stack.callback(service.stop)
+        self._driver = RunDriver(config.rounds, store, blobs, fleet, link, self.meters)
+        self._serve_ops(stack)
+        endpoints = {
+            "enrolment": service.endpoints.enrolment,
+            "devices": service.endpoints.device_service,
+            "fleet": service.endpoints.fleet,
+        }
+        store.record("server.started", "server", {"version": __version__, "info": endpoints})
+        stack.callback(_record_stop, store)
+        self._driver.start()
+        stack.callback(self._driver.close)
+        log.info("ready: enrolment %(enrolment)s, devices %(devices)s, fleet %(fleet)s", endpoints)
+
+    def _serve_fleet(self, stack: ExitStack, link: FlowerLink, authority: Authority) -> int:
+        listen = self.config.listen
+        server = uvicorn.Config(
+            link.app,
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            ssl_certfile=authority.server_path,
+            timeout_keep_alive=75,
+            server_header=False,
+        )
+        server.load()
+        assert server.ssl is not None
+        server.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+        return _serve(stack, server, listen.host, listen.fleet_port, "listen.fleet_port")
+
+    def _serve_ops(self, stack: ExitStack) -> None:
+        listen = self.config.listen
+        app = ops_app(self.meters, self._missing, self._refresh)
+        server = uvicorn.Config(
+            app, lifespan="off", log_level="warning", access_log=False, server_header=False
+        )
+        self._ops_port = _serve(stack, server, listen.ops_host, listen.ops_port, "listen.ops_port")
+
+    def _missing(self) -> str:
+        return "" if self._driver and self._driver.is_watching() else "the run driver is not up"
+
+    def _refresh(self) -> None:
+        if self._fleet is None or self._driver is None:
+            return
+        counts = self._fleet.counts()
+        for name in ("registered", "online", "busy"):
+            self.meters.devices.labels(name).set(getattr(counts, name))
+        self.meters.streams.set(counts.waiting)
+        self.meters.runs.labels("active").set(self._driver.active())
+
+    def _refused(self, refused: Refused) -> None:
+        self.meters.late.labels(refused.reason.value).inc()
+        log.warning("an answer of node %d was refused: %s", refused.node_id, refused.reason.value)
+
+
+def _claim(folder: Path) -> IO[str]:
+    """Lock the state folder for this process; the lock ends with the process, however it ends."""
+    file = open(folder / "coordinator.lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise StateLocked(
+            f"Another coordinator (process {owner}) uses {folder}.",
+            hint="Stop it first, or give this one another server.state_dir.",
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _serve(stack: ExitStack, config: uvicorn.Config, host: str, port: int, key: str) -> int:
+    """Serve an ASGI app on a thread of its own until the stack unwinds; return the bound port."""
+    listener = _bind(host, port, key)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), name=key, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        server.should_exit = True
+        thread.join(START_S)
+        listener.close()
+
+    stack.callback(end)
+    return int(listener.getsockname()[1])
+
+
+def _bind(host: str, port: int, key: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConnectionFailed(
+            f"Cannot listen on {host}:{port} ({key}): {error.strerror}.",
+            hint=f"Another program may use the port; set {key} to a free one.",
+        ) from error
+    return listener
+
+
+def _expel(store: Store, link: FlowerLink, device_id: str) -> None:
+    try:
+        link.expel(store.device(device_id).public_key)
+    except LeptonError as error:
+        log.error("device %s could not be shut out of the fleet API: %s", device_id, error)
+
+
+def _record_stop(store: Store) -> None:
+    try:
+        store.record("server.stopped", "server", {"reason": "shutdown"})
+    except LeptonError as error:
+        log.warning("the shutdown could not be recorded: %s", error)

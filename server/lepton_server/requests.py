@@ -1,0 +1,64 @@
+"""What the operator's commands need beyond the store: reading a run's file, writing a model out."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from lepton_fl.config import load
+from lepton_fl.errors import ConfigError, TaskError
+from lepton_fl.files import BlobStore, write_atomic
+from lepton_fl.plan import RunSpec
+from lepton_server.store import Run
+
+
+class RunFile(BaseModel):
+    """A TOML file with a ``[run]`` table; a simulation's other tables are left to the simulation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    run: RunSpec
+    data: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
+    output: dict[str, Any] = {}
+
+
+def run_spec(path: Path | None, given: dict[str, Any], model: type[RunFile] = RunFile) -> RunSpec:
+    """The run that a file and the command line describe together.
+
+    Raises:
+        ConfigError: no task, an unknown key, or a value out of bounds.
+    """
+    overrides = {key: value for key, value in given.items() if value is not None}
+    if path is None and "run.task" not in overrides:
+        raise ConfigError("No task was given.", hint="Give --task, or a TOML file with a [run] table.")
+    size = overrides.get("run.cohort.size")
+    if size is not None and "run.cohort.min_reports" not in overrides and path is None:
+        overrides["run.cohort.min_reports"] = max(1, size // 2)
+    return load(model, path, env={}, overrides=overrides).value.run
+
+
+def export_model(blobs: BlobStore, run: Run, sha256: str, output: Path) -> int:
+    """Write a model as safetensors with its lineage in the header; return the file's size in bytes.
+
+    Raises:
+        TaskError: the installed task's model has another shape than the stored one.
+        StateCorrupt: the stored weights do not match their hash.
+    """
+    from safetensors.numpy import save
+
+    from lepton_fl.tasks import load_task
+    from lepton_fl.training.trainer import Trainer
+    from lepton_server.book import load_model
+
+    weights = load_model(blobs, sha256)
+    task = load_task(str(run.spec["task"]))
+    layout = Trainer(task).layout
+    if layout.size != len(weights):
+        raise TaskError(
+            f"The installed {task.name} {task.version} has {layout.size} weights, the model {len(weights)}.",
+            hint="Install the version of the task that the run trained.",
+        )
+    lineage = {"run": run.id, "task": task.name, "task_version": task.version, "model_sha256": sha256}
+    data = save(layout.unflatten(weights), metadata=lineage)
+    write_atomic(output, data)
+    return len(data)
