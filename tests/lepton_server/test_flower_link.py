@@ -427,12 +427,25 @@ def test_a_stranger_can_do_nothing(server):
     assert server.link._state.nodes == {}
 
 
+NO_PATHS = [
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/health",
+    "/v1/control/start-run",
+    "/v1/control/list-nodes",
+    "/v1/runtime/acquire-task",
+    "/v1/fleet/get-run",
+    "/v1/fleet/get-fab",
+    "/v1/fleet/register-node",
+    "/v1/fleet/unregister-node",
+    "/v1/fleet/confirm-message-received",
+]
+
+
 def test_only_seven_paths_exist(server):
     with joined(server) as [(_, _, key)], server.http() as client:
-        for path in ("/docs", "/openapi.json", "/", "/health", "/v1/control/start-run", "/v1/control/list-nodes",
-                     "/v1/runtime/acquire-task", "/v1/fleet/get-run", "/v1/fleet/get-fab",
-                     "/v1/fleet/register-node", "/v1/fleet/unregister-node",
-                     "/v1/fleet/confirm-message-received"):  # fmt: skip
+        for path in NO_PATHS:
             assert client.get(path, headers=headers(key)).status_code == 404, path
             assert client.post(path, headers=headers(key)).status_code == 404, path
         assert client.get("/v1/fleet/pull-messages", headers=headers(key)).status_code == 404
@@ -476,6 +489,31 @@ def test_a_forged_sender_is_refused(server):
         assert box.get(timeout_s=0) is None
         victim.push(handle, Records({}, {"x": 2}))
         assert box.get(timeout_s=5).content.config == {"x": 2}
+
+
+def test_an_upload_of_another_node_cannot_be_fed(server):
+    from flwr.proto.message_pb2 import PushObjectRequest
+
+    with joined(server, 2) as [(thief_id, thief, _), (victim_id, victim, _)]:
+        box = server.link.mailbox()
+        for node_id in (thief_id, victim_id):
+            box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60)
+        announce(thief, thief.pull()[0], Records({}, {"x": 1}))
+        handle, records = victim.pull()
+        reply = victim._reply(handle, content=_content(records.config))
+        session = announce(victim, handle, records).session_id
+        for node in (thief._node, victim._node):
+            request = PushObjectRequest(
+                node=node,
+                run_id=handle.run_id,
+                object_id=reply.object_id,
+                object_content=reply.deflate(),
+                session_id=session,
+            )
+            with pytest.raises((ConnectionFailed, UpdateRejected)):
+                thief._call(thief._client.PushObject, request)
+        victim.push(handle, records)
+        assert box.get(timeout_s=5).node_id == victim_id
 
 
 def test_objects_of_another_nodes_message_cannot_be_fetched(server):
