@@ -34,11 +34,11 @@ from lepton_client.enrol import RENEW_AT, certificate_life, describe_end, renew
 from lepton_client.inspection import Finding, Inspector, inspect
 from lepton_client.ledger import Ledger
 from lepton_client.limits import apply_limits
-from lepton_client.link import PROTOCOL, Cancelled, Link, Listener, Refused
+from lepton_client.link import PROTOCOL, Cancelled, HungUp, Link, Listener, Refused
 from lepton_client.state import Identity, StateDir
 from lepton_client.worker import Answerer, Node, Selection, Worker
 from lepton_fl import crypto
-from lepton_fl.errors import LeptonError
+from lepton_fl.errors import LeptonError, TrustError
 from lepton_fl.wire.v1 import device_pb2 as pb
 
 log = logging.getLogger("lepton_client")
@@ -50,7 +50,7 @@ FALLBACK_S: Final = 60.0  # to the next check-in, when the coordinator's word ma
 STEADY_S: Final = 5.0  # a stream that lived so long was a good one
 MAX_TASK_S: Final = 7 * 86_400.0  # no round lasts longer
 RETRY_PUSH_S: Final = 30.0  # Flower's node repeats an upload so long before the worker joins anew
-SUSPECT_AFTER: Final = 3  # failed calls, after which the certificate might be why
+SUSPECT_AFTER: Final = 3  # times in a row that the coordinator hung up: our certificate may be why
 
 NodeFactory = Callable[[str, bytes, crypto.PrivateKey], Node]
 
@@ -97,7 +97,8 @@ class Agent:
         self._backoff, self._stream_backoff = Backoff(*bounds), Backoff(*bounds)
         self._stopping = False
         self._poked = False
-        self._failures = 0
+        self._failures = 0  # since the last answer
+        self._hung_up = 0  # of these, the last ones in a row in which the other side hung up
         self._renewal_wanted = False
         self._renewal_tried = -math.inf
         self._link: Link | None = None
@@ -243,9 +244,10 @@ class Agent:
 
     def _online(self, answer: pb.CheckInResponse) -> float:
         self._backoff.reset()
-        self._failures = 0
+        self._failures = self._hung_up = 0
         self._diary.say("connection", f"Connected to {self._identity.device_service}.")
-        self._diary.say("clock", self._watch.heard(answer.server_time) or "", logging.WARNING)
+        if words := self._watch.heard(answer.server_time):
+            log.warning("%s", words)
         self._diary.note(connected=True, error="", clock_skew_s=round(self._watch.skew))
         self._renewal_wanted = answer.renew
         for instruction in answer.instructions:
@@ -259,9 +261,12 @@ class Agent:
 
     def _offline(self, error: LeptonError) -> float:
         self._failures += 1
+        self._hung_up = self._hung_up + 1 if isinstance(error, HungUp) else 0
         self._hang_up()
         text = f"{error} {error.hint}".strip()
-        self._diary.say("connection", f"No contact, trying again by itself: {text}", logging.WARNING)
+        kind = "stranger" if isinstance(error, TrustError) else "away"
+        words = f"No contact, trying again by itself: {text}"
+        self._diary.say("connection", words, logging.WARNING, key=kind)
         self._diary.note(connected=False, error=text)
         return self._backoff.next()
 
@@ -293,7 +298,7 @@ class Agent:
         start, end = certificate_life(self._identity)
         now = self._watch.server_now()
         due = now >= start + RENEW_AT * (end - start) or self._renewal_wanted
-        if not due and self._failures < SUSPECT_AFTER:
+        if not due and self._hung_up < SUSPECT_AFTER:
             return
         ended = now >= end
         if not ended and self._clock.now() - self._renewal_tried < RETRY_RENEWAL_S:

@@ -31,12 +31,13 @@ class Diary:
         self._dirty = True
         self._lock = threading.Lock()
 
-    def say(self, topic: str, text: str, level: int = logging.INFO) -> None:
-        """Log ``text`` if it is not what was last said on this topic; '' only forgets."""
+    def say(self, topic: str, text: str, level: int = logging.INFO, *, key: str = "") -> None:
+        """Log ``text`` if it (or its ``key``) is not what was last said on this topic; '' only forgets."""
+        key = key or text
         with self._lock:
-            if self._said.get(topic, "") == text:
+            if self._said.get(topic, "") == key:
                 return
-            self._said[topic] = text
+            self._said[topic] = key
         if text:
             log.log(level, "%s", text)
 

@@ -322,21 +322,17 @@ class FlowerNode:
 
     def _call(self, method: Callable[[Any], A], request: object) -> A:
         """One request; errors are ours, and a wrong clock is put right once."""
-        try:
-            return method(request)
-        except httpx.HTTPStatusError as error:
-            if not self._signer.set_clock(error.response):
-                raise self._translate(error.response) from error
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-        except (ValueError, RuntimeError) as error:  # no protobuf in the answer; the client is closed
-            raise ConnectionFailed(f"{self._address} does not answer as a coordinator does.") from error
-        try:
-            return method(request)
-        except httpx.HTTPStatusError as error:
-            raise self._translate(error.response) from error
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+        for attempt in range(2):
+            try:
+                return method(request)
+            except httpx.HTTPStatusError as error:
+                if attempt or not self._signer.set_clock(error.response):
+                    raise self._translate(error.response) from error
+            except httpx.TransportError as error:
+                raise self._unreachable(error) from error
+            except (ValueError, RuntimeError) as error:  # no protobuf in the answer; the client is closed
+                raise ConnectionFailed(f"{self._address} does not answer as a coordinator does.") from error
+        raise AssertionError("the second attempt returns or raises")
 
     def _unreachable(self, error: httpx.TransportError) -> LeptonError:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):

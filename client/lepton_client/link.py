@@ -31,6 +31,10 @@ class UntrustedServer(TrustError):
     """The other side shows no certificate of our authority: another machine, or a wrong clock."""
 
 
+class HungUp(ConnectionFailed):
+    """The other side answered the phone and put it down: what a server does with a certificate it refuses."""
+
+
 class Refused(TrustError):
     """The coordinator knows us and does not want us: revoked, or a token that is not good."""
 
@@ -137,6 +141,11 @@ def _translated(error: Any, address: str) -> LeptonError:  # noqa: ANN401 - grpc
     told = any(key == CODE_KEY for key, _ in metadata)
     if isinstance(translated, TrustError) and told:
         return Refused(str(translated), hint=translated.hint)
+    if not told and code is grpc.StatusCode.UNAVAILABLE and "Socket closed" in detail:
+        return HungUp(
+            f"{address} closed the connection.",
+            hint="It may be restarting, or not accept this device's certificate.",
+        )
     if not told:  # gRPC itself, or something between: the text is for engineers
         return ConnectionFailed(f"{address} cannot be reached ({code.name}: {_brief(detail)}).")
     return translated

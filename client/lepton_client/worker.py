@@ -278,10 +278,20 @@ class Worker:
             self._pause(self._poll_s)  # the same message may come again until the round is over
         else:
             log.info("%s round %d of run %s begins", ticket.kind, ticket.round, ticket.run_id)
-            answer = self._answer(records, lambda: self._gone(key))
-            if not self._gone(key) and self._push(lambda: node.push(handle, answer), node, key):
+            push = self._do(node, handle, records, key)
+            if not self._gone(key) and self._push(push, node, key):
                 self._note(ticket)
         self._done(key)
+
+    def _do(self, node: Node, handle: Any, records: "Records", key: Key) -> Callable[[], None]:  # noqa: ANN401
+        """Do the work; returns how to hand over what came of it."""
+        try:
+            answer = self._answer(records, lambda: self._gone(key))
+        except Exception as error:  # whatever is wrong with this machine, the round must hear of it
+            log.exception("round %d of run %s could not be worked on", key[1], key[0])
+            text = f"The device failed with {type(error).__name__}."
+            return lambda: node.push_error(handle, Rejection.FAILED, text)
+        return lambda: node.push(handle, answer)
 
     def _refusal(self, ticket: "Ticket", key: Key) -> str:
         """Why the work must not start; '' after the ledger has it as begun."""

@@ -1,0 +1,495 @@
+"""The agent against a coordinator on real sockets: what comes and goes, and what must not be lost."""
+
+import threading
+import time
+
+import pytest
+
+from lepton_client.agent import Agent
+from lepton_client.enrol import enrol
+from lepton_client.state import StateDir
+from lepton_fl import crypto
+from lepton_fl.errors import ConnectionFailed, DiskFull, NotFound, Rejection, StateLocked, TrustError
+from lepton_fl.wire.messages import Failure, Fields, Ticket
+from lepton_fl.wire.records import Records
+from lepton_fl.wire.v1 import device_pb2 as pb
+
+pytestmark = pytest.mark.network
+
+
+class SystemLike:
+    """Real intervals, a wall clock that can be moved."""
+
+    def __init__(self):
+        self.shift = 0.0
+
+    def now(self):
+        return time.monotonic()
+
+    def wall(self):
+        return time.time() + self.shift
+
+
+class Post:
+    """Flower's place, in memory: messages wait until they are answered."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.waiting = {}
+        self.answers, self.errors = [], []
+        self.joined = self.left = 0
+        self.broken = 0  # so many of the next calls fail
+
+    def send(self, number=1, attempt=1):
+        ticket = Ticket("train", "run", number, attempt, "00")
+        with self.lock:
+            self.waiting[number, attempt] = Records(config=ticket.to_config())
+
+    def node(self, address, ca_pem, key):
+        return PostNode(self)
+
+
+class PostNode:
+    def __init__(self, post):
+        self.post = post
+
+    def _fail(self):
+        with self.post.lock:
+            if self.post.broken:
+                self.post.broken -= 1
+                raise ConnectionFailed("the coordinator is away")
+
+    def activate(self):
+        self._fail()
+        self.post.joined += 1
+
+    def pull(self):
+        self._fail()
+        with self.post.lock:
+            return next(iter(self.post.waiting.items()), None)
+
+    def push(self, handle, records):
+        self._fail()
+        with self.post.lock:
+            self.post.waiting.pop(handle, None)
+            self.post.answers.append((handle, records))
+
+    def push_error(self, handle, reason, message):
+        self._fail()
+        with self.post.lock:
+            self.post.waiting.pop(handle, None)
+            self.post.errors.append((handle, reason, message))
+
+    def deactivate(self):
+        self.post.left += 1
+
+    def close(self):
+        pass
+
+
+class Answer:
+    """Trains until told to finish."""
+
+    def __init__(self):
+        self.began, self.finish, self.stopped = threading.Event(), threading.Event(), threading.Event()
+        self.count = 0
+
+    def __call__(self, records, should_stop):
+        self.count += 1
+        self.began.set()
+        while not self.finish.wait(0.005):
+            if should_stop():
+                self.stopped.set()
+                break
+        return Failure(Ticket.take(Fields(records.config)), Rejection.FAILED, "").to_records()
+
+
+@pytest.fixture
+def post():
+    return Post()
+
+
+@pytest.fixture
+def work():
+    return Answer()
+
+
+@pytest.fixture
+def enrolled(coordinator, config):
+    state = StateDir(config.client.state_dir)
+    with state.locked():
+        enrol(state, coordinator.token(), name="kitchen", timeout_s=5)
+    return state
+
+
+@pytest.fixture
+def agent(config, enrolled, post, work, good_data):
+    return Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
+
+
+def participate(number=1, attempt=1, deadline_s=30.0, stay_s=0.0):
+    call = pb.Participate(
+        run_id="run", round=number, attempt=attempt, kind="train", deadline_s=deadline_s, stay_s=stay_s
+    )
+    return pb.Instruction(participate=call)
+
+
+def until(condition, timeout=10.0):
+    ends = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < ends, "it did not happen"
+        time.sleep(0.005)
+
+
+def is_idle(request):
+    return request.status == pb.STATUS_IDLE and request.tasks[0].ready
+
+
+def test_without_enrolment_it_says_what_to_do(config):
+    with pytest.raises(NotFound, match="not enrolled") as caught:
+        Agent(config).run()
+    assert "enroll" in caught.value.hint
+
+
+def test_it_reports_itself_and_stops_cleanly(coordinator, agent, running, enrolled):
+    box = running(agent)
+    request = coordinator.heard(is_idle)
+    assert request.tasks[0].name == "lepton_fl.tasks.images:digits"
+    assert request.tasks[0].version == "1"
+    assert request.capabilities.cpus > 0
+    assert abs(request.device_time - time.time()) < 60
+    agent.stop()
+    box["thread"].join(10)
+    assert box["ended"] is True
+    assert enrolled.status()["state"] == "stopped"
+    assert enrolled.holder() == 0
+
+
+def test_a_second_agent_is_told_who_holds_the_folder(coordinator, agent, running, config):
+    running(agent)
+    coordinator.heard()
+    with pytest.raises(StateLocked, match="pid"):
+        Agent(config).run()
+
+
+def test_the_coordinator_may_come_later_and_go_and_return(coordinator, agent, running, caplog):
+    coordinator.stop()
+    caplog.set_level("INFO", "lepton_client")
+    running(agent)
+    until(lambda: agent._failures >= 3)
+    coordinator.start()
+    until(lambda: not agent._failures)
+    coordinator.stop()
+    until(lambda: agent._failures >= 3)
+    coordinator.start()
+    until(lambda: not agent._failures)
+    assert coordinator.renewals == []  # a restart of the coordinator is no reason to ask for certificates
+    said = [r.message for r in caplog.records if "No contact" in r.message or "Connected" in r.message]
+    kinds = [m.split()[0] for m in said]
+    assert kinds == ["No", "Connected", "No", "Connected"]  # by change, not by attempt
+
+
+def test_revoked_means_the_end_with_a_clear_text(coordinator, agent, running, enrolled):
+    box = running(agent)
+    coordinator.heard()
+    coordinator.refusal = TrustError("This device was revoked.", hint="Ask your operator.")
+    box["thread"].join(10)
+    assert isinstance(box["error"], TrustError)
+    assert box["error"].exit_code == 6
+    assert "revoked" in str(box["error"])
+    assert "revoked" in enrolled.status()["reason"]
+
+
+def test_a_stranger_at_the_address_is_not_talked_to_and_not_the_end(coordinator, agent, running, enrolled):
+    coordinator.stop()
+    real = coordinator.authority
+    coordinator.authority = type(real)("stranger")
+    coordinator.start()
+    running(agent)
+    until(lambda: "does not trust" in enrolled.status().get("error", ""))
+    assert coordinator.check_ins.empty()
+    coordinator.stop()
+    coordinator.authority = real
+    coordinator.start()
+    coordinator.heard(is_idle)
+
+
+def test_selected_it_trains_answers_and_leaves(coordinator, agent, running, post, work, enrolled):
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    assert work.began.wait(10)
+    coordinator.heard(lambda r: r.status == pb.STATUS_BUSY)
+    work.finish.set()
+    until(lambda: post.answers and post.left)
+    coordinator.instructions.put(
+        pb.Instruction(verdict=pb.Verdict(run_id="run", round=1, attempt=1, reason="late", detail="too late"))
+    )
+    until(lambda: enrolled.status().get("verdicts"))
+    assert enrolled.status()["verdicts"][0]["reason"] == "late"
+    assert '"run",1,1,"00",true' in enrolled.ledger.read_text()
+    while not coordinator.check_ins.empty():
+        coordinator.check_ins.get()
+    coordinator.heard(is_idle)
+
+
+def test_it_stays_for_the_next_round_without_joining_again(coordinator, agent, running, post, work):
+    coordinator.wait = True
+    work.finish.set()
+    running(agent)
+    coordinator.heard(is_idle)
+    for number in (1, 2, 3):
+        post.send(number)
+        coordinator.instructions.put(participate(number, stay_s=30))
+        until(lambda n=number: len(post.answers) == n)
+    assert post.joined == 1
+
+
+def test_told_twice_it_works_once(coordinator, agent, running, post, work):
+    coordinator.wait = True
+    work.finish.set()
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    until(lambda: post.answers)
+    until(lambda: not agent._worker.busy)
+    coordinator.instructions.put(participate())
+    coordinator.instructions.put(participate(2, deadline_s=0.001))  # a marker: handled after it
+    until(lambda: ("run", 2, 1) not in agent._worker._open and not agent._worker.alive, timeout=15)
+    assert work.count == 1
+
+
+def test_leave_stops_the_training_and_nothing_is_sent(coordinator, agent, running, post, work):
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    assert work.began.wait(10)
+    coordinator.instructions.put(pb.Instruction(leave=pb.Leave(run_id="run", round=1, attempt=1)))
+    assert work.stopped.wait(10)
+    until(lambda: post.left)
+    assert post.answers == []
+
+
+def test_an_answerer_that_breaks_is_reported_and_the_agent_goes_on(
+    coordinator, config, enrolled, running, post, good_data
+):
+    def broken(records, should_stop):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    coordinator.wait = True
+    running(Agent(config, node_factory=post.node, answer=broken, check=good_data))
+    coordinator.heard(is_idle)
+    for number in (1, 2):
+        post.send(number)
+        coordinator.instructions.put(participate(number))
+        until(lambda n=number: len(post.errors) == n)
+    assert "ModuleNotFoundError" in post.errors[0][2]
+
+
+def test_stop_ends_training_at_once(coordinator, agent, running, post, work):
+    coordinator.wait = True
+    box = running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    assert work.began.wait(10)
+    agent.stop()
+    box["thread"].join(10)
+    assert work.stopped.is_set()
+    assert box["ended"] is True
+    assert post.answers == []
+
+
+def test_a_dropped_stream_is_opened_again(coordinator, agent, running, post, work):
+    coordinator.wait = True
+    work.finish.set()
+    running(agent)
+    coordinator.heard(is_idle)
+    until(lambda: coordinator.waits)
+    coordinator.drop_streams.set()
+    until(lambda: agent._listener is None or coordinator.waits > 1)
+    coordinator.drop_streams.clear()
+    before = coordinator.waits
+    until(lambda: coordinator.waits >= before)
+    post.send()
+    coordinator.instructions.put(participate())
+    until(lambda: post.answers)
+
+
+def test_a_coordinator_that_restarts_in_mid_training_still_gets_the_answer(
+    coordinator, agent, running, post, work
+):
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    assert work.began.wait(10)
+    coordinator.stop()
+    post.broken = 5
+    work.finish.set()
+    coordinator.start()
+    until(lambda: post.answers)
+    assert work.count == 1
+    assert post.joined > 1
+
+
+def test_a_message_of_an_attempt_begun_before_is_refused_not_redone(
+    coordinator, agent, running, post, work, enrolled
+):
+    from lepton_client.ledger import Ledger
+
+    Ledger(enrolled.ledger).begin(Ticket("train", "run", 1, 1, "00"))
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    until(lambda: post.errors)
+    assert "works once" in post.errors[0][2]
+    assert work.count == 0
+
+
+def test_a_full_disk_means_no_training_and_is_reported(
+    coordinator, agent, running, post, work, enrolled, monkeypatch
+):
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+
+    def full(*_args, **_kwargs):
+        raise DiskFull("No space was left.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lepton_client.ledger.write_atomic", full)
+        patch.setattr("lepton_client.state.write_atomic", full)
+        post.send()
+        coordinator.instructions.put(participate())
+        until(lambda: post.errors)
+        assert "No space" in post.errors[0][2]
+        request = coordinator.heard(lambda r: r.status == pb.STATUS_NOT_ELIGIBLE)
+        assert "No space" in request.reason
+    coordinator.heard(is_idle)
+    assert work.count == 0
+
+
+def test_a_device_that_is_not_eligible_says_so_and_answers_with_the_reason(
+    config, coordinator, enrolled, running, post, work, good_data
+):
+    rules = config.eligibility.model_copy(update={"command": ("false",)})
+    agent = Agent(
+        config.model_copy(update={"eligibility": rules}),
+        node_factory=post.node,
+        answer=work,
+        check=good_data,
+    )
+    coordinator.wait = True
+    running(agent)
+    request = coordinator.heard(lambda r: r.status == pb.STATUS_NOT_ELIGIBLE)
+    assert "said no" in request.reason
+    post.send()
+    coordinator.instructions.put(participate())
+    until(lambda: post.errors)
+    assert "said no" in post.errors[0][2]
+    assert work.count == 0
+
+
+def test_data_that_go_and_come_back(config, coordinator, enrolled, running, tmp_path):
+    from lepton_client.config import TaskSection
+    from lepton_client.inspection import Finding
+
+    path = tmp_path / "rows.npz"
+    path.write_text("1")
+    section = TaskSection(reference="digits", data={"kind": "npz", "path": str(path)})
+
+    def check(_):
+        there = path.exists()
+        return Finding("digits", "1", ready=there, reason="" if there else "There is no file.")
+
+    running(Agent(config.model_copy(update={"tasks": (section,)}), check=check))
+    coordinator.heard(is_idle)
+    path.unlink()
+    gone = coordinator.heard(lambda r: not r.tasks[0].ready)
+    assert gone.tasks[0].reason == "There is no file."
+    path.write_text("22")
+    coordinator.heard(is_idle)
+
+
+def test_a_moved_clock_is_reported_and_harmless(coordinator, config, enrolled, running, good_data, caplog):
+    clock = SystemLike()
+    running(Agent(config, check=good_data, clock=clock))
+    coordinator.heard(is_idle)
+    clock.shift = -86_400.0 * 400
+    coordinator.heard(lambda r: abs(r.device_time - time.time()) > 86_400)
+    coordinator.heard(is_idle)
+    clock.shift = 0.0
+    coordinator.heard(lambda r: abs(r.device_time - time.time()) < 3600)
+    text = caplog.text
+    assert "clock was moved by" in text
+    assert "behind the coordinator" in text
+    assert coordinator.renewals == []
+
+
+def test_the_certificate_is_renewed_when_the_coordinator_says_so(coordinator, agent, running, enrolled):
+    before = enrolled.identity()
+    coordinator.renew = True
+    running(agent)
+    until(lambda: coordinator.renewals)
+    until(lambda: enrolled.identity().certificate_pem != before.certificate_pem)
+    while not coordinator.check_ins.empty():
+        coordinator.check_ins.get()
+    coordinator.heard()
+    assert len(coordinator.renewals) == 1  # not again at once, whatever the coordinator says
+
+
+@pytest.mark.parametrize("days", [0.05, 0.04])  # signed an hour ago: 83 % of its life, or over
+def test_the_certificate_is_renewed_near_its_end_and_after(
+    coordinator, config, running, post, work, good_data, days
+):
+    coordinator.certificate = {"days": days}
+    state = StateDir(config.client.state_dir)
+    with state.locked():
+        enrol(state, coordinator.token(), name="kitchen", timeout_s=5)
+    coordinator.certificate = {"days": 2.0}
+    running(Agent(config, node_factory=post.node, answer=work, check=good_data))
+    coordinator.heard(is_idle)
+    assert coordinator.renewals == [crypto.device_id(crypto.load_key(state.key).public_key())]
+
+
+def test_a_certificate_that_the_coordinator_thinks_ended_is_renewed(coordinator, config, running, good_data):
+    coordinator.certificate = {"days": 0.04}
+    state = StateDir(config.client.state_dir)
+    with state.locked():
+        enrol(state, coordinator.token(), name="kitchen", timeout_s=5)
+    coordinator.certificate = {"days": 2.0}
+    clock = SystemLike()
+    clock.shift = -3500.0  # this machine believes that it has just begun
+    running(Agent(config, check=good_data, clock=clock))
+    coordinator.heard(is_idle)
+    assert len(coordinator.renewals) == 1
+
+
+def test_a_refused_renewal_of_an_ended_certificate_is_the_end(coordinator, config, running, good_data):
+    coordinator.certificate = {"days": 0.04}
+    state = StateDir(config.client.state_dir)
+    with state.locked():
+        enrol(state, coordinator.token(), name="kitchen", timeout_s=5)
+    coordinator.refusal = TrustError("This device was revoked.")
+    box = running(Agent(config, check=good_data))
+    box["thread"].join(10)
+    assert isinstance(box["error"], TrustError)
+
+
+@pytest.mark.parametrize("interval", [float("nan"), -1.0, 0.0, float("inf"), 1e12])
+def test_a_senseless_interval_does_not_turn_into_a_storm(coordinator, agent, running, interval):
+    coordinator.interval = interval
+    running(agent)
+    coordinator.heard()
+    until(lambda: agent._diary._fields.get("connected"))
+    time.sleep(0.3)
+    assert coordinator.check_ins.qsize() <= 2
