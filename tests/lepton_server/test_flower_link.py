@@ -2,7 +2,6 @@
 
 import base64
 import datetime
-import gc
 import ipaddress
 import logging
 import socket
@@ -285,6 +284,23 @@ def test_a_waiting_round_is_woken_at_once_and_by_close(server):
     thread.join(5)
     assert got == [None]
     assert box.get() is None
+
+
+def test_a_closed_link_asks_devices_to_come_back_and_takes_no_more_work(server):
+    from lepton_fl.errors import StateError
+
+    with joined(server) as [(node_id, node, _)]:
+        box = server.link.mailbox()
+        box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60)
+        server.link.close()
+        assert box.get() is None
+        with pytest.raises(ConnectionFailed, match="busy"):  # and not: your key is unknown
+            node.pull()
+        with pytest.raises(StateError, match="closed"):
+            box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60)
+        with pytest.raises(StateError, match="closed"):
+            server.link.admit(der(new_key()))
+        assert_empty(server)
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1()], ids=lambda c: c.name)
@@ -799,4 +815,3 @@ def test_arguments_are_checked(server):
         Limits(max_pulls=0)
     with pytest.raises(ValueError, match="slots=-1"):
         server.link.mailbox(-1)
-    gc.collect()

@@ -153,6 +153,8 @@ class Guard:
         try:
             if scope["path"] not in PATHS or scope["method"] != "POST":
                 raise Refusal(404, "not-found", "There is no such path.")
+            if self._link.closed:
+                raise _busy()
             headers = dict(scope["headers"])
             node_id = self._authenticate(headers)
             self._link.mark_seen(node_id)
@@ -301,13 +303,17 @@ class Guard:
         gone = asyncio.ensure_future(body.disconnected())
         try:
             await asyncio.wait((turn, gone), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if turn.done() and turn.result():  # the slot came in the moment that the server gave up
+                gate.release()
+            raise
+        else:
             if turn.done():
                 return turn.result()
             raise Disconnected
         finally:
             gone.cancel()
-            if not turn.done():
-                turn.cancel()
+            turn.cancel()  # of no effect when it is done; gives a slot back that was on its way
 
     async def _call(self, scope: Scope, body: bytes) -> tuple[int, Headers, bytes]:
         """Let Flower answer a request whose body has been read."""

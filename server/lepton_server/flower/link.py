@@ -1,7 +1,9 @@
 """The public face of Flower in this process: nodes, mailboxes and the replies that arrive in them.
 
 Threads: every method may be called from any thread. One lock guards the book of open messages; it is never
-taken while one of Flower's locks is held, and callbacks run outside it.
+taken while one of Flower's locks is held, and callbacks run outside it. Of the process's global state only
+the level of Flower's logger is set; Flower's ``TaskIdentity`` is not needed, so links do not get in each
+other's way.
 
 A message is OPEN until a device announces a reply, UPLOADING while that reply's objects come in (the reply
 holds a slot of its mailbox's gate), READY until the round takes it, ANSWERED afterwards. A device that dies
@@ -109,7 +111,7 @@ class FlowerLink:
         on_refused: Told of every answer that was not accepted; must not block. Called on server threads.
 
     Attributes:
-        app: The ASGI application to serve under TLS. It needs no lifespan.
+        app: The ASGI application to serve under TLS. It needs no lifespan, and one event loop.
         refused: How many answers were refused, by reason.
     """
 
@@ -152,15 +154,19 @@ class FlowerLink:
         return self
 
     def close(self) -> None:
-        """Withdraw everything and stop; later requests are refused."""
+        """Withdraw everything and stop; devices are told to come back later."""
         self._stop.set()
         if self._keeper is not None:
             self._keeper.join()
         with self._lock:
             boxes = {post.box for post in self._posts.values()}
-            self._keys.clear()
         for box in boxes:
             box.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` has been called."""
+        return self._stop.is_set()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -206,7 +212,7 @@ class FlowerLink:
             for post in posts:
                 self._fail(post, Rejection.REVOKED, "The device lost its enrolment.")
             self._seen.pop(node_id, None)
-        self._state.forget_node(node_id)
+            self._state.forget_node(node_id)
         return True
 
     def idle_s(self, node_id: int) -> float | None:

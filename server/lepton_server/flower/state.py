@@ -50,14 +50,26 @@ class Store(InMemoryObjectStore):
             return super().preregister(run_id, object_tree)
 
 
+class _Named(RecordDict):
+    """Stands for a content that has been serialised: it keeps the id and lets the data go."""
+
+    def __init__(self, object_id: str) -> None:
+        super().__init__()
+        self.__dict__["_name"] = object_id
+
+    @property
+    def object_id(self) -> str:
+        """The id of the content."""
+        return str(self.__dict__["_name"])
+
+
 class Encoded:
     """One content, serialised once for any number of recipients."""
 
     def __init__(self, content: RecordDict) -> None:
-        objects = get_all_nested_objects(content)
-        self.content = content
+        self.content = _Named(content.object_id)
         self.tree = get_object_tree(content)
-        self.objects = {object_id: item.deflate() for object_id, item in objects.items()}
+        self.objects = {name: item.deflate() for name, item in get_all_nested_objects(content).items()}
         self.object_ids = frozenset(self.objects)
 
 
