@@ -92,6 +92,7 @@ class FleetExchange:
             run_id=plan.run_id,
             round=plan.round,
             attempt=plan.attempt,
+            kind=plan.kind,
             accepted=refusal is None,
             reason="" if refusal is None else refusal.reason.value,
             detail="" if refusal is None else str(refusal)[:500],
@@ -170,7 +171,9 @@ class FleetExchange:
 
     def _release(self, attempt: _Attempt) -> None:
         plan = attempt.plan
-        leave = pb.Instruction(leave=pb.Leave(run_id=plan.run_id, round=plan.round, attempt=plan.attempt))
+        leave = pb.Instruction(
+            leave=pb.Leave(run_id=plan.run_id, round=plan.round, attempt=plan.attempt, kind=plan.kind)
+        )
         unanswered = set(attempt.devices.values())
         for device_id in plan.cohort:
             self._fleet.mark_idle(device_id, plan.run_id)

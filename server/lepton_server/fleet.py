@@ -383,7 +383,9 @@ class Fleet:
             self._batch.presence[device_id] = (wall, status)
             instructions = self._take(device, now) if device.pending else ()
             desired = device.desired if device.desired_digest != desired_digest else ""
-        return Answer(next_s, self._run_active and room, instructions, desired)
+            # A fleet that fits waits always, so that a run starts at once; a larger one only during a run.
+            wanted = self._run_active or self._registered <= self._config.max_waiting
+        return Answer(next_s, wanted and room, instructions, desired)
 
     def _note(self, device: _Device, report: Report, status: str, reason: str, now: float) -> bool:
         """Take in what a device says; returns whether that may change who is eligible."""
@@ -574,7 +576,7 @@ class Fleet:
             self._changed()
 
     def set_run_active(self, active: bool) -> None:
-        """Say whether a run is under way: then devices that check in are asked to wait on a stream."""
+        """Say whether a run is under way: then a fleet of any size is asked to wait on streams."""
         with self._lock:
             self._run_active = active
 
