@@ -289,7 +289,10 @@ class TrainingLoss(Metrics):
 
     def count(self, outputs: Array, targets: Array) -> Sums:
         """From losses (N,); ``targets`` is not looked at."""
-        return {"loss_sum": _one(float(outputs.sum(dtype=np.float64))), "examples": _one(len(outputs), _COUNT)}
+        return {
+            "loss_sum": _one(float(outputs.sum(dtype=np.float64))),
+            "examples": _one(len(outputs), _COUNT),
+        }
 
     def summarise(self, sums: Sums) -> dict[str, float]:
         """The mean loss."""

@@ -88,11 +88,11 @@ _VITALS = {
     "exang": (0.4, 0.5, 0, 1),
     "oldpeak": (0.9, 1.1, -10, 10),  # mm
     "slope": (1.8, 0.6, 1, 3),
-    "ca": (0.7, 0.9, 0, 3),
+    "ca": (0.7, 0.9, 0, 9),  # vessels coloured, 0 to 3; 9 = not measured
     "thal": (5.0, 1.9, 3, 7),
 }
 _VITALS_TABLE = np.array(list(_VITALS.values()), np.float32)  # (13, 4)
-_ZERO_IS_MISSING = [list(_VITALS).index(name) for name in ("trestbps", "chol")]
+_NOT_MEASURED = {"trestbps": 0, "chol": 0, "ca": 9}  # codes that stand for a missing value
 _CATEGORIES = {"cp": (1, 2, 3, 4), "restecg": (0, 1, 2), "slope": (1, 2, 3), "thal": (3, 6, 7)}
 
 
@@ -103,8 +103,9 @@ def _heart(data: Dataset) -> Dataset:
     indicator set. (N, 13) -> (N, 39).
     """
     x = data.x.astype(np.float32)
-    measured = x[:, _ZERO_IS_MISSING]
-    x[:, _ZERO_IS_MISSING] = np.where(measured == 0, np.nan, measured)
+    for name, code in _NOT_MEASURED.items():
+        column = x[:, list(_VITALS).index(name)]  # a view
+        column[column == code] = np.nan
     scaled = (x - _VITALS_TABLE[:, 0]) / _VITALS_TABLE[:, 1]
     parts: list[Array] = [np.nan_to_num(scaled, nan=0.0), np.isnan(x)]
     for name, values in _CATEGORIES.items():

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lepton_fl.errors import ConfigError, Rejection, UpdateRejected
+from lepton_fl.errors import ConfigError, Rejection, TaskError, UpdateRejected
 from lepton_fl.plan import LocalPlan
-from lepton_fl.tasks.data import Dataset
+from lepton_fl.tasks.data import Array, Dataset
 from lepton_fl.tasks.losses import loss_of
 from lepton_fl.tasks.metrics import Sums
 from lepton_fl.tasks.models import initial_model
@@ -159,7 +159,7 @@ class Trainer:
     def _load(self, flat: Vector) -> None:
         check_vector(self.layout, flat)
         with torch.no_grad():
-            self._state.copy_(torch.from_numpy(np.ascontiguousarray(flat)))
+            self._state.copy_(_tensor(flat))
 
     def _tensors(self, data: Dataset) -> tuple[Tensor, Tensor]:
         """The rows as tensors on the device, kept for the next call with the same data."""
@@ -168,7 +168,7 @@ class Trainer:
                 Rejection.DATA_CONTRACT, "There are no rows to train on.", hint="Check the data source."
             )
         if self._held is None or self._held[0] is not data:
-            x, y = (torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (data.x, data.y))
+            x, y = (_tensor(a).to(self.device) for a in (data.x, data.y))
             self._held = data, x, y
         return self._held[1], self._held[2]
 
@@ -178,6 +178,11 @@ def _pick_device(device: Device) -> torch.device:
     if device == "cuda" and not available:
         raise ConfigError("device = 'cuda', but torch finds no GPU here.", hint="Use 'auto' or 'cpu'.")
     return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def _tensor(array: Array) -> Tensor:
+    """A tensor of the array's own memory where torch allows it: contiguous and writable."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _cuda_index(device: torch.device) -> list[int]:
@@ -194,7 +199,7 @@ def _flatten(module: nn.Module) -> tuple[Tensor, Tensor]:
     trained, others = state_tensors(module)
     tensors = [*trained.values(), *others.values()]
     if not trained:
-        raise UpdateRejected(Rejection.FAILED, "The model has no trainable parameter.")
+        raise TaskError("The model has no trainable parameter.")
     state = torch.cat([t.detach().reshape(-1) for t in tensors])
     grad = torch.zeros_like(state[: sum(t.numel() for t in trained.values())])
     start = 0

@@ -59,7 +59,7 @@ def test_a_transform_leaves_the_raw_rows_alone():
 
 def test_heart_disease_imputes_from_constants():
     task = load_task("heart_disease")
-    row = np.array([[55, 1, 4, 0, np.nan, 0, 2, 140, 0, 1, np.nan, np.nan, 7]] * 10, np.float32)
+    row = np.array([[55, 1, 4, 0, np.nan, 0, 2, 140, 0, 1, np.nan, 9, 7]] * 10, np.float32)
     x = task.prepare(Dataset(row, np.zeros(10, np.uint8))).x[0]
     names = list(task.contract.columns)
     missing = dict(zip(names, x[13:26], strict=True))
