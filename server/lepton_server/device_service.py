@@ -725,7 +725,7 @@ def _task_state(task: pb.TaskReport) -> TaskState:
         raise ConfigError(f"Expected layout_digest of 64 hexadecimal digits, got {_printable(digest, 70)!r}.")
     return TaskState(
         _label("a task's name", task.name, 1, 200),
-        _words("a task's version", task.version, 50)  # empty: not known yet,
+        _words("a task's version", task.version, 50),  # empty: not known yet
         digest,
         task.ready,
         _words("a task's reason", task.reason, 500),
