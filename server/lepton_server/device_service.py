@@ -26,6 +26,7 @@ import contextlib
 import ipaddress
 import logging
 import math
+import os
 import resource
 import secrets
 import socket
@@ -58,6 +59,7 @@ Work = Callable[[bytes, Context], Awaitable[Message | None]]
 M = TypeVar("M", bound=Message)
 
 REPLAY_S = 600.0  # a device whose answer was lost may show its spent token again for so long
+REFRESH_S = 3600.0  # how often the server's own certificate is looked at
 RENEW_GAP_S = 60.0  # a device gets at most one certificate in this time
 ENROLMENTS_AT_ONCE = 64  # more are put off
 _SERVICE = "lepton.v1.DeviceService"
@@ -126,6 +128,7 @@ class DeviceService:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._servers: list[grpc.aio.Server] = []
+        self._keeper: asyncio.Future[None] | None = None
         self._endpoints: Endpoints | None = None
 
     # -- life ---------------------------------------------------------------------------------------
@@ -192,17 +195,35 @@ class DeviceService:
         self._endpoints = endpoints_of(listen, ports[0], ports[1], self._fleet_port)
         for server in self._servers:
             await server.start()
+        self._keeper = asyncio.ensure_future(self._keep_certificate())
 
     async def _close(self, grace_s: float) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+            self._keeper = None
         self._fleet.close_streams()
         for server in self._servers:
             await server.stop(grace_s)
         self._servers.clear()
 
     def _credentials(self, *, demand: bool) -> grpc.ServerCredentials:
-        authority = self._authority
-        pair = [(authority.server_key_pem, authority.server_cert_pem)]
-        return grpc.ssl_server_credentials(pair, authority.ca_pem if demand else None, demand)
+        own = _OwnCertificate(self._authority, demand)
+        fetch: Any = own.fetch  # it may return None, which grpc's published types do not know
+        return grpc.dynamic_ssl_server_credentials(own.load(), fetch, demand)
+
+    async def _keep_certificate(self) -> None:
+        """Renew the server's certificate in time; new connections then get the new one."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            try:
+                names = hosts_of(self._config.listen)
+                renewed = await asyncio.to_thread(self._authority.refresh_server, names, now=self._wall())
+            except LeptonError as error:
+                log.error("the server's certificate could not be renewed: %s", error)
+                continue
+            if renewed:
+                log.info("the server's certificate was renewed", extra={"event": "server.renewed"})
 
     def _server(self, here: dict[str, Work], at_once: int) -> grpc.aio.Server:
         server = grpc.aio.server(options=_options(self._config), maximum_concurrent_rpcs=at_once)
@@ -461,6 +482,29 @@ class _Waiting:
         if self._error is not None:
             raise self._error
         return not self._closed
+
+
+class _OwnCertificate:
+    """The server's key and certificate for gRPC, read again when their file has been replaced."""
+
+    def __init__(self, authority: Authority, demand: bool) -> None:
+        self._authority, self._demand = authority, demand
+        self._stamp = (0, 0)
+
+    def _stamp_now(self) -> tuple[int, int]:
+        status = os.stat(self._authority.server_path)
+        return status.st_ino, status.st_mtime_ns
+
+    def load(self) -> grpc.ServerCertificateConfiguration:
+        """Read them."""
+        self._stamp = self._stamp_now()
+        authority = self._authority
+        pair = [(authority.server_key_pem, authority.server_cert_pem)]
+        return grpc.ssl_server_certificate_configuration(pair, authority.ca_pem if self._demand else None)
+
+    def fetch(self) -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC before each handshake; None = as before, and so is an error, which gRPC logs."""
+        return None if self._stamp_now() == self._stamp else self.load()
 
 
 class _Identities:
@@ -725,7 +769,7 @@ def _task_state(task: pb.TaskReport) -> TaskState:
         raise ConfigError(f"Expected layout_digest of 64 hexadecimal digits, got {_printable(digest, 70)!r}.")
     return TaskState(
         _label("a task's name", task.name, 1, 200),
-        _words("a task's version", task.version, 50),  # empty: not known yet
+        _label("a task's version", task.version, 0, 50),  # empty: not known yet
         digest,
         task.ready,
         _words("a task's reason", task.reason, 500),

@@ -5,12 +5,14 @@ import datetime as dt
 import logging
 import queue
 import socket
+import ssl
 import threading
 import time
 from dataclasses import dataclass, field
 
 import grpc
 import pytest
+from cryptography import x509
 from lepton_server import device_service
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
@@ -97,7 +99,7 @@ class World:
     def enrolment(self) -> DeviceServiceStub:
         return self.stub(self.service.ports[0])
 
-    def enrol(self, key=None, secret=None, **changes) -> "Device":
+    def enrol(self, key=None, secret=None, *, stub=None, **changes) -> "Device":
         key = key or crypto.new_key()
         request = pb.EnrollRequest(
             protocol=1,
@@ -112,7 +114,7 @@ class World:
                 request.groups.extend(value)
             else:
                 setattr(request, name, value)
-        answer = call(self.enrolment().Enroll, request)
+        answer = call((stub or self.enrolment()).Enroll, request)
         return Device(self, key, answer.device_id, answer.certificate_pem, answer)
 
 
@@ -229,12 +231,10 @@ def test_enrol_check_in_wait_instruct_verdict(world, device):
 
     stub = device.stub()
     answer = device.check_in(stub)
-    assert not answer.wait
+    assert answer.wait
     assert not answer.renew
     assert 45 <= answer.next_check_in_s <= 75
     assert abs(answer.server_time - time.time()) < 60
-    world.fleet.set_run_active(True)
-    assert device.check_in(stub).wait
     assert [c.standing for c in world.fleet.candidates(TASK, "1")] == ["eligible"]
 
     listening = Listening(device, stub)
@@ -277,8 +277,9 @@ def test_a_fleet_of_two_hundred(world):
     secret = world.token(uses=200)
 
     def some():
+        stub = world.enrolment()
         for _ in range(25):
-            made = world.enrol(secret=secret)
+            made = world.enrol(secret=secret, stub=stub)
             made.check_in()
             with lock:
                 devices.append(made)
@@ -496,6 +497,21 @@ def test_a_device_does_not_talk_to_another_server(world, device, tmp_path):
         call(stub.CheckIn, check_in_request())
 
 
+def test_a_renewed_server_certificate_is_used_without_a_restart(world, device):
+    def served():
+        pem = ssl.get_server_certificate(("127.0.0.1", world.service.ports[0]), timeout=PATIENCE)
+        return x509.load_pem_x509_certificate(pem.encode()).serial_number
+
+    stub = device.stub()
+    device.check_in(stub)
+    before = served()
+    assert before == served()
+    assert world.authority.refresh_server(["fl.example.org"])
+    assert served() != before
+    device.check_in(stub)
+    device.check_in()
+
+
 def test_revocation_ends_the_stream_and_every_later_call(world, device, tmp_path):
     stub = device.stub()
     listening = Listening(device, stub)
@@ -711,8 +727,6 @@ def test_a_full_disk_spends_no_token(world, monkeypatch):
 
 
 def test_certificate_times_follow_the_configuration(world, device):
-    from cryptography import x509
-
     certificate = x509.load_pem_x509_certificate(device.certificate)
     left = certificate.not_valid_after_utc - dt.datetime.now(dt.UTC)
     assert dt.timedelta(days=29) < left <= dt.timedelta(days=30)

@@ -401,6 +401,13 @@ def test_undelivered_instructions_come_back(fleet, ids):
     assert fleet.check_in(ids[0], READY).instructions == (verdict(),)
 
 
+def test_a_fleet_that_fits_waits_always(fleet, ids, store):
+    assert not fleet.check_in(ids[0], READY).wait  # three devices, room for two
+    store.record("device.revoked", ids[2], {"device_id": ids[2]})
+    fleet.follow()
+    assert fleet.check_in(ids[0], READY).wait
+
+
 def test_waiting_is_asked_for_while_a_run_is_active_and_there_is_room(fleet, ids):
     assert not fleet.check_in(ids[0], READY).wait
     fleet.set_run_active(True)
