@@ -99,7 +99,7 @@ class Limits:
     max_reply_bytes: int = 512 * 1024 * 1024
     upload_timeout_s: float = 60.0
     slot_wait_s: float = 15.0
-    max_pulls: int = 8
+    max_pulls: int = 4
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -229,9 +229,10 @@ class Guard:
         content = await body.read(headers, self._limits.max_body_bytes, self._limits.upload_timeout_s)
         request = _parse(PushObjectRequest, content)
         self._check_bulk(request, node_id)
-        self._link.check_object(node_id, request.session_id, len(request.object_content))
-        if len(content) > SMALL_BODY:
-            del content
+        size = len(content)  # of the object and a few names; reading the field would copy it
+        del content
+        self._link.check_object(node_id, request.session_id, size)
+        if size > SMALL_BODY:
             response = await run_in_threadpool(fleet_handlers.push_object, request, self._state)
         else:
             response = fleet_handlers.push_object(request, self._state)
