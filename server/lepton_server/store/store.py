@@ -74,7 +74,7 @@ def _checked(kind: str, subject: str | BodyLike, body: BodyLike | None) -> Body:
     if isinstance(subject, str):
         checked = parse_body(kind, {} if body is None else body)
         if subject != checked.subject:
-            raise StateError(f"Expected subject {checked.subject!r} for this {kind}, got {subject!r}.")
+            raise StateError(f"Expected {checked.subject!r} as its subject, got {subject!r} ({kind}).")
         return checked
     return parse_body(kind, subject)
 
@@ -97,7 +97,7 @@ class Transaction:
 
         Args:
             kind: One of ``events.KINDS``.
-            subject: What it is about: the device, run, task or token id in the body, or ``server``. It follows
+            subject: What it is about: the device, run, task or token id in the body, or ``server``. Follows
                 from the body and may be left out; when it is given, it is checked.
             body: The fields of the kind, or the body itself.
 
