@@ -4,7 +4,7 @@ data = Dataset(x, y)      # x: (N, ...), y: (N, ...)
 first_ten = data.take(np.arange(10))
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,4 +47,3 @@ class Corpus:
     test: Dataset
     train_users: Array | None = None  # (N,) user id per training row
     test_users: Array | None = None  # (M,) user id per test row
-    user_names: tuple[str, ...] = field(default=())  # of users 0, 1, ...; empty = not known

@@ -104,11 +104,15 @@ def _one(value: float, dtype: str = _REAL) -> NDArray[Any]:
 
 
 def cross_entropy_sum(logits: Array, labels: Array) -> float:
-    """The sum over rows of the negative log-likelihood in nats; logits (N, C), labels (N,)."""
+    """The sum over rows of the negative log-likelihood in nats; logits (N, C), labels (N,).
+
+    Logits that are not finite give a sum that is not.
+    """
     wide = logits.astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    chosen = np.take_along_axis(wide, labels.reshape(-1, 1), axis=1)[:, 0]
-    return float((np.log(np.exp(wide).sum(axis=1)) - chosen).sum())
+    with np.errstate(invalid="ignore"):
+        wide -= wide.max(axis=1, keepdims=True)
+        chosen = np.take_along_axis(wide, labels.reshape(-1, 1), axis=1)[:, 0]
+        return float((np.log(np.exp(wide).sum(axis=1)) - chosen).sum())
 
 
 @dataclass(frozen=True)

@@ -87,19 +87,16 @@ def _dirichlet(labels: Array, spec: PartitionSpec, rng: np.random.Generator) -> 
 
     Drawn again until every device has ``min_rows``.
     """
+    rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     best = 0
     for _ in range(_DRAWS):
-        parts: list[list[Rows]] = [[] for _ in range(spec.clients)]
-        for label in np.unique(labels):
-            rows = rng.permutation(np.flatnonzero(labels == label))
-            shares = rng.dirichlet(np.full(spec.clients, spec.alpha))
-            cuts = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
-            for part, piece in zip(parts, np.split(rows, cuts), strict=True):
-                part.append(piece)
-        joined = [np.concatenate(part) for part in parts]
-        best = max(best, min(map(len, joined)))
+        shares = [rng.dirichlet(np.full(spec.clients, spec.alpha)) for _ in rows]
+        ends = [np.rint(np.cumsum(s) * len(r)).astype(np.int64) for s, r in zip(shares, rows, strict=True)]
+        sizes = np.sum([np.diff(e, prepend=0) for e in ends], axis=0)
+        best = max(best, int(sizes.min()))
         if best >= spec.min_rows:
-            return joined
+            dealt = [np.split(rng.permutation(r), e[:-1]) for r, e in zip(rows, ends, strict=True)]
+            return [np.concatenate(pieces) for pieces in zip(*dealt, strict=True)]
     raise ConfigError(
         f"In {_DRAWS} draws of Dirichlet(alpha={spec.alpha:g}) over {spec.clients} devices, the smallest "
         f"device had {best} rows at best, min_rows is {spec.min_rows}.",

@@ -29,6 +29,7 @@ from lepton_fl.tasks.task import Task
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # no format that runs another program
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -332,7 +333,7 @@ def _read_image(file: Path, shape: tuple[int, ...]) -> Array:
     channels_first = len(shape) == 3 and shape[0] in (1, 3)
     height, width = shape[1:] if channels_first else shape[:2]
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_IMAGE_FORMATS) as image:
             if image.size != (width, height):  # known before the pixels are decoded
                 raise DataError(
                     f"{file} has {image.size[0]}x{image.size[1]} pixels, the task needs {width}x{height}.",

@@ -107,6 +107,17 @@ def test_huge_logits_give_a_finite_loss():
     Classification(2).validate(sums)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["classification", "regression", "next"])
+def test_a_diverged_model_is_refused_not_warned_about(kind, bad):
+    metrics, outputs, targets = CASES[kind]
+    outputs = outputs.copy()
+    outputs[3] = bad
+    with pytest.raises(UpdateRejected) as caught:
+        metrics.validate(metrics.count(outputs, targets))
+    assert caught.value.reason is Rejection.NON_FINITE
+
+
 @each
 def test_refusals_common_to_all(metrics, outputs, targets):
     good = metrics.count(outputs, targets)
