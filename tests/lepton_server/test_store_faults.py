@@ -1,4 +1,4 @@
-"""What goes wrong around the store: locks, versions, damage, full disks, kill -9. The state stays unharmed."""
+"""What goes wrong around the store: locks, versions, damage, full disks, kill -9. The state is unharmed."""
 
 import hashlib
 import signal
@@ -172,13 +172,17 @@ class TestLocked:
             change.record("server.started", {})
 
 
+def fill(store):
+    for _ in range(10):
+        store.record("server.started", {"info": {"x": "y" * 30_000}})
+
+
 class TestDiskFull:
     def test_when_writing(self, path, small_files):
         with open_store(path) as store:
             limit = max(p.stat().st_size for p in path.parent.iterdir()) + 20_000
             with small_files(limit), pytest.raises(DiskFull, match="undone"):
-                for _ in range(10):
-                    store.record("server.started", {"info": {"x": "y" * 30_000}})
+                fill(store)
             seq = store.head_seq()
             assert store.verify_journal().seq == seq
             assert store.record("server.started", {}).seq == seq + 1
