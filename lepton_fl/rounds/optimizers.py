@@ -60,9 +60,10 @@ def step(
     for start in range(0, len(model), BLOCK):
         part = slice(start, start + BLOCK)
         move, kept = _move(spec, mean[part], {k: v[part].astype(np.float64) for k, v in state.slots.items()})
-        new[part] = model[part] + spec.learning_rate * move
-        for name, value in kept.items():
-            slots[name][part] = value
+        with np.errstate(over="ignore", invalid="ignore"):  # what leaves float32 is refused below
+            new[part] = model[part] + spec.learning_rate * move
+            for name, value in kept.items():
+                slots[name][part] = value
     if not np.isfinite(new).all():
         raise RunError(
             "The server step produced a model with non-finite weights; it is not kept.",
