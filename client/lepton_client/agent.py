@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import psutil
 
@@ -30,19 +30,22 @@ from lepton_client.config import ClientConfig, TaskSection
 from lepton_client.desk import Office
 from lepton_client.diary import Diary
 from lepton_client.eligibility import Machine, first_objection
-from lepton_client.enrol import RENEW_AT, certificate_life, describe_end, renew
 from lepton_client.inspection import Finding, Inspector, inspect
 from lepton_client.ledger import Ledger
 from lepton_client.limits import apply_limits
 from lepton_client.link import PROTOCOL, Cancelled, HungUp, Link, Listener, Refused
 from lepton_client.state import Identity, StateDir
 from lepton_client.worker import Answerer, Node, Selection, Worker
-from lepton_fl import crypto
 from lepton_fl.errors import LeptonError, TrustError
+from lepton_fl.files import read_private
 from lepton_fl.wire.v1 import device_pb2 as pb
+
+if TYPE_CHECKING:
+    from lepton_fl.crypto import PrivateKey
 
 log = logging.getLogger("lepton_client")
 
+RENEW_AT: Final = 2 / 3  # of a certificate's life
 LEAVE_S: Final = 5.0  # seconds that a training step may take to notice that we stop
 RETRY_RENEWAL_S: Final = 600.0  # between two tries to renew while the certificate may still do
 SLICE_S: Final = 30.0  # longest nap: after a laptop's sleep the boot clock is looked at again
@@ -52,7 +55,7 @@ MAX_TASK_S: Final = 7 * 86_400.0  # no round lasts longer
 RETRY_PUSH_S: Final = 30.0  # Flower's node repeats an upload so long before the worker joins anew
 SUSPECT_AFTER: Final = 3  # times in a row that the coordinator hung up: our certificate may be why
 
-NodeFactory = Callable[[str, bytes, crypto.PrivateKey], Node]
+NodeFactory = Callable[[str, bytes, "PrivateKey"], Node]
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Agent:
         """
         with self._state.locked():
             self._identity = self._state.identity()
-            self._key = crypto.load_key(self._state.key)
+            self._key_pem = read_private(self._state.key)
             ledger = Ledger(self._state.ledger)
             apply_limits(self._config.limits)
             self._diary = Diary(self._state, self._clock, self._facts())
@@ -211,7 +214,7 @@ class Agent:
             tasks=[{"name": f.name, "ready": f.ready, "reason": f.reason, "rows": f.rows} for f in findings],
         )
         for finding in findings:
-            text = "" if finding.ready else f"{finding.name} sits out: {finding.reason}"
+            text = f"{finding.name} sits out: {finding.reason}" if finding.reason and finding.checked else ""
             self._diary.say(f"task {finding.name}", text, logging.WARNING)
         return pb.CheckInRequest(
             protocol=PROTOCOL,
@@ -220,6 +223,7 @@ class Agent:
             tasks=[
                 pb.TaskReport(name=f.name, version=f.version, ready=f.ready, reason=f.short_reason)
                 for f in findings
+                if f.version  # none before the first check, nor for what cannot be loaded
             ],
             client_version=version("lepton-fl"),
             capabilities=_capabilities(),
@@ -272,7 +276,7 @@ class Agent:
 
     def _dial(self) -> Link:
         if self._link is None:
-            identity = crypto.key_to_pem(self._key), self._identity.certificate_pem.encode()
+            identity = self._key_pem, self._identity.certificate_pem.encode()
             self._link = self._new_link(self._identity.device_service, identity)
         return self._link
 
@@ -295,7 +299,7 @@ class Agent:
 
     def _renew_if_due(self) -> None:
         """Ask for a new certificate at 2/3 of its life, when told to, or when it may be why calls fail."""
-        start, end = certificate_life(self._identity)
+        start, end = self._identity.valid_from, self._identity.valid_until
         now = self._watch.server_now()
         due = now >= start + RENEW_AT * (end - start) or self._renewal_wanted
         if not due and self._hung_up < SUSPECT_AFTER:
@@ -304,6 +308,8 @@ class Agent:
         if not ended and self._clock.now() - self._renewal_tried < RETRY_RENEWAL_S:
             return
         self._renewal_tried = self._clock.now()
+        from lepton_client.enrol import renew  # brings cryptography, which an idle agent does without
+
         try:
             with self._new_link(self._identity.enrolment) as link:
                 self._adopt(renew(self._state, self._identity, link))
@@ -316,7 +322,7 @@ class Agent:
         self._identity = identity
         self._renewal_wanted = False
         self._hang_up()  # the next call shows the new certificate
-        self._diary.say("renewal", f"The certificate was renewed; it is good until {describe_end(identity)}.")
+        self._diary.say("renewal", f"The certificate was renewed; it is good until {identity.ends}.")
         self._diary.note(**self._facts())
 
     # ----------------------------------------------------------------------------------------- instructions
@@ -365,7 +371,7 @@ class Agent:
             self._diary.verdict(said.run_id, said.round, said.accepted, said.reason, said.detail)
         elif kind == "leave":
             told = instruction.leave
-            if self._worker.leave((told.run_id, told.round, told.attempt)):
+            if self._worker.leave((told.run_id, told.round, told.attempt, told.kind)):
                 log.info("round %d of run %s closed without us", told.round, told.run_id)
 
     def _participate(self, call: pb.Participate) -> None:
@@ -373,13 +379,16 @@ class Agent:
         refusal = f"Not taking part: {reason}." if reason else ""
         deadline_s = call.deadline_s if 0 < call.deadline_s <= MAX_TASK_S else MAX_TASK_S
         stay_s = call.stay_s if 0 <= call.stay_s <= MAX_TASK_S else 0.0
-        log.info("selected for round %d of run %s (%s)", call.round, call.run_id, call.task)
-        key = (call.run_id, call.round, call.attempt)
+        log.info("selected to %s in round %d of run %s (%s)", call.kind, call.round, call.run_id, call.task)
+        key = (call.run_id, call.round, call.attempt, call.kind)
         self._worker.select(Selection(key, self._clock.now() + deadline_s, stay_s, refusal))
         self._diary.note(state="busy", reason="")
 
     def _new_node(self) -> Node:
-        return self._node_factory(self._identity.fleet, self._identity.ca_pem.encode(), self._key)
+        from lepton_fl.crypto import load_key
+
+        key = load_key(self._state.key)
+        return self._node_factory(self._identity.fleet, self._identity.ca_pem.encode(), key)
 
     # ---------------------------------------------------------------------------------------------- the end
 
@@ -397,11 +406,11 @@ class Agent:
             "device_id": identity.device_id,
             "name": identity.name,
             "coordinator": identity.device_service,
-            "certificate_ends": describe_end(identity),
+            "certificate_ends": identity.ends,
         }
 
 
-def flower_node(address: str, ca_pem: bytes, key: crypto.PrivateKey) -> Node:
+def flower_node(address: str, ca_pem: bytes, key: "PrivateKey") -> Node:
     """Flower's node; flwr is imported here, at the first selection."""
     from lepton_client.flower import FlowerNode
 

@@ -4,8 +4,6 @@ Importing this module imports neither gRPC nor numpy; commands import what they 
 """
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +61,7 @@ def enroll(
     import platform
     import sys
 
-    from lepton_client.enrol import describe_end, enrol
+    from lepton_client.enrol import enrol
     from lepton_client.state import StateDir
     from lepton_fl import crypto
 
@@ -83,7 +81,7 @@ def enroll(
         "device_id": identity.device_id,
         "name": identity.name,
         "coordinator": identity.device_service,
-        "certificate_ends": describe_end(identity),
+        "certificate_ends": identity.ends,
         "state_dir": str(state.folder),
     }
     print_data(record, format=format, title="Enrolled. Next: lepton client run")
@@ -97,16 +95,9 @@ def run(
     data: DataOption = None,
 ) -> None:
     """Check in, train when selected, until stopped. Survives a coordinator that is away."""
-    from lepton_client.agent import Agent
-    from lepton_client.logs import configure
+    from lepton_client.process import become
 
-    settings = _with_task(_load(config, {"client.state_dir": state_dir}), task, data)
-    configure(settings.log)
-    agent = Agent(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: agent.stop())
-    if not agent.run():
-        os._exit(0)  # the state is saved; code of a task that does not return must not keep us here
+    become(_with_task(_load(config, {"client.state_dir": state_dir}), task, data))
 
 
 @client_app.command()

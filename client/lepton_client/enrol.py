@@ -7,7 +7,7 @@ enrolled or can run the same command once more.
     identity = enrol(StateDir(folder), token_text, name="kitchen", groups=("home",))
 """
 
-from datetime import UTC, datetime
+from dataclasses import replace
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -17,8 +17,6 @@ from lepton_client.state import Identity, StateDir
 from lepton_fl import crypto
 from lepton_fl.errors import ConfigError, NotFound, TrustError
 from lepton_fl.wire.v1 import device_pb2 as pb
-
-RENEW_AT = 2 / 3  # of a certificate's life
 
 
 def enrol(
@@ -64,10 +62,10 @@ def enrol(
         device_service=answer.endpoints.device_service,
         fleet=answer.endpoints.fleet,
         token_sha256=join.secret_sha256,
+        valid_from=0.0,
+        valid_until=0.0,
     )
-    _verify(identity, key)
-    state.save_identity(identity)
-    return identity
+    return _keep(state, identity, key)
 
 
 def renew(state: StateDir, identity: Identity, link: Link) -> Identity:
@@ -80,34 +78,13 @@ def renew(state: StateDir, identity: Identity, link: Link) -> Identity:
     key = crypto.load_key(state.key)
     csr = crypto.make_csr(key, identity.name)
     answer = link.renew(pb.RenewRequest(protocol=PROTOCOL, device_id=identity.device_id, csr_pem=csr))
-    renewed = Identity(
-        device_id=identity.device_id,
-        name=identity.name,
+    renewed = replace(
+        identity,
         certificate_pem=answer.certificate_pem.decode("ascii", "replace"),
-        ca_pem=identity.ca_pem,
-        enrolment=identity.enrolment,
         device_service=answer.endpoints.device_service or identity.device_service,
         fleet=answer.endpoints.fleet or identity.fleet,
-        token_sha256=identity.token_sha256,
     )
-    _verify(renewed, key)
-    state.save_identity(renewed)
-    return renewed
-
-
-def certificate_life(identity: Identity) -> tuple[float, float]:
-    """Start and end of the certificate, UTC seconds.
-
-    Raises:
-        TrustError: it does not decode.
-    """
-    certificate = _decode(identity)
-    return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
-
-
-def describe_end(identity: Identity) -> str:
-    """When the certificate ends, for people."""
-    return datetime.fromtimestamp(certificate_life(identity)[1], UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return _keep(state, renewed, key)
 
 
 def _already(identity: Identity, join: crypto.JoinToken) -> Identity:
@@ -128,7 +105,19 @@ def _key(state: StateDir) -> crypto.PrivateKey:
         return key
 
 
-def _verify(identity: Identity, key: crypto.PrivateKey) -> None:
+def _keep(state: StateDir, identity: Identity, key: crypto.PrivateKey) -> Identity:
+    """Verify, then save."""
+    certificate = _verified(identity, key)
+    checked = replace(
+        identity,
+        valid_from=certificate.not_valid_before_utc.timestamp(),
+        valid_until=certificate.not_valid_after_utc.timestamp(),
+    )
+    state.save_identity(checked)
+    return checked
+
+
+def _verified(identity: Identity, key: crypto.PrivateKey) -> x509.Certificate:
     """The answer must be a certificate of our authority, for our key, under the id that our key gives."""
     certificate = _decode(identity)
     authority = x509.load_pem_x509_certificate(identity.ca_pem.encode())
@@ -145,6 +134,7 @@ def _verify(identity: Identity, key: crypto.PrivateKey) -> None:
     for address in (identity.device_service, identity.fleet):
         if not address.rpartition(":")[0]:
             raise UntrustedServer(f"The coordinator named {address[:100]!r} as an address, not host:port.")
+    return certificate
 
 
 def _public_der(certificate: x509.Certificate) -> bytes:

@@ -36,6 +36,7 @@ class Finding:
     reason: str = ""  # why not, with what to do about it
     rows: int = 0
     seconds: float = 0.0
+    checked: bool = True  # False: nothing is known yet
 
     @property
     def short_reason(self) -> str:
@@ -105,7 +106,9 @@ class Inspector:
     ) -> None:
         """Nothing is checked yet; ``changed`` is called from another thread after each round of checks."""
         self._sections, self._changed, self._check = sections, changed, check
-        self._findings = [Finding(s.reference, reason="The data are being checked.") for s in sections]
+        self._findings = [
+            Finding(s.reference, reason="The data are being checked.", checked=False) for s in sections
+        ]
         self._seen: list[tuple[object, ...] | None] = [None] * len(sections)
         self._thread: threading.Thread | None = None
 

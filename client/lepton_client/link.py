@@ -7,9 +7,13 @@ The server must show a certificate of ``ca_pem``'s authority for the name that w
 to switch that off.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
+
+# Read when grpc is imported: its C library writes a line per failed handshake past our log.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 

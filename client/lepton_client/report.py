@@ -3,7 +3,6 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from lepton_client.enrol import describe_end
 from lepton_client.state import Identity, StateDir
 
 
@@ -15,7 +14,7 @@ def describe(state: StateDir, identity: Identity) -> dict[str, Any]:
         "device_id": identity.device_id,
         "name": identity.name,
         "coordinator": identity.device_service,
-        "certificate_ends": describe_end(identity),
+        "certificate_ends": identity.ends,
         "running": pid != 0,
         "pid": pid or None,
         "state": known.get("state", "never ran") if pid else "not running",

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,13 @@ class Identity:
     device_service: str  # host:port of CheckIn and Wait
     fleet: str  # host:port of Flower's fleet API
     token_sha256: str  # of the secret it joined with, to know that token again
+    valid_from: float  # of the certificate, UTC seconds; kept so that an idle agent need not decode it
+    valid_until: float
+
+    @property
+    def ends(self) -> str:
+        """When the certificate ends, for people."""
+        return datetime.fromtimestamp(self.valid_until, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 class StateDir:
@@ -156,8 +164,8 @@ class StateDir:
 
 def _identity_from(raw: bytes, path: Path) -> Identity:
     body = _decode(raw, path)
-    names = {field.name for field in fields(Identity)}
-    if set(body) != names or not all(isinstance(value, str) for value in body.values()):
+    kinds: dict[str, type] = {f.name: float if f.type in (float, "float") else str for f in fields(Identity)}
+    if set(body) != set(kinds) or not all(isinstance(body[name], kind) for name, kind in kinds.items()):
         raise StateCorrupt(
             f"{path} does not hold the fields of an identity.",
             hint="Restore the folder from a backup, or remove it and enrol again with a new token.",

@@ -13,9 +13,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
-
 from lepton_client.config import ClientConfig
 from lepton_client.inspection import Finding
+
 from lepton_fl import crypto
 from lepton_fl.errors import LeptonError, TrustError
 from lepton_fl.wire.status import metadata_of, status_of
@@ -135,7 +135,7 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
         context.set_trailing_metadata(metadata_of(error))
         context.abort(grpc.StatusCode[status_of(error)], str(error))
 
-    def Enroll(self, request, context):
+    def Enroll(self, request, context):  # noqa: N802 - the proto's name
         key = crypto.verify_csr(request.csr_pem)
         device_id = crypto.device_id(key)
         if self.secrets.get(request.token_secret, "unknown") not in (None, device_id):
@@ -151,14 +151,14 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
             endpoints=self.endpoints(),
         )
 
-    def Renew(self, request, context):
+    def Renew(self, request, context):  # noqa: N802 - the proto's name
         if self.refusal:
             self._abort(context, self.refusal)
         self.renewals.append(request.device_id)
         certificate = self.authority.device(crypto.verify_csr(request.csr_pem), **self.certificate)
         return pb.RenewResponse(certificate_pem=certificate, endpoints=self.endpoints())
 
-    def CheckIn(self, request, context):
+    def CheckIn(self, request, context):  # noqa: N802 - the proto's name
         if self.refusal:
             self._abort(context, self.refusal)
         self.check_ins.put(request)
@@ -169,7 +169,7 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
             renew=self.renew,
         )
 
-    def Wait(self, request, context):
+    def Wait(self, request, context):  # noqa: N802 - the proto's name
         self.waits += 1
         while context.is_active() and not self.drop_streams.is_set():
             try:

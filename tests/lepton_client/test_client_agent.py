@@ -4,10 +4,10 @@ import threading
 import time
 
 import pytest
-
 from lepton_client.agent import Agent
 from lepton_client.enrol import enrol
 from lepton_client.state import StateDir
+
 from lepton_fl import crypto
 from lepton_fl.errors import ConnectionFailed, DiskFull, NotFound, Rejection, StateLocked, TrustError
 from lepton_fl.wire.messages import Failure, Fields, Ticket
@@ -258,7 +258,7 @@ def test_told_twice_it_works_once(coordinator, agent, running, post, work):
     until(lambda: not agent._worker.busy)
     coordinator.instructions.put(participate())
     coordinator.instructions.put(participate(2, deadline_s=0.001))  # a marker: handled after it
-    until(lambda: ("run", 2, 1) not in agent._worker._open and not agent._worker.alive, timeout=15)
+    until(lambda: ("run", 2, 1, "train") not in agent._worker._open and not agent._worker.alive, timeout=15)
     assert work.count == 1
 
 
@@ -269,7 +269,9 @@ def test_leave_stops_the_training_and_nothing_is_sent(coordinator, agent, runnin
     post.send()
     coordinator.instructions.put(participate())
     assert work.began.wait(10)
-    coordinator.instructions.put(pb.Instruction(leave=pb.Leave(run_id="run", round=1, attempt=1)))
+    coordinator.instructions.put(
+        pb.Instruction(leave=pb.Leave(run_id="run", round=1, attempt=1, kind="train"))
+    )
     assert work.stopped.wait(10)
     until(lambda: post.left)
     assert post.answers == []

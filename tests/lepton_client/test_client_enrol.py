@@ -7,12 +7,13 @@ import sys
 import threading
 
 import pytest
-
-from lepton_client.enrol import certificate_life, enrol, renew
+from lepton_client.enrol import enrol, renew
 from lepton_client.link import Link, Refused, UntrustedServer
 from lepton_client.state import StateDir
+
 from lepton_fl import crypto
 from lepton_fl.errors import ConfigError, ConnectionFailed, DiskFull, StateCorrupt, StateTooNew, TrustError
+from lepton_fl.wire.v1 import device_pb2 as pb
 
 pytestmark = pytest.mark.network
 
@@ -33,8 +34,7 @@ def test_a_token_gives_an_identity_with_private_files(coordinator, state):
     assert identity.device_id == crypto.device_id(crypto.load_key(state.key).public_key())
     for path in (state.key, state.folder / "identity.json"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    start, end = certificate_life(identity)
-    assert end - start == 86_400
+    assert identity.valid_until - identity.valid_from == 86_400
 
 
 def test_the_same_token_again_is_no_error_and_asks_nobody(coordinator, state):
@@ -192,7 +192,5 @@ def test_an_identity_that_others_can_read_is_refused(coordinator, state):
 def test_threads_of_a_closed_link_end(coordinator):
     before = threading.active_count()
     with Link("127.0.0.1:1", coordinator.authority.pem, timeout_s=5) as link, pytest.raises(ConnectionFailed):
-        from lepton_fl.wire.v1 import device_pb2 as pb
-
         link.check_in(pb.CheckInRequest())
     assert threading.active_count() <= before + 1
