@@ -350,14 +350,14 @@ def test_doctor_looks_and_changes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "server.toml"
     path.write_text("[listen]\nhost='127.0.0.1'\nenrolment_port=0\ndevice_port=0\nfleet_port=0\nops_port=0\n")
-    before = {name: name.stat() for name in tmp_path.rglob("*")}
+    before = {name: (name.stat().st_mtime_ns, name.read_bytes()) for name in tmp_path.rglob("*")}
     code, out, _ = run("doctor", "server", "--config", path, "--format", "json")
     found = json.loads(out)
     assert found["ok"] == (code == 0)
     checks = {check["name"]: check for check in found["checks"]}
     assert checks["configuration"]["ok"]
     assert checks["server.state_dir"]["ok"]
-    assert {name: name.stat() for name in tmp_path.rglob("*")} == before
+    assert {name: (name.stat().st_mtime_ns, name.read_bytes()) for name in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.network

@@ -263,7 +263,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     text=st.one_of(st.text(max_size=40), values.map(str)),
     name=st.sampled_from(["name", "grpc__port", "limits", "stages", "maybe"]),
@@ -275,7 +275,7 @@ def test_any_text_in_a_variable_is_read_or_refused(text, name):
         return
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cut=st.integers(min_value=0), junk=st.binary(max_size=3))
 def test_a_cut_or_damaged_file_is_read_or_refused(tmp_path_factory, cut, junk):
     whole = b'name = "two"\n[grpc]\nport = 1\n[limits]\ngroups = ["a", "b"]\n[[stages]]\npath = """a\nb"""\n'
