@@ -1,12 +1,13 @@
 """Check-ins per second on one core, with 50,000 registered devices, mTLS and a real store.
 
-    python benchmarks/checkins.py                    # about three minutes
+    python benchmarks/checkins.py                    # about six minutes, most of them registering
     python benchmarks/checkins.py --devices 5000 --seconds 3
 
 A server process is pinned to one core, the devices (one process, distinct keys and certificates) to another.
 Closed loop: as fast as it goes. Open loop: at a fixed rate, and latency counts from the moment at which a
-call was due, so a stall is not hidden. Cold: a new connection, with its handshake, for each check-in. The limit
-of the stack is measured in the same run: a bare grpc.aio server that echoes the same bytes under the same TLS.
+call was due, so a stall is not hidden. Cold: a new connection, with its handshake, for each check-in.
+The limit of the stack is measured in the same run: a bare grpc.aio server that echoes the same bytes under
+the same TLS. Both are compared per second of processor time, so that a busy machine does not decide.
 
 Exit code 1 if the targets (1,000 check-ins/s; 99 % of them within 50 ms at 1,000/s) are missed.
 """
@@ -101,14 +102,14 @@ def serve(folder: Path) -> None:
     config = _config()
     with open_store(folder / "lepton.db") as store:
         fleet = Fleet(store, config.check_in)
-        begin = time.perf_counter()
+        begin = time.process_time()
         fleet.start()
-        loaded = time.perf_counter() - begin
+        loaded = time.process_time() - begin
         service = DeviceService(config, store, Authority.open(folder / "tls"), fleet)
         service.start()
-        begin = time.perf_counter()
+        begin = time.process_time()
         fleet.candidates("pkg.tasks:digits", "1")
-        candidates = time.perf_counter() - begin
+        candidates = time.process_time() - begin
         print(
             json.dumps({"port": service.ports[1], "load_s": loaded, "candidates_s": candidates}), flush=True
         )
@@ -181,7 +182,7 @@ class Devices:
             nonlocal done
             while time.perf_counter() < end:
                 async with self.channel((offset + 8 * done) % self.count) as channel:
-                    await channel.unary_unary(METHOD)(self.message())
+                    await _check_in(channel)(self.message())
                 done += 1
 
         begin = time.perf_counter()
@@ -232,7 +233,7 @@ class Devices:
             _ready()
             return await self.cold(seconds)
         channels = [self.channel(i) for i in range(self.count)]
-        calls = [channel.unary_unary(METHOD) for channel in channels]
+        calls = [_check_in(channel) for channel in channels]
         for begin in range(0, len(calls), 50):  # connect
             await asyncio.gather(*(call(self.message()) for call in calls[begin : begin + 50]))
         await self.closed(calls, 1.0)  # warm
@@ -240,8 +241,13 @@ class Devices:
         result = await (self.open(calls, seconds, rate) if mode == "open" else self.closed(calls, seconds))
         print(json.dumps(result), flush=True)  # measured: the parent reads the server's use of the core now
         sys.stdin.readline()
-        await asyncio.gather(*(channel.close() for channel in channels))
+        await asyncio.gather(*(channel.close(None) for channel in channels))
         return result
+
+
+def _check_in(channel: grpc.aio.Channel) -> Any:  # noqa: ANN401 - grpc's published types demand codecs
+    plain: Any = channel
+    return plain.unary_unary(METHOD)
 
 
 def _ready() -> None:
@@ -332,9 +338,10 @@ def bench(args: argparse.Namespace, folder: Path) -> int:
         server = Process(role, server_core, "--folder", folder)
         hello = json.loads(server.line())
         if role == "serve":
+            load_s, all_ms = hello["load_s"], hello["candidates_s"] * 1e3
             console.print(
-                f"fleet loaded in {hello['load_s']:.2f} s, {server.rss_mb():.0f} MB; candidates() of all in "
-                f"{hello['candidates_s'] * 1e3:.0f} ms"
+                f"fleet loaded in {load_s:.2f} s, candidates() of all in {all_ms:.0f} ms (processor time); "
+                f"{server.rss_mb():.0f} MB"
             )
         for mode in ("cold", "closed", "open"):
             if (role, mode) == ("serve", "open"):
@@ -357,8 +364,9 @@ def _row(table: Table, role: str, mode: str, args: argparse.Namespace, result: R
 
 def _judge(console: Console, results: dict[tuple[str, str], Result], grown: int) -> int:
     for mode in ("cold", "closed"):
-        ratio = results["serve", mode]["per_s"] / results["echo", mode]["per_s"]
-        console.print(f"{mode}: {ratio:.0%} of the limit of the stack")
+        ours, bare = (results[who, mode]["per_s"] / results[who, mode]["cpu"] for who in ("serve", "echo"))
+        ratio = ours / bare
+        console.print(f"{mode}: {ratio:.0%} of the limit of the stack, per processor second")
     console.print(f"the journal grew by {grown} events during the open loop")
     rate, p99 = results["serve", "closed"]["per_s"], results["serve", "open"]["p99_ms"]
     good = rate >= TARGET_RATE and p99 <= TARGET_P99_MS

@@ -36,7 +36,7 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import grpc
 from cryptography import x509
@@ -64,6 +64,13 @@ RENEW_GAP_S = 60.0  # a device gets at most one certificate in this time
 ENROLMENTS_AT_ONCE = 64  # more are put off
 _SERVICE = "lepton.v1.DeviceService"
 _STATUS = {pb.STATUS_IDLE: IDLE, pb.STATUS_BUSY: BUSY, pb.STATUS_NOT_ELIGIBLE: NOT_ELIGIBLE}
+_PASSING: tuple[Literal["protocol", "status", "reason", "device_time", "desired_digest"], ...] = (
+    "protocol",
+    "status",
+    "reason",
+    "device_time",
+    "desired_digest",
+)  # what a check-in says of this moment only
 _MAX_CACHED = 100_000  # certificates (about 250 bytes each) and reports whose check need not be repeated
 
 
@@ -389,7 +396,7 @@ class DeviceService:
             raise ConfigError(f"Expected desired_digest of 64 characters, got {len(desired)}.")
         answer = self._fleet.check_in(
             identity.device_id,
-            self._report(request),
+            self._report(request),  # consumes the request
             status,
             reason,
             device_time=device_time,
@@ -407,17 +414,14 @@ class DeviceService:
 
     def _report(self, request: pb.CheckInRequest) -> Report:
         """The lasting part of a check-in; one that was checked before is recognised by its bytes."""
-        lasting = pb.CheckInRequest(client_version=request.client_version)
-        if request.tasks:
-            lasting.tasks.extend(request.tasks)
-        if request.HasField("capabilities"):
-            lasting.capabilities.CopyFrom(request.capabilities)
-        key = lasting.SerializeToString(deterministic=True)
+        for passing in _PASSING:
+            request.ClearField(passing)
+        key = request.SerializeToString(deterministic=True)
         report = self._reports.get(key)
         if report is None:
             if len(self._reports) >= _MAX_CACHED:
                 self._reports.clear()
-            report = self._reports[key] = _checked_report(lasting)
+            report = self._reports[key] = _checked_report(request)
         return report
 
     async def _wait(self, data: bytes, context: Context) -> None:
