@@ -1,0 +1,1 @@
+"""Lepton FL on a stock Flower deployment."""
