@@ -371,7 +371,7 @@ class Agent:
             self._diary.verdict(said.run_id, said.round, said.accepted, said.reason, said.detail)
         elif kind == "leave":
             told = instruction.leave
-            if self._worker.leave((told.run_id, told.round, told.attempt, told.kind)):
+            if self._worker.leave((told.run_id, told.round, told.nonce)):
                 log.info("round %d of run %s closed without us", told.round, told.run_id)
 
     def _participate(self, call: pb.Participate) -> None:
@@ -380,7 +380,7 @@ class Agent:
         deadline_s = call.deadline_s if 0 < call.deadline_s <= MAX_TASK_S else MAX_TASK_S
         stay_s = call.stay_s if 0 <= call.stay_s <= MAX_TASK_S else 0.0
         log.info("selected to %s in round %d of run %s (%s)", call.kind, call.round, call.run_id, call.task)
-        key = (call.run_id, call.round, call.attempt, call.kind)
+        key = (call.run_id, call.round, call.nonce)
         self._worker.select(Selection(key, self._clock.now() + deadline_s, stay_s, refusal))
         self._diary.note(state="busy", reason="")
 

@@ -69,7 +69,7 @@ class Answerer(Protocol):
         ...
 
 
-Key = tuple[str, int, int, str]  # run, round, attempt, kind
+Key = tuple[str, int, str]  # run, round, and the nonce of the attempt, which is never used again
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Worker:
             self._push(lambda: node.push_error(handle, reason, text), node, None)
             self._pause(self._poll_s)
             return
-        key = (ticket.run_id, ticket.round, ticket.attempt, ticket.kind)
+        key = (ticket.run_id, ticket.round, ticket.nonce)
         if refusal_text := self._refusal(ticket, key):
             log.warning("%s round %d of run %s is not done: %s", ticket.kind, key[1], key[0], refusal_text)
             self._push(lambda: node.push_error(handle, Rejection.FAILED, refusal_text), node, key)
