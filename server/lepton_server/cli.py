@@ -4,6 +4,7 @@ All but ``server`` work on the coordinator's database, found through the same co
 and no login, and they work while the coordinator is down. Importing this module imports none of its weight.
 """
 
+import faulthandler
 import json
 import secrets
 import signal
@@ -61,6 +62,7 @@ def server(
     from lepton_server.coordinator import Coordinator
 
     configure(settings.log.level, settings.log.format)
+    faulthandler.register(signal.SIGUSR1)  # `kill -USR1 PID` writes every thread's stack to the log
     coordinator = Coordinator(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: coordinator.stop())

@@ -138,6 +138,7 @@ class FleetExchange:
                 deadline_s=max(0.0, attempt.ends - time.monotonic()),
                 stay_s=self._stay_s,
                 node_id=node_id,
+                nonce=plan.nonce,
             )
         )
 
@@ -172,7 +173,13 @@ class FleetExchange:
     def _release(self, attempt: _Attempt) -> None:
         plan = attempt.plan
         leave = pb.Instruction(
-            leave=pb.Leave(run_id=plan.run_id, round=plan.round, attempt=plan.attempt, kind=plan.kind)
+            leave=pb.Leave(
+                run_id=plan.run_id,
+                round=plan.round,
+                attempt=plan.attempt,
+                kind=plan.kind,
+                nonce=plan.nonce,
+            )
         )
         unanswered = set(attempt.devices.values())
         for device_id in plan.cohort:

@@ -151,7 +151,7 @@ class Instruction(_message.Message):
     def __init__(self, participate: _Optional[_Union[Participate, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class Participate(_message.Message):
-    __slots__ = ("run_id", "round", "attempt", "kind", "task", "task_version", "deadline_s", "stay_s", "node_id")
+    __slots__ = ("run_id", "round", "attempt", "kind", "task", "task_version", "deadline_s", "stay_s", "node_id", "nonce")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,7 @@ class Participate(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     STAY_S_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
     attempt: int
@@ -170,7 +171,8 @@ class Participate(_message.Message):
     deadline_s: float
     stay_s: float
     node_id: int
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., task: _Optional[str] = ..., task_version: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stay_s: _Optional[float] = ..., node_id: _Optional[int] = ...) -> None: ...
+    nonce: str
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., task: _Optional[str] = ..., task_version: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stay_s: _Optional[float] = ..., node_id: _Optional[int] = ..., nonce: _Optional[str] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("run_id", "round", "attempt", "accepted", "reason", "detail", "kind")
@@ -191,16 +193,18 @@ class Verdict(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., accepted: _Optional[bool] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class Leave(_message.Message):
-    __slots__ = ("run_id", "round", "attempt", "kind")
+    __slots__ = ("run_id", "round", "attempt", "kind", "nonce")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
     attempt: int
     kind: str
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
+    nonce: str
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., nonce: _Optional[str] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ()
