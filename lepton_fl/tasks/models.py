@@ -79,10 +79,11 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two 3x3 convolutions with group normalisation and pooling, then one hidden layer.
+    """Two 3x3 convolutions, each with pooling and then group normalisation, and one hidden layer.
 
     Group normalisation (Wu & He 2018) keeps no running statistics, so there is nothing in its state that
-    averaging over devices with different data would spoil.
+    averaging over devices with different data would spoil. It comes after pooling, where it has a quarter
+    of the values to work on and each next layer gets inputs of one scale.
     """
 
     def __init__(
@@ -102,13 +103,13 @@ class CNN(nn.Module):
             raise ValueError(f"input_shape={input_shape}: both sides must be at least 4")
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
             nn.GroupNorm(gcd(4, width), width),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.GroupNorm(gcd(4, 2 * width), 2 * width),
             nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.GroupNorm(gcd(4, 2 * width), 2 * width),
         )
         self.classifier = MLP(prod((2 * width, height // 4, breadth // 4)), num_classes, (hidden,))
 

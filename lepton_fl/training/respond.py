@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from lepton_fl.errors import DataContractError, DataError, LeptonError, Rejection, TaskError, UpdateRejected
-from lepton_fl.training.trainer import Dataset, Trainer
+from lepton_fl.tasks.data import Dataset
+from lepton_fl.training.trainer import Trainer
 from lepton_fl.vector import to_grid
 from lepton_fl.wire.messages import EvaluateReply, Failure, Fields, Request, Ticket, TrainReply, malformed
 from lepton_fl.wire.records import Records
