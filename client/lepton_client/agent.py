@@ -36,7 +36,7 @@ from lepton_client.limits import apply_limits
 from lepton_client.link import PROTOCOL, Cancelled, HungUp, Link, Listener, Refused
 from lepton_client.state import Identity, StateDir
 from lepton_client.worker import Answerer, Node, Selection, Worker
-from lepton_fl.errors import LeptonError, TrustError
+from lepton_fl.errors import LeptonError, StateError, TrustError
 from lepton_fl.files import read_private
 from lepton_fl.wire.v1 import device_pb2 as pb
 
@@ -53,6 +53,7 @@ FALLBACK_S: Final = 60.0  # to the next check-in, when the coordinator's word ma
 STEADY_S: Final = 5.0  # a stream that lived so long was a good one
 MAX_TASK_S: Final = 7 * 86_400.0  # no round lasts longer
 RETRY_PUSH_S: Final = 30.0  # Flower's node repeats an upload so long before the worker joins anew
+GIVE_BACK_S: Final = 5.0  # that the message of a round that was cut off is looked for
 SUSPECT_AFTER: Final = 3  # times in a row that the coordinator hung up: our certificate may be why
 
 NodeFactory = Callable[[str, bytes, "PrivateKey"], Node]
@@ -140,17 +141,26 @@ class Agent:
                 changed=self._poke,
                 trouble=self._diary.hit,
             )
-            for entry in ledger.interrupted():
-                self._diary.say(
-                    f"interrupted {entry.key}",
-                    f"Round {entry.round} of run {entry.run_id} was cut off by a restart; it is not redone.",
-                )
+            self._give_back(ledger)
             try:
                 self._loop()
                 return self._leave("stopped")
             except LeptonError as error:
                 self._leave(f"stopped: {error}")
                 raise
+
+    def _give_back(self, ledger: Ledger) -> None:
+        """Answer what a kill cut off with a failure, so that the round need not wait for its deadline."""
+        for entry in ledger.interrupted():
+            log.warning(
+                "round %d of run %s was cut off by a restart; it is not redone", entry.round, entry.run_id
+            )
+            key = (entry.run_id, entry.round, entry.nonce)
+            self._worker.select(Selection(key, self._clock.now() + GIVE_BACK_S, 0.0))
+            try:
+                ledger.answered(entry)  # once: the next start does not ask again
+            except StateError as error:
+                self._diary.hit(error)
 
     # --------------------------------------------------------------------------------------------- the loop
 
@@ -240,6 +250,9 @@ class Agent:
     def _objection(self) -> str:
         if not self._config.tasks:
             return "no task is allowed on this device"
+        findings = self._inspector.findings
+        if not any(finding.version for finding in findings):
+            return f"{findings[0].name}: {findings[0].reason}"
         if self._diary.trouble:
             return self._diary.trouble
         now = datetime.fromtimestamp(self._clock.wall()).astimezone()

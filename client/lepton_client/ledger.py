@@ -86,8 +86,8 @@ class Ledger:
         return True
 
     def answered(self, ticket: Ticket) -> None:
-        """Note that the answer was handed over; raises DiskFull or StateError."""
-        entry = Entry.of(ticket)
+        """Note that nobody waits for it any more; raises DiskFull or StateError."""
+        entry = Entry.of(ticket)  # a ticket or an entry of ours
         done = Entry(*entry.key, answered=True)
         self._replace({**self._entries, entry.key: done})
 

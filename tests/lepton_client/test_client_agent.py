@@ -6,6 +6,7 @@ import time
 import pytest
 from lepton_client.agent import Agent
 from lepton_client.enrol import enrol
+from lepton_client.ledger import Ledger
 from lepton_client.state import StateDir
 
 from lepton_fl import crypto
@@ -129,7 +130,13 @@ def agent(config, enrolled, post, work, good_data):
 
 def participate(number=1, attempt=1, deadline_s=30.0, stay_s=0.0):
     call = pb.Participate(
-        run_id="run", round=number, attempt=attempt, kind="train", deadline_s=deadline_s, stay_s=stay_s
+        run_id="run",
+        round=number,
+        attempt=attempt,
+        nonce="00",
+        kind="train",
+        deadline_s=deadline_s,
+        stay_s=stay_s,
     )
     return pb.Instruction(participate=call)
 
@@ -142,7 +149,7 @@ def until(condition, timeout=10.0):
 
 
 def is_idle(request):
-    return request.status == pb.STATUS_IDLE and request.tasks[0].ready
+    return request.status == pb.STATUS_IDLE and bool(request.tasks) and request.tasks[0].ready
 
 
 def test_without_enrolment_it_says_what_to_do(config):
@@ -258,7 +265,7 @@ def test_told_twice_it_works_once(coordinator, agent, running, post, work):
     until(lambda: not agent._worker.busy)
     coordinator.instructions.put(participate())
     coordinator.instructions.put(participate(2, deadline_s=0.001))  # a marker: handled after it
-    until(lambda: ("run", 2, 1, "train") not in agent._worker._open and not agent._worker.alive, timeout=15)
+    until(lambda: ("run", 2, "00") not in agent._worker._open and not agent._worker.alive, timeout=15)
     assert work.count == 1
 
 
@@ -269,9 +276,7 @@ def test_leave_stops_the_training_and_nothing_is_sent(coordinator, agent, runnin
     post.send()
     coordinator.instructions.put(participate())
     assert work.began.wait(10)
-    coordinator.instructions.put(
-        pb.Instruction(leave=pb.Leave(run_id="run", round=1, attempt=1, kind="train"))
-    )
+    coordinator.instructions.put(pb.Instruction(leave=pb.Leave(run_id="run", round=1, nonce="00")))
     assert work.stopped.wait(10)
     until(lambda: post.left)
     assert post.answers == []
@@ -341,20 +346,25 @@ def test_a_coordinator_that_restarts_in_mid_training_still_gets_the_answer(
     assert post.joined > 1
 
 
+@pytest.mark.parametrize("known", ["begun", "answered"])
 def test_a_message_of_an_attempt_begun_before_is_refused_not_redone(
-    coordinator, agent, running, post, work, enrolled
+    coordinator, agent, running, post, work, enrolled, known
 ):
-    from lepton_client.ledger import Ledger
-
-    Ledger(enrolled.ledger).begin(Ticket("train", "run", 1, 1, "00"))
+    ledger, ticket = Ledger(enrolled.ledger), Ticket("train", "run", 1, 1, "00")
+    ledger.begin(ticket)
+    if known == "answered":
+        ledger.answered(ticket)
+    post.send()
     coordinator.wait = True
     running(agent)
-    coordinator.heard(is_idle)
-    post.send()
-    coordinator.instructions.put(participate())
+    if known == "answered":  # otherwise it looks for the message by itself
+        coordinator.heard(is_idle)
+        coordinator.instructions.put(participate())
     until(lambda: post.errors)
     assert "works once" in post.errors[0][2]
     assert work.count == 0
+    coordinator.heard(is_idle)
+    assert Ledger(enrolled.ledger).interrupted() == []
 
 
 def test_a_full_disk_means_no_training_and_is_reported(
@@ -416,10 +426,19 @@ def test_data_that_go_and_come_back(config, coordinator, enrolled, running, tmp_
     running(Agent(config.model_copy(update={"tasks": (section,)}), check=check))
     coordinator.heard(is_idle)
     path.unlink()
-    gone = coordinator.heard(lambda r: not r.tasks[0].ready)
+    gone = coordinator.heard(lambda r: bool(r.tasks) and not r.tasks[0].ready)
     assert gone.tasks[0].reason == "There is no file."
     path.write_text("22")
     coordinator.heard(is_idle)
+
+
+def test_a_task_that_cannot_be_loaded_is_told_as_the_reason(coordinator, config, enrolled, running):
+    from lepton_client.inspection import Finding
+
+    running(Agent(config, check=lambda section: Finding("digits", reason="There is no such task.")))
+    request = coordinator.heard(lambda r: "no such task" in r.reason)
+    assert request.status == pb.STATUS_NOT_ELIGIBLE
+    assert not request.tasks
 
 
 def test_a_moved_clock_is_reported_and_harmless(coordinator, config, enrolled, running, good_data, caplog):
