@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lepton_fl.errors import TaskError
+from lepton_fl.plan import LocalPlan
 from lepton_fl.tasks.archive import read_corpus
 from lepton_fl.tasks.contract import DataContract
 from lepton_fl.tasks.data import Corpus, Dataset
@@ -53,6 +54,7 @@ digits = Task(
     metrics=Classification(10),
     transform=partial(_scale, peak=16.0),
     data=_digits,
+    local=LocalPlan(optimizer="adam", learning_rate=0.004, batch_size=10, epochs=2),
 )
 
 mnist_by_writer = Task(
@@ -64,6 +66,7 @@ mnist_by_writer = Task(
     metrics=Classification(10),
     transform=partial(_scale, peak=255.0),
     data=partial(read_corpus, file="mnist_by_writer.npz", users=True),
+    local=LocalPlan(learning_rate=0.1, batch_size=10, epochs=2),
 )
 
 _GARMENTS = (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from lepton_fl.plan import LocalPlan
 from lepton_fl.tasks.archive import data_file, read_arrays, read_corpus
 from lepton_fl.tasks.contract import DataContract
 from lepton_fl.tasks.data import Array, Corpus, Dataset
@@ -49,6 +50,7 @@ shakespeare = Task(
     metrics=NextToken(),
     transform=_tokens,
     data=partial(read_corpus, file="shakespeare_roles.npz", users=True),
+    local=LocalPlan(learning_rate=1.0, batch_size=8, clip_grad_norm=5.0),
 )
 
 # --- turbofan: C-MAPSS FD001, remaining useful life (RUL) from the last 30 cycles ----------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lepton_fl.plan import LocalPlan
 from lepton_fl.tasks.archive import read_corpus
 from lepton_fl.tasks.contract import DataContract
 from lepton_fl.tasks.data import Array, Dataset
@@ -71,6 +72,7 @@ beijing_air = Task(
     metrics=Regression(scale=_PM[1], offset=_PM[0]),
     transform=_air,
     data=partial(read_corpus, file="beijing_air.npz", users=True),
+    local=LocalPlan(learning_rate=0.05, batch_size=64),
 )
 
 # --- heart_disease: four hospitals -------------------------------------------------------------------
@@ -138,4 +140,5 @@ heart_disease = Task(
     metrics=Classification(2),
     transform=_heart,
     data=partial(read_corpus, file="heart_disease.npz", users=True),
+    local=LocalPlan(learning_rate=0.05, batch_size=16),
 )

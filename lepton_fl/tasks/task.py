@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lepton_fl.errors import TaskError
+from lepton_fl.plan import LocalPlan
 from lepton_fl.tasks.contract import ContractReport, DataContract, check
 from lepton_fl.tasks.data import Corpus, Dataset
 from lepton_fl.tasks.metrics import Metrics
@@ -40,7 +41,8 @@ class Task:
 
     ``transform`` turns raw rows, once, into what the model takes: float32 or int64 inputs, int64 or float32
     targets. It sees the rows of one device only and should use constants written in the task, so that a
-    row means the same everywhere. ``augment`` changes a training batch at every step.
+    row means the same everywhere. ``augment`` changes a training batch at every step. ``local`` is how a
+    device trains when a run does not say it.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Task:
     transform: Callable[[Dataset], Dataset] = lambda data: data
     augment: "Callable[[Tensor, np.random.Generator], Tensor] | None" = None
     data: Callable[[Path | None], Corpus] | None = None  # reads the published data set from a folder
+    local: LocalPlan = LocalPlan()
 
     def check(self, raw: Dataset) -> ContractReport:
         """Check raw rows against the contract; DataContractError says what is wrong."""

@@ -195,8 +195,9 @@ def run_start(
         "run.name": name or None,
     }
     wanted = run_spec(spec, given, RunFile)
-    load_task(wanted.task)  # a wrong name fails here, not in the coordinator's log
-    wanted = wanted.model_copy(update={"task": resolve(wanted.task)})
+    installed = load_task(wanted.task)  # a wrong name fails here, not in the coordinator's log
+    local = wanted.local if "local" in wanted.model_fields_set else installed.local
+    wanted = wanted.model_copy(update={"task": resolve(wanted.task), "local": local})
     run_id = f"r-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     shown = wanted.name or wanted.task.rpartition(":")[2]
     with _store(_load(config, {"server.state_dir": state_dir})) as store:
