@@ -12,7 +12,6 @@ Everything above the messages is the code of a real fleet: the same plans, codec
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -69,7 +68,7 @@ def simulate(
     *,
     clients: int = 10,
     rounds: int = 10,
-    cohort: int = 0,
+    cohort: int | Mapping[str, Any] = 0,
     partition: Literal["natural", "iid", "dirichlet", "shards"] = "iid",
     alpha: float = 0.5,
     data: str | Path = "",
@@ -89,7 +88,7 @@ def simulate(
         task: the task or its name.
         clients: devices; with the natural partition the data decide.
         rounds: of training.
-        cohort: devices per round; 0 = all of them.
+        cohort: devices per round; 0 = all of them. Or the fields of ``CohortSpec``.
         partition: how the rows are split over devices.
         alpha: of the Dirichlet partition; smaller is more skewed.
         data: the folder of the task's published data set; digits needs none.
@@ -214,15 +213,18 @@ def _fitted(config: SimulationConfig, data: FederatedDataset) -> SimulationConfi
 
 
 def _run_spec(
-    task: Task | str, rounds: int, cohort: int, clients: int, seed: int, run: Mapping[str, Any]
+    task: Task | str,
+    rounds: int,
+    cohort: int | Mapping[str, Any],
+    clients: int,
+    seed: int,
+    run: Mapping[str, Any],
 ) -> RunSpec:
-    size = cohort or clients or ceil(RunSpec(task="").cohort.size)
+    everybody = {"size": clients} if clients else {}
+    given = cohort if isinstance(cohort, Mapping) else ({"size": cohort} if cohort else {})
     name = task.name if isinstance(task, Task) else task
-    fields = {"task": name, "rounds": rounds, "seed": seed, **run}
-    given = fields.get("cohort", {})
-    if isinstance(given, Mapping):
-        fields["cohort"] = {"size": size, **given}
-    return RunSpec.model_validate(fields)
+    fields = {"task": name, "rounds": rounds, "cohort": {**everybody, **given}, "seed": seed}
+    return RunSpec.model_validate({**fields, **run})
 
 
 @contextmanager

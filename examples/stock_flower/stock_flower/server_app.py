@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
+import lepton_strategies
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
-
-import lepton_strategies
 
 app = ServerApp()
 

@@ -1,0 +1,146 @@
+"""The example app on a stock Flower deployment: a SuperLink, two SuperNodes, ``flwr run``.
+
+``--insecure`` is for loopback in a test only; see the example's README.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PATIENCE_S = 240.0
+
+pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(400)]
+
+
+class Deployment:
+    """Flower's processes, each with its children in a group of its own, so that all can be ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen] = []
+        self.env = os.environ | {
+            "FLWR_HOME": str(folder / "home"),
+            "HOME": str(folder / "home"),
+            "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "NO_COLOR": "1",
+        }
+        (folder / "home").mkdir()
+
+    def start(self, name: str, *arguments: str) -> None:
+        with open(self.folder / f"{name}.log", "wb") as log:
+            process = subprocess.Popen(
+                [str(BIN / arguments[0]), *arguments[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.env,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        self.started.append(process)
+
+    def call(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [str(BIN / arguments[0]), *arguments[1:]],
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + self.logs()
+        return done.stdout
+
+    def logs(self) -> str:
+        files = sorted(self.folder.glob("*.log"))
+        return "".join(f"\n--- {f.name}\n{f.read_text(errors='replace')[-4000:]}" for f in files)
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not condition():
+            dead = [p.args for p in self.started if p.poll() is not None]
+            assert not dead, f"{dead} ended while waiting until {what}{self.logs()}"
+            assert time.monotonic() < end, f"waited {PATIENCE_S:g} s until {what}{self.logs()}"
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.started:
+                try:
+                    os.killpg(process.pid, sign)
+                except ProcessLookupError:
+                    continue
+            for process in self.started:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    continue
+
+
+@pytest.fixture
+def deployment(tmp_path) -> Iterator[Deployment]:
+    it = Deployment(tmp_path)
+    try:
+        yield it
+    finally:
+        it.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_example_trains_on_stock_flower(deployment, tmp_path):
+    server, *nodes = free_ports(3)
+    address = f"127.0.0.1:{server}"
+    deployment.start(
+        "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(server)
+    )
+    deployment.wait_until(lambda: listens(server), "the SuperLink listens")
+    for number, port in enumerate(nodes):
+        place = ("--node-config", f"partition-id={number} num-partitions=2")
+        host = ("--superlink", address, "--host", "127.0.0.1", "--port", str(port))
+        deployment.start(f"node{number}", "flower-supernode", "--insecure", *host, *place)
+    app = tmp_path / "app"
+    shutil.copytree(ROOT / "examples" / "stock_flower", app)
+    named = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+    (tmp_path / "home" / "config.toml").write_text(named)
+
+    output = tmp_path / "output"
+    deployment.call("flwr", "run", str(app), "here", "--run-config", f'num-server-rounds=2 output="{output}"')
+
+    def ended() -> bool:
+        runs = json.loads(deployment.call("flwr", "list", "here", "--format", "json"))["runs"]
+        status = runs[0]["status"]
+        assert not status.startswith("finished") or status == "finished:completed", status + deployment.logs()
+        return status == "finished:completed"
+
+    deployment.wait_until(ended, "the run is completed")
+    figures = json.loads((output / "metrics.json").read_text())
+    assert [figures[r]["reports"] for r in ("1", "2")] == [2, 2]
+    assert figures["2"]["accuracy"] > 0.6
+    assert sum(tensor.size for tensor in load_file(output / "model.safetensors").values()) > 9000
