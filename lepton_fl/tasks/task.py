@@ -10,7 +10,7 @@ torch only once a model is made.
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -54,7 +54,7 @@ class Task:
     transform: Callable[[Dataset], Dataset] = lambda data: data
     augment: "Callable[[Tensor, np.random.Generator], Tensor] | None" = None
     data: Callable[[Path | None], Corpus] | None = None  # reads the published data set from a folder
-    local: LocalPlan = LocalPlan()
+    local: LocalPlan = field(default_factory=LocalPlan)
 
     def check(self, raw: Dataset) -> ContractReport:
         """Check raw rows against the contract; DataContractError says what is wrong."""
