@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from lepton_server.authority import Authority
-from lepton_server.config import ServerConfig
-from lepton_server.device_service import DeviceService
-from lepton_server.fleet import Fleet
-from lepton_server.store import Store, open_store
 from rich.console import Console
 from rich.table import Table
 
 from lepton_fl import crypto
 from lepton_fl.wire.v1 import device_pb2 as pb
+from lepton_server.authority import Authority
+from lepton_server.config import ServerConfig
+from lepton_server.device_service import DeviceService
+from lepton_server.fleet import Fleet
+from lepton_server.store import Store, open_store
 
 PER_TOKEN = 250  # devices that join with one token
 METHOD = "/lepton.v1.DeviceService/CheckIn"

@@ -63,10 +63,10 @@ from flwr.supercore.interceptors.http.utils import add_headers
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from lepton_strategies.records import from_record_dict, to_record_dict
 
 from lepton_fl.errors import ConnectionFailed, LeptonError, Rejection, TrustError, UpdateRejected
 from lepton_fl.wire.records import Records
+from lepton_strategies.records import from_record_dict, to_record_dict
 
 HEARTBEAT_S: Final = 30.0
 FIRST_WAIT_S: Final = 0.2  # before the second attempt; doubled each time

@@ -139,6 +139,7 @@ class Campaign:
     book: Book
     rng: Random  # draws cohorts and nonces: the operating system's in production
     clock: Callable[[], float] = time.monotonic
+    _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
 
     def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
         """Train until the last round, an early stop, a request to stop, or a failure."""
@@ -209,7 +210,9 @@ class Campaign:
         while not should_stop():
             candidates = self.roster.candidates()
             ids, waited = eligible(candidates), self.clock() - began
-            if len(ids) >= asked or (len(ids) >= spec.min_reports and waited >= spec.fill_wait_s):
+            full = len(ids) >= min(asked, self._could_come(candidates))
+            if len(ids) >= spec.min_reports and (full or waited >= spec.fill_wait_s):
+                self._gathered = True
                 if shown:
                     self.book.waiting("", 0.0)
                 return draw(ids, asked, self.rng)
@@ -226,6 +229,12 @@ class Campaign:
             fill = spec.fill_wait_s - waited
             self.roster.wait(min(left, fill if fill > 0 else 1.0, 1.0))
         return None
+
+    def _could_come(self, candidates: Sequence[Candidate]) -> int:
+        """For how many devices a short wait makes sense: first the whole fleet, then those that are there."""
+        if not self._gathered:
+            return sum(c.standing not in ("revoked", "other-group") for c in candidates)
+        return sum(c.standing in ("eligible", "busy") for c in candidates)
 
     def _plan(self, kind: Kind, number: int, state: RunState, cohort: Sequence[str], size: int) -> RoundPlan:
         nonce = f"{self.rng.getrandbits(128):032x}"

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
-from lepton_strategies.desk import PartitionDesk
 
 from lepton_fl.errors import DataContractError, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan, RunSpec
@@ -35,6 +34,7 @@ from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
 from lepton_simulations.faults import Faults
 from lepton_simulations.workers import Outcome, Pool
+from lepton_strategies.desk import PartitionDesk
 
 if TYPE_CHECKING:
     from lepton_fl.training.trainer import Device, Trainer

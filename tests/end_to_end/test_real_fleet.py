@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+
 from lepton_server.store import open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(600)]

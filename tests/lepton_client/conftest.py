@@ -13,9 +13,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
+
 from lepton_client.config import ClientConfig
 from lepton_client.inspection import Finding
-
 from lepton_fl import crypto
 from lepton_fl.errors import LeptonError, TrustError
 from lepton_fl.wire.status import metadata_of, status_of

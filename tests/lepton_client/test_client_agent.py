@@ -4,11 +4,11 @@ import threading
 import time
 
 import pytest
+
 from lepton_client.agent import Agent
 from lepton_client.enrol import enrol
 from lepton_client.ledger import Ledger
 from lepton_client.state import StateDir
-
 from lepton_fl import crypto
 from lepton_fl.errors import ConnectionFailed, DiskFull, NotFound, Rejection, StateLocked, TrustError
 from lepton_fl.wire.messages import Failure, Fields, Ticket

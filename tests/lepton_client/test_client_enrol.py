@@ -7,10 +7,10 @@ import sys
 import threading
 
 import pytest
+
 from lepton_client.enrol import enrol, renew
 from lepton_client.link import Link, Refused, UntrustedServer
 from lepton_client.state import StateDir
-
 from lepton_fl import crypto
 from lepton_fl.errors import ConfigError, ConnectionFailed, DiskFull, StateCorrupt, StateTooNew, TrustError
 from lepton_fl.wire.v1 import device_pb2 as pb

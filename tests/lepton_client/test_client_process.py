@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from lepton_client.enrol import enrol
 from lepton_client.state import StateDir
-
 from lepton_fl.errors import TrustError
 from lepton_fl.wire.v1 import device_pb2 as pb
 

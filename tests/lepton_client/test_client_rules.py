@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from lepton_client.backoff import Backoff
 from lepton_client.clock import Watch
 from lepton_client.config import ClientConfig, EligibilitySection
@@ -18,8 +20,6 @@ from lepton_client.eligibility import Machine, first_objection, in_window
 from lepton_client.inspection import Finding, Inspector, fingerprint, inspect
 from lepton_client.ledger import KEEP, Ledger
 from lepton_client.state import StateDir
-from pydantic import ValidationError
-
 from lepton_fl.config import load
 from lepton_fl.errors import ConfigError, DiskFull, StateCorrupt, StateError, StateLocked
 from lepton_fl.wire.messages import Ticket

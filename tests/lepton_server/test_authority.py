@@ -11,10 +11,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from lepton_server.authority import Authority
 
 from lepton_fl.crypto import device_id, key_to_pem, make_csr, make_join_token, new_key, parse_join_token
 from lepton_fl.errors import ConfigError, StateCorrupt, StateError, TrustError
+from lepton_server.authority import Authority
 
 NOW = dt.datetime(2026, 6, 1, tzinfo=dt.UTC).timestamp()
 DAY = 86400.0

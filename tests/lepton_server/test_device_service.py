@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 from cryptography import x509
-from lepton_server import device_service
-from lepton_server.authority import Authority
-from lepton_server.config import ServerConfig
-from lepton_server.device_service import DeviceService, FailureLimiter, _address
-from lepton_server.fleet import Fleet
-from lepton_server.store import open_store
 
 from lepton_fl import crypto
 from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError, TrustError
 from lepton_fl.wire.status import CODE_KEY, error_from
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_fl.wire.v1.device_pb2_grpc import DeviceServiceStub
+from lepton_server import device_service
+from lepton_server.authority import Authority
+from lepton_server.config import ServerConfig
+from lepton_server.device_service import DeviceService, FailureLimiter, _address
+from lepton_server.fleet import Fleet
+from lepton_server.store import open_store
 
 pytestmark = pytest.mark.network
 

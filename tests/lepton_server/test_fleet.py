@@ -8,14 +8,14 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from lepton_server.config import CheckInSection
-from lepton_server.fleet import BUSY, IDLE, MAX_PENDING, NOT_ELIGIBLE, REPORT_GAP_S, Fleet, Report, TaskState
-from lepton_server.store import Store, open_store
 
 from lepton_fl import crypto
 from lepton_fl.errors import ConnectionFailed, DiskFull, LeptonError, NotFound, TrustError
 from lepton_fl.rounds.cohort import Shortfall
 from lepton_fl.wire.v1 import device_pb2 as pb
+from lepton_server.config import CheckInSection
+from lepton_server.fleet import BUSY, IDLE, MAX_PENDING, NOT_ELIGIBLE, REPORT_GAP_S, Fleet, Report, TaskState
+from lepton_server.store import Store, open_store
 
 TASK, VERSION = "pkg.tasks:digits", "1"
 READY = Report((TaskState(TASK, VERSION, "", True, ""),), "0.1", (("cpus", 2),))

@@ -126,6 +126,7 @@ def test_signatures_are_unchanged(name):
 
 def test_the_fleet_router_has_the_paths_that_are_used():
     from flwr.superlink.routers.fleet.router import router
+
     from lepton_server.flower.guard import PATHS
 
     assert {route.path for route in router.routes} >= PATHS
@@ -159,6 +160,7 @@ def test_the_transport_run_outlives_every_heartbeat(monkeypatch):
 
     import flwr.supercore.corestate.in_memory_corestate as corestate
     from flwr.common.constant import Status
+
     from lepton_server.flower.state import State
 
     state = State(lambda *_: None, lambda *_: None)

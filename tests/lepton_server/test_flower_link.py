@@ -74,6 +74,7 @@ class Server:
 
     def __init__(self, folder, **options):
         import uvicorn
+
         from lepton_server.flower import FlowerLink, Limits
 
         self.ca = make_certificate(folder)
@@ -648,6 +649,7 @@ def announce(node, handle, records):
     from flwr.common.serde import message_to_proto
     from flwr.proto.fleet_pb2 import PushMessagesRequest
     from flwr.supercore.inflatable.inflatable_object import get_object_tree
+
     from lepton_strategies.records import to_record_dict
 
     reply = node._reply(handle, content=to_record_dict(records))
@@ -801,9 +803,8 @@ def test_garbage_is_refused_without_a_trace(server, body, caplog):
 
 
 def test_arguments_are_checked(server):
-    from lepton_server.flower import Limits
-
     from lepton_fl.errors import StateError
+    from lepton_server.flower import Limits
 
     with pytest.raises(TrustError, match="DER"):
         server.link.admit(b"no key")

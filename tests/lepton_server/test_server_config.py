@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ValidationError
+
 from lepton_server.config import ServerConfig
 from lepton_server.device_service import endpoints_of, hosts_of
-from pydantic import BaseModel, ValidationError
 
 
 def test_an_empty_file_is_a_configuration():

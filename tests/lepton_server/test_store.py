@@ -8,13 +8,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from lepton_server.store import KINDS, Head, open_store
-from lepton_server.store.events import GENESIS, TaskRegistered, event_hash
-from lepton_server.store.tables import EVENT, HEAD, PROJECTIONS
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
 from lepton_fl.errors import LeptonError, NotFound, StateConflict, StateCorrupt, StateError, TrustError
+from lepton_server.store import KINDS, Head, open_store
+from lepton_server.store.events import GENESIS, TaskRegistered, event_hash
+from lepton_server.store.tables import EVENT, HEAD, PROJECTIONS
 
 SHA = {name: hashlib.sha256(name.encode()).hexdigest() for name in "abcdef"}
 NOW = 1_800_000_000.0

@@ -11,8 +11,6 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from lepton_server.store import open_store, schema
-from lepton_server.store.tables import METADATA
 from sqlalchemy import text
 
 from lepton_fl.errors import (
@@ -24,6 +22,8 @@ from lepton_fl.errors import (
     StateLocked,
     StateTooNew,
 )
+from lepton_server.store import open_store, schema
+from lepton_server.store.tables import METADATA
 
 
 def digest(path):

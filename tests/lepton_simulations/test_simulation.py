@@ -12,11 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lepton_simulations.api import run_scenario, simulate
-from lepton_simulations.book import FolderBook
-from lepton_simulations.config import SimulationConfig
-from lepton_simulations.faults import Faults
-from lepton_simulations.fleet import InMemoryExchange, VirtualFleet
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
@@ -27,6 +22,11 @@ from lepton_fl.tasks.losses import loss_of
 from lepton_fl.tasks.models import initial_model
 from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.task import load_task, resolve
+from lepton_simulations.api import run_scenario, simulate
+from lepton_simulations.book import FolderBook
+from lepton_simulations.config import SimulationConfig
+from lepton_simulations.faults import Faults
+from lepton_simulations.fleet import InMemoryExchange, VirtualFleet
 
 ROOT = Path(__file__).parents[2]
 LOCAL = {"learning_rate": 0.1, "batch_size": 32}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lepton_simulations import workers as module
-from lepton_simulations.workers import Outcome, Pool
 from numpy.testing import assert_array_equal
 
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.wire.records import Records
+from lepton_simulations import workers as module
+from lepton_simulations.workers import Outcome, Pool
 
 MODEL = np.array([1.0, 2.0, 3.0], np.float32)
 

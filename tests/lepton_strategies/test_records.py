@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from lepton_strategies.records import from_record_dict, to_record_dict
 
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.wire.records import Records
+from lepton_strategies.records import from_record_dict, to_record_dict
 
 ARRAYS = [
     np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -5,22 +5,16 @@ from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any
 
-import lepton_strategies
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.supercore.task_identity import TaskIdentity
-from lepton_simulations.book import MemoryBook
-from lepton_simulations.fleet import InMemoryExchange, VirtualFleet, VirtualRoster
-from lepton_strategies import FedAvg, FedProx, client_app, initial_arrays, run_campaign, to_state_dict
-from lepton_strategies.grid import GridExchange
-from lepton_strategies.model import from_arrays, to_arrays, trainer_of, work_of
-from lepton_strategies.records import from_record_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from pydantic import ValidationError
 
+import lepton_strategies
 from lepton_fl.errors import ConfigError, QuorumError, TaskError
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.campaign import Campaign, RunState, plan_round
@@ -30,6 +24,12 @@ from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.sources import DeviceData
 from lepton_fl.tasks.task import load_task, resolve
 from lepton_fl.wire.messages import Request
+from lepton_simulations.book import MemoryBook
+from lepton_simulations.fleet import InMemoryExchange, VirtualFleet, VirtualRoster
+from lepton_strategies import FedAvg, FedProx, client_app, initial_arrays, run_campaign, to_state_dict
+from lepton_strategies.grid import GridExchange
+from lepton_strategies.model import from_arrays, to_arrays, trainer_of, work_of
+from lepton_strategies.records import from_record_dict
 
 NODES = 4
 SPEC: dict[str, Any] = {

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-import lepton_strategies
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
+
+import lepton_strategies
 
 app = ServerApp()
 

@@ -33,13 +33,13 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from lepton_strategies.records import from_record_dict, to_record_dict
 
 from lepton_fl.errors import Rejection, StateError, TrustError, UpdateRejected
 from lepton_fl.wire.records import Records
 from lepton_server.flower.gate import Gate
 from lepton_server.flower.guard import Guard, Limits, Offer, Refusal
 from lepton_server.flower.state import Encoded, State
+from lepton_strategies.records import from_record_dict, to_record_dict
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Run by Alembic, inside the transaction that the store has begun and locked (see ``schema.py``)."""
 
 from alembic import context
+
 from lepton_server.store.schema import VERSION_TABLE
 from lepton_server.store.tables import METADATA
 
