@@ -182,7 +182,8 @@ def _plain_table() -> "Iterator[Any]":
     yield lambda row: rows.__setitem__(row.round, row)
     if rows:
         out = console()
-        out.print(_render(list(rows.values()), len(rows)), width=WIDTH, soft_wrap=False, crop=False)
+        out.width = max(out.width, WIDTH)
+        out.print(_render(list(rows.values()), len(rows)), soft_wrap=False, crop=False)
 
 
 def _render(rows: "list[Row]", height: int) -> Any:  # noqa: ANN401 - rich is imported late

@@ -1,0 +1,170 @@
+"""``lepton demo`` and ``lepton simulate`` as a user sees them."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lepton_fl.cli.app import run
+from lepton_simulations.demo import demo_config
+
+LEPTON = str(Path(sys.executable).parent / "lepton")
+ROOT = Path(__file__).parents[2]
+SCENARIO = """
+[run]
+task = "digits"
+rounds = 2
+[run.cohort]
+size = 2
+[run.local]
+batch_size = 256
+[data.partition]
+clients = 4
+[engine]
+workers = 0
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.toml"
+    path.write_text(SCENARIO)
+    return path
+
+
+def test_a_scenario_becomes_a_table_a_plot_and_a_folder(scenario, tmp_path, capsys):
+    assert run(["simulate", str(scenario)]) == 0
+    shown = capsys.readouterr()
+    header, *rows = [line.split() for line in shown.out.splitlines() if line.strip(" ─")]
+    assert header == ["round", "devices", "accuracy", "loss", "train", "loss", "MB", "seconds"]
+    assert [row[:2] for row in rows] == [["1", "2/2"], ["2", "2/2"]]
+    assert "All 2 rounds are done." in shown.err
+    assert (tmp_path / "runs/tiny/plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_json_is_one_document(scenario, capsys):
+    assert run(["simulate", str(scenario), "--rounds", "3", "--output", "out", "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["outcome"] == "completed"
+    assert [row["round"] for row in document["rounds"]] == [1, 2, 3]
+    assert document["folder"] == "out"
+    assert 0 <= document["rounds"][-1]["metrics"]["central_accuracy"] <= 1
+
+
+def test_refused_devices_are_counted_by_name(scenario, capsys):
+    scenario.write_text(SCENARIO.replace("size = 2", "size = 4") + "[faults]\ncorrupt = 0.9\n")
+    assert run(["simulate", str(scenario)]) == 0
+    assert "not counted" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_a_run_that_failed_has_its_exit_code_and_its_reason(scenario, capsys):
+    scenario.write_text(SCENARIO + "[faults]\ndrop_out = 1.0\n")
+    assert run(["simulate", str(scenario)]) == 8
+    assert "Round 1 was abandoned 5 times in a row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "code"),
+    [
+        ("[run]\ntask = 'digits'\nround = 3", "did you mean 'run.rounds'", 3),
+        ("[run]\nrounds = 3", "run.task is required", 3),
+        ("[run]\ntask = 'digit'", "Did you mean 'digits'", 4),
+        ("[run]\ntask = 'fashion_mnist'", "folder", 4),
+        ("[run]\ntask = 'digits'\n[data.partition]\nkind = 'natural'", "no natural users", 3),
+        ("[run", "is not valid TOML", 3),
+    ],
+)
+def test_bad_scenarios_are_refused_in_one_block(scenario, tmp_path, capsys, line, message, code):
+    scenario.write_text(line)
+    assert run(["simulate", str(scenario)]) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_scenario_that_is_not_there(tmp_path, capsys):
+    assert run(["simulate", str(tmp_path / "none.toml")]) == 3
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_resume_needs_the_flag_and_a_run(scenario, tmp_path, capsys):
+    assert run(["simulate", str(scenario)]) == 0
+    assert run(["simulate", str(scenario)]) == 7
+    assert "--resume" in capsys.readouterr().err
+    assert run(["simulate", "--resume", "runs/tiny"]) == 0
+    assert run(["simulate", str(scenario), "--resume", "--output", "elsewhere"]) == 7
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_after_the_round_and_the_run_goes_on_later(scenario, tmp_path):
+    scenario.write_text(SCENARIO.replace("rounds = 2", "rounds = 500").replace("workers = 0", "workers = 2"))
+    process = subprocess.Popen(
+        [LEPTON, "simulate", str(scenario)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    state, end = tmp_path / "runs/tiny/state.json", time.monotonic() + 120
+    while not state.exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Stopping after this round" in said
+    assert "lepton simulate --resume runs/tiny" in said
+    assert json.loads(state.read_text())["state"]["round"] >= 1
+
+
+@pytest.mark.slow
+def test_the_demo_learns_and_draws(tmp_path):
+    done = subprocess.run(
+        [LEPTON, "demo", "--output", str(tmp_path), "--format", "json"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    document = json.loads(done.stdout)
+    assert document["rounds"][-1]["metrics"]["central_accuracy"] >= 0.95
+    assert len(document["rounds"]) == demo_config().run.rounds
+    assert Path(document["plot"]).read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_on_a_terminal_the_table_grows(scenario):
+    main, other = pty.openpty()
+    process = subprocess.Popen(
+        [LEPTON, "simulate", str(scenario)],
+        stdout=other,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+    )
+    os.close(other)
+    shown = b""
+    while chunk := read(main):
+        shown += chunk
+    os.close(main)
+    assert process.wait(60) == 0
+    assert shown.count(b"accuracy") >= 4  # drawn anew with every commit and evaluation
+
+
+def read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # the other end was closed
+        return b""
+
+
+def test_the_commands_are_light():
+    code = (
+        "import sys; import lepton_simulations.cli, lepton_simulations.config; "
+        "heavy = {'torch', 'flwr', 'matplotlib', 'sklearn', 'scipy', 'rich.live'} & set(sys.modules); "
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
