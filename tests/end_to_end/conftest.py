@@ -150,12 +150,21 @@ class RealFleet:
 
 
 @pytest.fixture
-def real_fleet(tmp_path):
-    fleet = RealFleet(tmp_path)
-    try:
-        yield fleet
-    finally:
-        fleet.close()
+def make_fleet():
+    """RealFleet(folder, database), closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(folder, database=""):
+            fleet = RealFleet(folder, database)
+            stack.callback(fleet.close)
+            return fleet
+
+        yield make
+
+
+@pytest.fixture
+def real_fleet(tmp_path, make_fleet):
+    return make_fleet(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -183,5 +192,5 @@ def no_orphans():
     mine = subprocess.run(
         ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
     )
-    left = [line for line in mine.stdout.splitlines() if "lepton" in line and "ps -o" not in line]
+    left = [line for line in mine.stdout.splitlines() if "/lepton " in line or "lepton_client" in line]
     assert left == []

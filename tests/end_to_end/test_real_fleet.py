@@ -85,3 +85,27 @@ def check_journal(fleet, run_id, names):
     while chain[newest] is not None:
         newest, length = chain[newest], length + 1
     assert length == 5  # lineage from the last model back to the first
+
+
+@pytest.mark.postgres
+def test_a_fleet_on_postgresql(tmp_path, postgres_url, digit_files, make_fleet):
+    fleet = make_fleet(tmp_path, postgres_url)
+    fleet.start_server()
+    for i in range(2):
+        fleet.join(f"dev{i}", groups=("ward",))
+        fleet.start_client(f"dev{i}", digit_files[i])
+    run_id = fleet.start_run(
+        RUN.replace("rounds = 5", "rounds = 2").replace("size = 5\nmin_reports = 3", "size = 2")
+    )
+    fleet.until(lambda: fleet.show(run_id)["state"] == "completed", "the run completes")
+    assert 'lepton_rounds_total{run="' + run_id + '"} 2.0' in fleet.get("/metrics")
+    exported = tmp_path / "model.safetensors"
+    assert fleet.lepton("run", "export", str(exported))["bytes"] == exported.stat().st_size
+    device = fleet.lepton("devices", "list")[0]
+    fleet.lepton("devices", "revoke", device["name"])
+    fleet.until(
+        lambda: fleet.processes[device["name"]].poll() == 6, "the revoked device stops with exit code 6"
+    )
+    with open_store(postgres_url) as store:
+        store.verify_journal()
+        assert store.rebuild().equal
