@@ -143,6 +143,7 @@ def run_scenario(
         should_stop: see ``simulate``.
     """
     task = task or load_task(config.run.task)
+    _refuse_what_has_no_meaning(config.run, task)
     folder = Path(config.data.folder) if config.data.folder else None
     data = federated_dataset(task, folder, config.data.partition, config.data.seed)
     with _one_thread():
@@ -196,6 +197,22 @@ def _start(config: SimulationConfig, fleet: VirtualFleet, book: MemoryBook, resu
         raise ConfigError("There is nothing to resume without a folder.", hint="Name the folder of the run.")
     model = fleet.trainer.initial(config.run.seed)
     return RunState(model, ServerState.initial(config.run.server, fleet.size))
+
+
+def _refuse_what_has_no_meaning(run: RunSpec, task: Task) -> None:
+    """Settings of a run on a real fleet that a simulation would have to ignore."""
+    meaningless = {
+        "initial_model": run.initial_model,  # no store to take it from
+        "central_data": run.central_data,  # the data set's test rows are always used
+        "cohort.groups": run.cohort.groups,  # virtual devices carry no labels
+        "task_version": run.task_version not in ("", task.version),
+    }
+    for name, is_set in meaningless.items():
+        if is_set:
+            raise ConfigError(
+                f"run.{name} cannot be used in a simulation of {task.name} {task.version}.",
+                hint="Remove it from the scenario.",
+            )
 
 
 def _fitted(config: SimulationConfig, data: FederatedDataset) -> SimulationConfig:

@@ -13,13 +13,15 @@ cut off, and a resumed run continues bit for bit as if nothing had happened.
 """
 
 import csv
+import errno
 import fcntl
 import io
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -27,7 +29,7 @@ from typing import Any, BinaryIO, Self
 
 from pydantic import ValidationError
 
-from lepton_fl.errors import StateCorrupt, StateError, StateLocked
+from lepton_fl.errors import DiskFull, StateCorrupt, StateError, StateLocked
 from lepton_fl.files import BlobStore, canonical_json, make_private_folder, write_atomic
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated, RunState
@@ -145,7 +147,8 @@ class FolderBook(MemoryBook):
         make_private_folder(self.folder)
         self._lock = _lock(self.folder)
         self._blobs = BlobStore(self.folder / "checkpoints")
-        self._journal: BinaryIO = open(self.folder / "journal.jsonl", "ab")  # noqa: SIM115 - closed by close()
+        with _on_disk(self.folder):
+            self._journal: BinaryIO = open(self.folder / "journal.jsonl", "ab")  # noqa: SIM115 - see close()
         self._checkpoint = self._best_checkpoint = ""
         self._csv_written = 0.0
 
@@ -157,7 +160,8 @@ class FolderBook(MemoryBook):
 
     def close(self) -> None:
         """Let go of the folder."""
-        self._journal.close()
+        with suppress(OSError):  # what was not written when it mattered is not missed
+            self._journal.close()
         os.close(self._lock)
 
     @property
@@ -236,11 +240,13 @@ class FolderBook(MemoryBook):
 
     def _write(self, event: str, body: Mapping[str, Any]) -> None:
         line = canonical_json({"event": event, "time": round(time.time(), 3), **body}) + b"\n"
-        self._journal.write(line)
+        with _on_disk(self.folder):
+            self._journal.write(line)
 
     def _save(self, state: RunState) -> None:
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with _on_disk(self.folder):
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
         body = {
             "state": {
                 "checkpoint": self._checkpoint,
@@ -321,8 +327,9 @@ class FolderBook(MemoryBook):
         size = self._journal.tell()
         if length > size:
             raise StateCorrupt(f"The journal in {self.folder} has {size} bytes, the commit point {length}.")
-        self._journal.truncate(length)
-        self._journal.seek(0, os.SEEK_END)
+        with _on_disk(self.folder):
+            self._journal.truncate(length)
+            self._journal.seek(0, os.SEEK_END)
 
 
 def _encode(tensors: Mapping[str, Vector]) -> bytes:
@@ -362,9 +369,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return body
 
 
+@contextmanager
+def _on_disk(folder: Path) -> Iterator[None]:
+    """Translate what the operating system says about a file of the run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(
+                f"No space was left in {folder}; the last committed round is safe.",
+                hint="Free some space, then continue with --resume.",
+            ) from error
+        raise StateError(
+            f"Cannot use {folder}: {error.strerror or error}.", hint="Name a folder that may be written."
+        ) from error
+
+
 def _lock(folder: Path) -> int:
     # A POSIX lock belongs to this process alone; flock() would be shared with forked workers.
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with _on_disk(folder):
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -25,7 +25,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.vector import Vector
 from lepton_fl.wire.messages import MODEL, UPDATE
 from lepton_fl.wire.records import Records
@@ -192,7 +192,13 @@ class Pool:
         inherited = [ours, *(w.pipe for w in self._workers)]  # a copy of these would keep a pipe from ending
         arguments = (self._fleet, self._board, theirs, update, inherited, os.getpid())
         process = self._fork.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
+        try:
+            process.start()
+        except OSError as error:
+            raise RunError(
+                f"A worker process could not be started: {error.strerror}.",
+                hint="Use fewer workers, or 0 to train in this process.",
+            ) from error
         theirs.close()
         return Worker(process, ours, update)
 

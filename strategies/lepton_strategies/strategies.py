@@ -55,8 +55,7 @@ class LeptonStrategy(Strategy):
         """
         self._work = work_of(task)
         self._spec = RunSpec.model_validate({**run, "task": self._work.task, "server": server})
-        # A seed is for experiments that must be repeatable.
-        self._rng = SystemRandom() if seed is None else Random(seed)  # noqa: S311
+        self._rng = SystemRandom() if seed is None else Random(seed)  # noqa: S311 - asked to be repeatable
         self._run_id = f"{self._rng.getrandbits(64):016x}"
         self._state: RunState | None = None
         self._asked: _Asked | None = None

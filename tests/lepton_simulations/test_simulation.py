@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 from lepton_fl.config import load
-from lepton_fl.errors import ConfigError, LeptonError, StateCorrupt, StateError, StateLocked
+from lepton_fl.errors import ConfigError, DiskFull, LeptonError, StateCorrupt, StateError, StateLocked
 from lepton_fl.tasks.federated import federated_dataset
 from lepton_fl.tasks.losses import loss_of
 from lepton_fl.tasks.models import initial_model
@@ -361,6 +362,36 @@ def test_a_folder_that_may_not_be_written(tmp_path):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         small(**settings)
+
+
+@pytest.mark.parametrize("limit", [300, 1_500, 20_000])  # of the scenario, the journal and a checkpoint
+def test_a_full_disk_ends_the_run_by_name(tmp_path, limit):
+    folder = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(DiskFull, match="No space was left"):
+            small(folder=folder, rounds=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(folder.glob("**/*.tmp"))
+    if (folder / "scenario.json").exists():  # the run can be continued, or begun anew
+        resume = (folder / "state.json").exists()
+        assert small(folder=folder, rounds=20, resume=resume).verdict.outcome == "completed"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"initial_model": "0" * 64},
+        {"central_data": "built-in"},
+        {"cohort": {"groups": ["ward"]}},
+        {"task_version": "0"},
+    ],
+)
+def test_settings_without_a_meaning_here_are_refused(setting):
+    with pytest.raises(ConfigError, match="cannot be used in a simulation"):
+        small(**setting)
 
 
 # --- scenarios, plot, exchange --------------------------------------------------------------------------
