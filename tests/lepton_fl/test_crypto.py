@@ -128,6 +128,8 @@ class TestRequests:
             bad = bytes(der[:place]) + bytes([der[place] ^ 1]) + bytes(der[place + 1 :])
             text = base64.encodebytes(bad)
             pem = b"-----BEGIN CERTIFICATE REQUEST-----\n" + text + b"-----END CERTIFICATE REQUEST-----\n"
+            if place == len(der) - len(request.signature) - 1:
+                continue  # how many bits of the signature's last byte are unused: content and signature stay
             with pytest.raises(TrustError):
                 crypto.verify_csr(pem)
 
