@@ -11,28 +11,16 @@ replaced as a whole, so a crash leaves the old list or the new one.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from lepton_fl.errors import StateCorrupt
 from lepton_fl.files import canonical_json, write_atomic
 
+if TYPE_CHECKING:
+    from lepton_fl.wire.messages import Ticket
+
 FORMAT: Final = 1
 KEEP: Final = 256  # entries; a round's nonce is never used again, so old ones only cost room
-
-
-class Ticket(Protocol):
-    """What the ledger reads of ``lepton_fl.wire.messages.Ticket``."""
-
-    @property
-    def kind(self) -> str: ...  # noqa: D102 - as in messages.Ticket
-    @property
-    def run_id(self) -> str: ...  # noqa: D102
-    @property
-    def round(self) -> int: ...  # noqa: D102
-    @property
-    def attempt(self) -> int: ...  # noqa: D102
-    @property
-    def nonce(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class Entry:
     answered: bool = False
 
     @classmethod
-    def of(cls, ticket: Ticket) -> "Entry":
+    def of(cls, ticket: "Ticket") -> "Entry":
         """An entry that has begun."""
         return cls(ticket.kind, ticket.run_id, ticket.round, ticket.attempt, ticket.nonce)
 
@@ -73,7 +61,7 @@ class Ledger:
         """What was begun and never answered: work that a kill or a power cut ended."""
         return [entry for entry in self._entries.values() if not entry.answered]
 
-    def begin(self, ticket: Ticket) -> bool:
+    def begin(self, ticket: "Ticket") -> bool:
         """Note durably that the work starts; False when it had been begun before.
 
         Raises:
@@ -85,7 +73,7 @@ class Ledger:
         self._replace({**self._entries, entry.key: entry})
         return True
 
-    def answered(self, ticket: Ticket) -> None:
+    def answered(self, ticket: "Ticket") -> None:
         """Note that nobody waits for it any more; raises DiskFull or StateError."""
         entry = Entry.of(ticket)  # a ticket or an entry of ours
         done = Entry(*entry.key, answered=True)

@@ -283,7 +283,13 @@ class Worker:
                 self._note(ticket)
         self._done(key)
 
-    def _do(self, node: Node, handle: Any, records: "Records", key: Key) -> Callable[[], None]:  # noqa: ANN401
+    def _do(
+        self,
+        node: Node,
+        handle: Any,  # noqa: ANN401 - the node's own
+        records: "Records",
+        key: Key,
+    ) -> Callable[[], None]:
         """Do the work; returns how to hand over what came of it."""
         try:
             answer = self._answer(records, lambda: self._gone(key))
