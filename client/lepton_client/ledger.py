@@ -73,9 +73,9 @@ class Ledger:
         self._replace({**self._entries, entry.key: entry})
         return True
 
-    def answered(self, ticket: "Ticket") -> None:
+    def answered(self, ticket: "Ticket | Entry") -> None:
         """Note that nobody waits for it any more; raises DiskFull or StateError."""
-        entry = Entry.of(ticket)  # a ticket or an entry of ours
+        entry = ticket if isinstance(ticket, Entry) else Entry.of(ticket)
         done = Entry(*entry.key, answered=True)
         self._replace({**self._entries, entry.key: done})
 
