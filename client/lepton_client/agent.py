@@ -233,7 +233,7 @@ class Agent:
             tasks=[
                 pb.TaskReport(name=f.name, version=f.version, ready=f.ready, reason=f.short_reason)
                 for f in findings
-                if f.version  # none before the first check, nor for what cannot be loaded
+                if f.checked  # a task that cannot be loaded has no version, but a reason
             ],
             client_version=version("lepton-fl"),
             capabilities=_capabilities(),

@@ -43,6 +43,7 @@ CLOCK_TOLERANCE_S = 5.0  # Flower refuses signatures from further ahead than thi
 IDLE, BUSY, NOT_ELIGIBLE = "idle", "busy", "not-eligible"
 _FOLLOWED = ("device.enrolled", "device.renewed", "device.revoked", "device.desired")
 _PAGE = 1000  # events read at a time
+_REPORTS = 500  # journalled in one transaction: other writers wait for its end
 _EMPTY = hashlib.sha256(b"{}").hexdigest()
 
 
@@ -562,6 +563,28 @@ class Fleet:
             device.run = run_id
             return True
 
+    def claim(self, device_ids: Sequence[str], run_id: str) -> bool:
+        """Claim a whole cohort for a run, or none of it if another run has one of them.
+
+        One lock for all: two runs that draw the same devices at the same moment cannot each get half of them.
+        """
+        with self._lock:
+            devices = [self._devices.get(device_id) for device_id in device_ids]
+            if any(d is not None and d.run not in ("", run_id) for d in devices):
+                return False
+            for device in devices:
+                if device is not None and not device.revoked:
+                    device.run = run_id
+            return True
+
+    def release(self, run_id: str) -> None:
+        """Let go of every device that a run still claims."""
+        with self._lock:
+            for device in self._devices.values():
+                if device.run == run_id:
+                    device.run = ""
+            self._changed()
+
     def mark_idle(self, device_id: str, run_id: str) -> None:
         """Release a device that this run had claimed, and withdraw what the run still offers it."""
         with self._lock:
@@ -579,6 +602,11 @@ class Fleet:
         """Say whether a run is under way: then a fleet of any size is asked to wait on streams."""
         with self._lock:
             self._run_active = active
+
+    def is_enrolled(self, device_id: str) -> bool:
+        """Whether a device is known here and not revoked."""
+        device = self._devices.get(device_id)
+        return device is not None and not device.revoked
 
     def is_online(self, device_id: str) -> bool:
         """Whether a device waits, or is not overdue with its check-in, and is not revoked."""
@@ -675,18 +703,28 @@ class Fleet:
         changed = [(d, body, digest) for d, body, digest in changed if digest != d.digest]
         if not changed:
             return
-        try:
-            with self._store.transaction() as transaction:
-                for device, body, _ in changed:
-                    transaction.record(
-                        "device.reported", device.device_id, {"device_id": device.device_id, "reported": body}
-                    )
-        except LeptonError:
-            with self._lock:
-                self._batch.reports.update(d.device_id for d, _, _ in changed)
-            raise
-        for device, _, digest in changed:
-            device.digest, device.journalled_at = digest, now
+        for start in range(0, len(changed), _REPORTS):
+            part = changed[start : start + _REPORTS]
+            try:
+                self._journal_reports(part)
+            except LeptonError:
+                with self._lock:
+                    self._batch.reports.update(d.device_id for d, _, _ in changed[start:])
+                raise
+            for device, _, digest in part:
+                device.digest, device.journalled_at = digest, now
+
+    def _journal_reports(self, reports: Iterable[tuple[_Device, Mapping[str, Any], str]]) -> None:
+        """Write reports together; one that the journal refuses does not keep the others from it."""
+        with self._store.transaction() as transaction:
+            for device, reported, _ in reports:
+                body = {"device_id": device.device_id, "reported": reported}
+                try:
+                    transaction.record("device.reported", device.device_id, body)
+                except (
+                    LeptonError
+                ) as refusal:  # revoked meanwhile, or already there; never worth a second try
+                    log.info("the report of device %s is not journalled: %s", device.device_id, refusal)
 
 
 def _standing(device: _Device, task: str, version: str, groups: frozenset[str], now: float) -> Candidate:
@@ -701,6 +739,8 @@ def _standing(device: _Device, task: str, version: str, groups: frozenset[str], 
     state = _best_state(device.report.tasks, task, version)
     if state is None:
         return Candidate(device_id, "task-missing")
+    if not state.version:  # allowed by the owner, but it could not be loaded there
+        return Candidate(device_id, "task-missing", state.reason)
     if state.version != version:
         return Candidate(device_id, "wrong-version", f"has {state.version}")
     if not state.ready:
