@@ -94,7 +94,7 @@ sums_of = st.dictionaries(
 
 
 @given(
-    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=3, max_size=3), sums_of, st.integers(1, 2**62), finite
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=3, max_size=3), sums_of, st.integers(1, 2**53), finite
 )
 @settings(deadline=None)
 def test_a_training_reply_comes_back_as_it_was(update, sums, examples, seconds):
@@ -186,6 +186,9 @@ REPLY_CASES = [
     ("config", "failed", "because", M),
     ("config", "failed", 1, M),
     ("metrics", "num-examples", 0, X),
+    ("metrics", "num-examples", 2**53 + 1, X),
+    ("metrics", "seconds", -1.0, X),
+    ("metrics", "seconds", 1e300, X),
     ("metrics", "num-examples", -3, M),
     ("metrics", "num-examples", 4.0, M),
     ("metrics", "num-examples", [4], M),
