@@ -440,7 +440,7 @@ def test_a_task_that_cannot_be_loaded_is_told_as_the_reason(coordinator, config,
     running(Agent(config, check=lambda section: Finding("digits", reason="There is no such task.")))
     request = coordinator.heard(lambda r: "no such task" in r.reason)
     assert request.status == pb.STATUS_NOT_ELIGIBLE
-    assert not request.tasks
+    assert [(t.version, t.ready, t.reason) for t in request.tasks] == [("", False, "There is no such task.")]
 
 
 def test_a_moved_clock_is_reported_and_harmless(coordinator, config, enrolled, running, good_data, caplog):
