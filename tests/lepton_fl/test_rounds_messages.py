@@ -94,7 +94,10 @@ sums_of = st.dictionaries(
 
 
 @given(
-    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=3, max_size=3), sums_of, st.integers(1, 2**53), finite
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=3, max_size=3),
+    sums_of,
+    st.integers(1, 2**53),
+    st.floats(0, 1e9),
 )
 @settings(deadline=None)
 def test_a_training_reply_comes_back_as_it_was(update, sums, examples, seconds):
