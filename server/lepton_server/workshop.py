@@ -7,41 +7,56 @@ must not be able to take the coordinator down. One child process builds initial 
     layout, model = workshop.initial_model("lepton_fl.tasks.digits:task", seed=0)
 """
 
+import multiprocessing
+import pickle
 import signal
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
 from lepton_fl.errors import LeptonError, TaskError
 from lepton_fl.tasks import Dataset, Sums, load_task
 from lepton_fl.vector import Layout, Vector
+from lepton_server.patience import Interrupted
 
 if TYPE_CHECKING:
     from lepton_fl.training.trainer import Trainer
 
 BUILT_IN: Final = "built-in"  # central_data of a task whose data set comes with an installed package
+LOOK_S: Final = 0.2  # how often a waiting caller asks whether it should give up
+END_S: Final = 5.0  # for a child process to end before it is killed
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class Workshop:
-    """Calls into one spawned child process, started at the first call and again if it dies."""
+    """Calls into one spawned child process, started at the first call and again if it dies.
 
-    def __init__(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-        self._lock = Lock()
+    The child ends with this process, however that ends: the pipe between them is all that keeps it.
+    """
+
+    def __init__(self, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Prepare; nothing is started.
+
+        Args:
+            give_up: whether a caller that waits should leave; asked every ``LOOK_S`` seconds.
+        """
+        self._give_up = give_up
+        self._turn = Lock()  # held by the one call that is under way
+        self._process: SpawnProcess | None = None
+        self._pipe: Connection[Any, Any] | None = None
 
     def initial_model(self, task: str, seed: int) -> tuple[Layout, Vector]:
         """The layout of a task's model and its (P,) float32 weights for a seed.
 
         Raises:
             TaskError: the task cannot be loaded or its model cannot be built.
+            Interrupted: ``give_up`` said so.
         """
         return self._call(_initial_model, task, seed)
 
@@ -51,40 +66,92 @@ class Workshop:
         Raises:
             TaskError: the task has no published data set.
             DataError: the data cannot be read, or break the task's contract.
+            Interrupted: ``give_up`` said so.
         """
         return self._call(_evaluate, task, model, central_data)
 
     def close(self) -> None:
         """End the child process."""
-        with self._lock:
-            if self._pool is not None:
-                self._pool.shutdown(cancel_futures=True)
-                self._pool = None
+        with self._turn:
+            self._end()
 
     def _call(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_ignore_interrupt)
-            pool = self._pool
-        try:
-            return pool.submit(work, *args, **kwargs).result()
-        except BrokenProcessPool as error:
-            with self._lock:
-                self._pool = None
-            raise TaskError(
-                "The process that builds models ended unexpectedly.",
-                hint="It may have run out of memory; look at the system's log, then start the run again.",
-            ) from error
-        except LeptonError:
-            raise
-        except Exception as error:  # a task's code may raise anything
-            raise TaskError(f"The task's code raised {type(error).__name__}: {error}") from error
+        with self._turn:
+            try:
+                return cast("R", self._ask(work, args))
+            except (EOFError, OSError) as error:
+                self._end()
+                raise TaskError(
+                    "The process that builds models ended unexpectedly.",
+                    hint="It may have run out of memory; look at the system's log, then start the run again.",
+                ) from error
+            except Interrupted:
+                self._end()  # nobody wants its answer any more
+                raise
+
+    def _ask(self, work: Callable[..., object], args: tuple[object, ...]) -> object:
+        if self._give_up():
+            raise Interrupted
+        pipe = self._started()
+        pipe.send((work, args))
+        while not pipe.poll(LOOK_S):  # true as well when the child has died
+            if self._give_up():
+                raise Interrupted
+        outcome = pipe.recv()
+        if isinstance(outcome, LeptonError):
+            raise outcome
+        return outcome
+
+    def _started(self) -> "Connection[Any, Any]":
+        if self._pipe is not None and self._process is not None and self._process.is_alive():
+            return self._pipe
+        self._end()
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), name="workshop", daemon=True)
+        self._process.start()
+        theirs.close()  # so that its death is the end of the pipe
+        self._pipe = ours
+        return ours
+
+    def _end(self) -> None:
+        process, pipe, self._process, self._pipe = self._process, self._pipe, None, None
+        if pipe is not None:
+            pipe.close()
+        if process is not None:
+            process.terminate()
+            process.join(END_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
 
 
-def _ignore_interrupt() -> None:
+# --- in the child -----------------------------------------------------------------------------------
+
+
+def _serve(pipe: "Connection[Any, Any]") -> None:
+    """Answer one call after the other until the coordinator is gone."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C is the coordinator's to handle; it ends this process
+    while True:
+        try:
+            work, args = pipe.recv()
+            outcome = _outcome(work, args)
+            pipe.send_bytes(outcome)
+        except (EOFError, OSError):
+            return
+
+
+def _outcome(work: Callable[..., object], args: tuple[object, ...]) -> bytes:
+    """The pickled result or error: a task's code may raise anything, and return what cannot be sent."""
+    try:
+        return pickle.dumps(work(*args))
+    except LeptonError as error:
+        return pickle.dumps(error)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the run gets its verdict
+        return pickle.dumps(TaskError(f"The task's code raised {type(error).__name__}: {error}"))
 
 
 @cache
