@@ -8,7 +8,8 @@ A request passes in this order, and nothing of a body is read before the second 
 4. what it asks concerns this node (its own reply, an object of its own message), else 403, 409 or 410;
 5. a reply gets a slot of its mailbox's gate, else 503 with Retry-After; so does a large response;
 6. Flower's own middlewares and handlers do the work, and authenticate once more. The two bulk paths,
-   push-object and pull-object, go straight to Flower's handlers: its HTTP stack costs more than they do.
+   push-object and pull-object, go straight to Flower's state: its HTTP stack costs more than they do, and
+   copies what passes; see ``frames``.
 
 Refusals are JSON: ``{"code": "late", "message": "..."}``.
 """
@@ -34,7 +35,13 @@ from flwr.common.constant import (
     TIMESTAMP_TOLERANCE,
 )
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
-from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash, iterate_object_tree
@@ -44,7 +51,6 @@ from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import get_enable_supernode_auth
 from flwr.superlink.routers.fleet.router import router as fleet_router
-from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtoMessage
 from starlette.concurrency import run_in_threadpool
@@ -52,6 +58,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import Receive, Scope, Send
 
+from lepton_server.flower.frames import cut_content, pull_response
 from lepton_server.flower.gate import Gate
 from lepton_server.flower.state import State
 
@@ -214,8 +221,7 @@ class Guard:
             raise _busy()
         try:
             async with asyncio.timeout(self._limits.upload_timeout_s):  # a reader that stalls loses its turn
-                response = fleet_handlers.pull_object(request, self._state)  # looks it up; no work
-                await _send_response(send, 200, _PROTOBUF, response.SerializeToString())
+                await self._send_object(send, request.object_id)
         except TimeoutError as error:
             raise Disconnected from error
         finally:
@@ -226,17 +232,30 @@ class Guard:
     ) -> None:
         if not self._link.may_upload(node_id):
             raise Refusal(409, "no-upload", "No upload of this node is open; announce the reply first.")
-        content = await body.read(headers, self._limits.max_body_bytes, self._limits.upload_timeout_s)
-        request = _parse(PushObjectRequest, content)
+        data = await body.collect(headers, self._limits.max_body_bytes, self._limits.upload_timeout_s)
+        try:
+            request, content = cut_content(data)
+        except DecodeError as error:
+            raise Refusal(400, "malformed", "The body is no PushObjectRequest.") from error
         self._check_bulk(request, node_id)
-        size = len(content)  # of the object and a few names; reading the field would copy it
-        del content
-        self._link.check_object(node_id, request.session_id, size)
-        if size > SMALL_BODY:
-            response = await run_in_threadpool(fleet_handlers.push_object, request, self._state)
+        self._link.check_object(node_id, request.session_id, len(content))
+        if len(content) > SMALL_BODY:
+            stored = await run_in_threadpool(self._store, request, content)
         else:
-            response = fleet_handlers.push_object(request, self._state)
+            stored = self._store(request, content)
+        response = PushObjectResponse(stored=stored)
         await _send_response(send, 200, _PROTOBUF, response.SerializeToString())
+
+    async def _send_object(self, send: Send, object_id: str) -> None:
+        content = self._state.get_object(self._state.run_id, object_id)
+        if content:
+            await _send_response(send, 200, _PROTOBUF, *pull_response(content))
+        else:  # gone in this moment
+            response = PullObjectResponse(object_found=content is not None)
+            await _send_response(send, 200, _PROTOBUF, response.SerializeToString())
+
+    def _store(self, request: PushObjectRequest, content: bytearray) -> bool:
+        return self._state.store_object(request.run_id, request.session_id, request.object_id, content)
 
     def _check_bulk(self, request: PullObjectRequest | PushObjectRequest, node_id: int) -> None:
         """What Flower's middleware would check, were these two not called directly."""
@@ -353,7 +372,11 @@ class _Body:
         self.complete = False
 
     async def read(self, headers: dict[bytes, bytes], limit: int, timeout_s: float) -> bytes:
-        """All of it.
+        """All of a small one; raises like ``collect``."""
+        return bytes(await self.collect(headers, limit, timeout_s))
+
+    async def collect(self, headers: dict[bytes, bytes], limit: int, timeout_s: float) -> bytearray:
+        """All of it, in memory that is taken once.
 
         Raises:
             Refusal: 413 as soon as it is longer than ``limit`` bytes, 408 when it takes too long.
@@ -365,19 +388,19 @@ class _Body:
         claimed = headers.get(b"content-length", b"0")
         if not claimed.isdigit() or int(claimed) > limit:
             raise too_large
-        parts: list[bytes] = []
-        size = 0
+        content, size = bytearray(int(claimed)), 0  # untouched memory costs nothing until it is written
         try:
             async with asyncio.timeout(timeout_s):
                 while not self.complete:
                     part = await self._next()
-                    size += len(part)
-                    if size > limit:
+                    if size + len(part) > limit:
                         raise too_large
-                    parts.append(part)
+                    content[size : size + len(part)] = part  # beyond its end it grows
+                    size += len(part)
         except TimeoutError as error:
             raise Refusal(408, "slow", f"The request took longer than {timeout_s} s.") from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        del content[size:]
+        return content
 
     async def drain(self, limit: int) -> None:
         """Throw away what comes, for a moment: a client that is still sending would not see the refusal."""
@@ -491,12 +514,14 @@ async def _send_refusal(send: Send, refusal: Refusal, *, close: bool = False) ->
     await _send_response(send, refusal.status, headers, content)
 
 
-async def _send_response(send: Send, status: int, headers: Headers, content: bytes) -> None:
+async def _send_response(send: Send, status: int, headers: Headers, *pieces: bytes | memoryview) -> None:
     kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-    kept.append((b"content-length", str(len(content)).encode("ascii")))
+    kept.append((b"content-length", str(sum(map(len, pieces))).encode("ascii")))
     await send({"type": "http.response.start", "status": status, "headers": kept})
-    for start in range(0, len(content), SLICE):
-        await send({"type": "http.response.body", "body": content[start : start + SLICE], "more_body": True})
+    for piece in pieces:
+        for start in range(0, len(piece), SLICE):
+            part = piece[start : start + SLICE]  # a view of a view: no copy
+            await send({"type": "http.response.body", "body": part, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

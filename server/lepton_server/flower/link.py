@@ -10,7 +10,6 @@ holds a slot of its mailbox's gate), READY until the round takes it, ANSWERED af
 while uploading loses its slot after ``Limits.upload_timeout_s`` and its message is OPEN again.
 """
 
-import json
 import logging
 import queue
 import threading
@@ -26,16 +25,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.constant import HEAD_BODY_DIVIDER
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_children_ids_from_object_content,
-    get_object_type_from_object_content,
-    iterate_object_tree,
-)
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from lepton_fl.errors import Rejection, StateError, TrustError, UpdateRejected
 from lepton_fl.wire.records import Records
+from lepton_server.flower.frames import inflate_arrays, shared_arrays
 from lepton_server.flower.gate import Gate
 from lepton_server.flower.guard import Guard, Limits, Offer, Refusal
 from lepton_server.flower.state import Encoded, State
@@ -45,7 +40,6 @@ log = logging.getLogger(__name__)
 
 CLOSED_MESSAGES: Final = 10_000  # remembered, so that a late or repeated answer is named as such
 MAX_REASON: Final = 500  # characters of a device's own report
-MAX_ARRAY_FRAME: Final = 64 * 1024  # bytes of an array's list of chunks; 64 GiB of array fit in
 DEVICE_REASONS: Final = frozenset({Rejection.DATA_CONTRACT, Rejection.WRONG_VERSION, Rejection.FAILED})
 
 
@@ -491,7 +485,8 @@ class Mailbox:
             raise ValueError(f"Expected ttl_s={ttl_s} > 0.")
         last = self._last  # one read: another thread may post other records
         if last is None or last[0] is not records:
-            last = self._last = records, Encoded(to_record_dict(records))
+            content = to_record_dict(records, arrays=shared_arrays(records.arrays))
+            last = self._last = records, Encoded(content)
         return self._link.add_post(self, node_id, message_type, last[1], ttl_s)
 
     def get(self, timeout_s: float | None = None) -> Reply | None:
@@ -553,8 +548,9 @@ def _load_key(der: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes]:
 
 def _decode(reply_id: str, contents: dict[str, bytes], max_bytes: int) -> Records | UpdateRejected:
     try:
-        _check_arrays(contents, max_bytes)
-        message = inflate_object_from_contents(reply_id, contents)
+        arrays = inflate_arrays(contents, max_bytes)
+        rest = {name: bytes(content) for name, content in contents.items()}
+        message = inflate_object_from_contents(reply_id, rest, objects=arrays)
         if not isinstance(message, Message):
             raise TypeError(f"the root is a {type(message).__name__}")
         if message.has_error():
@@ -565,21 +561,6 @@ def _decode(reply_id: str, contents: dict[str, bytes], max_bytes: int) -> Record
     except Exception as error:  # noqa: BLE001 - whatever one device sent, the round goes on
         log.info("A reply does not decode: %s", error)
         return UpdateRejected(Rejection.MALFORMED, "Malformed message: the reply does not decode.")
-
-
-def _check_arrays(contents: dict[str, bytes], max_bytes: int) -> None:
-    """An array names its chunks by number and may repeat them: bound what it unpacks to."""
-    total = 0
-    for content in contents.values():
-        if get_object_type_from_object_content(content) != "Array":
-            continue
-        if len(content) > MAX_ARRAY_FRAME:
-            raise ValueError(f"an array's frame has {len(content)} bytes")
-        children = get_object_children_ids_from_object_content(content)
-        body = json.loads(content[content.index(HEAD_BODY_DIVIDER) + 1 :])
-        total += sum(len(contents[children[index]]) for index in body["arraychunk_ids"])
-    if total > max_bytes:
-        raise ValueError(f"the arrays unpack to {total} bytes")
 
 
 def _device_report(text: str | None) -> UpdateRejected:
