@@ -25,6 +25,7 @@ from lepton_fl.tasks.metrics import Metrics, Sums
 from lepton_fl.vector import Vector, vector_digest
 
 Kind = Literal["train", "evaluate"]
+SHOW_EVERY_S = 5.0  # a cause of waiting that keeps changing is shown at most so often
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class Campaign:
     roster: Roster
     book: Book
     rng: Random  # draws cohorts and nonces: the operating system's in production
+    claim: Callable[[Sequence[str]], bool] = lambda _: True  # take a drawn cohort; False: another run has it
     clock: Callable[[], float] = time.monotonic
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
 
@@ -185,9 +187,10 @@ class Campaign:
             began = self.clock()
             collected, mean = collect_training(plan, state.model, self.exchange)
             if mean is None:
+                stopped = should_stop()
                 cause, failures = collected.summary(), failures + 1
-                self.book.abandoned(collected, cause)
-                if should_stop():
+                self.book.abandoned(collected, f"Stopped on request: {cause}" if stopped else cause)
+                if stopped:
                     return None
                 continue
             model, server = step(self.spec.server, state.model, mean, state.server)
@@ -206,16 +209,19 @@ class Campaign:
         """Wait for enough eligible devices and draw from them; None: asked to stop."""
         spec = self.spec.cohort
         asked = ceil(spec.size * spec.over_selection)
-        began, shown = self.clock(), ""
+        began, shown, shown_at = self.clock(), "", 0.0
         while not should_stop():
             candidates = self.roster.candidates()
             ids, waited = eligible(candidates), self.clock() - began
             full = len(ids) >= min(asked, self._could_come(candidates))
             if len(ids) >= spec.min_reports and (full or waited >= spec.fill_wait_s):
+                cohort = draw(ids, asked, self.rng)
+                if not self.claim(cohort):
+                    continue  # they are busy now: look again
                 self._gathered = True
                 if shown:
                     self.book.waiting("", 0.0)
-                return draw(ids, asked, self.rng)
+                return cohort
             cause = str(Shortfall.of(candidates, spec.min_reports))
             left = spec.quorum_wait_s - waited
             if left <= 0:
@@ -223,9 +229,9 @@ class Campaign:
                     f"No quorum within {spec.quorum_wait_s:g} s: {cause}.",
                     hint="See `lepton devices list` for each device's reason, or lower cohort.min_reports.",
                 )
-            if cause != shown:
+            if cause != shown and (not shown or waited - shown_at >= SHOW_EVERY_S):
                 self.book.waiting(cause, left)
-                shown = cause
+                shown, shown_at = cause, waited
             fill = spec.fill_wait_s - waited
             self.roster.wait(min(left, fill if fill > 0 else 1.0, 1.0))
         return None

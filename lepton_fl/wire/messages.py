@@ -33,6 +33,8 @@ SUM_PREFIX: Final = "sum."
 MAX_DETAIL: Final = 500  # characters
 MAX_SUMS: Final = 32  # named sums in one reply
 MAX_SUM_LENGTH: Final = 1_000_000  # numbers in one of them
+MAX_EXAMPLES: Final = 2**53  # used for one answer; what a journal and its readers can hold exactly
+MAX_SECONDS: Final = 1e9  # that a device says it has worked
 
 Kind = Literal["train", "evaluate"]
 
@@ -322,6 +324,12 @@ def _read_reply(records: Records, plan: RoundPlan) -> tuple[str, int, Sums, floa
     num_examples, seconds = metrics.integer("num-examples"), metrics.number("seconds")
     if num_examples < 1:
         raise UpdateRejected(Rejection.OUT_OF_RANGE, f"num-examples is {num_examples}, expected >= 1.")
+    if num_examples > MAX_EXAMPLES or not 0 <= seconds <= MAX_SECONDS:
+        raise UpdateRejected(
+            Rejection.OUT_OF_RANGE,
+            f"Expected num-examples <= {MAX_EXAMPLES} and 0 <= seconds <= {MAX_SECONDS:g}, "
+            f"got {num_examples} and {seconds:g}.",
+        )
     return version, num_examples, _read_sums(metrics), seconds, ticket
 
 

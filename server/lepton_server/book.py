@@ -5,27 +5,29 @@ repair after a crash.
 """
 
 import logging
+import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from lepton_fl.errors import Rejection, StateCorrupt
+from lepton_fl.errors import LeptonError, Rejection, StateConflict, StateCorrupt
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Collected
 from lepton_fl.rounds.optimizers import ServerState
-from lepton_fl.vector import Vector
+from lepton_fl.vector import Vector, vector_digest
 from lepton_server.ops import Meters
+from lepton_server.patience import Patience, Stopped, one_line
 from lepton_server.store import Event, Store
 
 log = logging.getLogger(__name__)
 
 KEEP_ROUNDS = 3  # checkpoints of a run that stay besides the first and the best
-WAITING_EVERY_S = 5.0  # a changing cause of waiting is journalled at most so often
 
 
 def save_model(blobs: BlobStore, model: Vector) -> str:
@@ -91,8 +93,7 @@ def fold(progress: Progress, event: Event) -> Progress:
             done = replace(progress, round=body["round"], attempt=0, open=False)
             return replace(done, model_sha256=body["model_sha256"], state_sha256=body["state_sha256"])
         case "round.evaluated":
-            stale = 0 if body["improved"] else progress.stale + bool(body["metrics"])
-            return replace(progress, evaluated=body["round"], stale=stale)
+            return replace(progress, evaluated=body["round"], stale=body["stale"])
         case "run.best":
             return replace(progress, best=Best(body["round"], body["model_sha256"], body["value"]))
     return progress
@@ -106,30 +107,73 @@ def progress_of(store: Store, run_id: str) -> Progress:
     return progress
 
 
+# --- checkpoints ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoints:
+    """The blobs of all runs. Runs share blobs by content, so that one must not drop what another just saved.
+
+    ``lock`` is held from writing a blob until the row that names it is there, and from asking who uses a blob
+    until it is gone. One coordinator uses a state folder, so a lock of this process is enough.
+    """
+
+    store: Store
+    blobs: BlobStore
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def drop_model(self, sha256: str) -> None:
+        """Delete a model unless another run has it, too."""
+        with self.lock:
+            if self.store.model_users(sha256) <= 1:
+                self.blobs.delete(sha256)
+
+    def drop_state(self, sha256: str) -> None:
+        """Delete an optimiser state unless another run has it, too."""
+        with self.lock:
+            if self.store.state_users(sha256) <= 1:
+                self.blobs.delete(sha256)
+
+
 # --- the record -------------------------------------------------------------------------------------
 
 
 class RunBook:
     """The journal as the book of one run (``rounds.campaign.Book``)."""
 
-    def __init__(self, store: Store, blobs: BlobStore, run_id: str, spec: RunSpec, meters: Meters) -> None:
-        self._store, self._blobs, self._run_id, self._meters = store, blobs, run_id, meters
+    def __init__(
+        self, checkpoints: Checkpoints, run_id: str, spec: RunSpec, meters: Meters, patience: Patience
+    ) -> None:
+        self._checkpoints, self._run_id, self._meters = checkpoints, run_id, meters
+        self._store, self._blobs, self._patience = checkpoints.store, checkpoints.blobs, patience
         self._metric = spec.early_stop.metric
-        progress = progress_of(store, run_id)
+        progress = progress_of(self._store, run_id)
         self._parent, self._best = progress.model_sha256, progress.best
-        self._shown_at = -WAITING_EVERY_S
-        rounds = [r for r in store.rounds(run_id) if r.state == "committed" and r.model_sha256]
-        self._kept = deque((str(r.model_sha256), r.state_sha256) for r in rounds[-KEEP_ROUNDS:])
+        self._waits = bool(self._store.run(run_id).waiting)  # as a process before this one has left it
+        first = [m.sha256 for m in self._store.models(run_id) if m.round == 0]
+        self._first = first[0] if first else ""
+        rounds = [r for r in self._store.rounds(run_id) if r.state == "committed" and r.model_sha256]
+        there = [
+            (str(r.model_sha256), r.state_sha256) for r in rounds if self._blobs.has(str(r.model_sha256))
+        ]
+        self._kept = deque(there)  # more than KEEP_ROUNDS if a kill came before old ones were dropped
 
     def planned(self, plan: RoundPlan) -> None:
         """Journal a plan."""
+        if self._waits:
+            self.waiting("", 0.0)
         body = _attempt(plan) | {"plan": plan.to_json(), "model_sha256": plan.model_sha256}
-        self._store.record("round.planned", self._run_id, body)
+        try:
+            self._record("round.planned", body)
+        except StateConflict:
+            if self._store.run(self._run_id).state != "stopping":
+                raise
+            raise Stopped(f"Stopped on request before round {plan.round}.") from None
 
     def abandoned(self, collected: Collected, cause: str) -> None:
         """Journal that an attempt does not count, and why."""
         body = _attempt(collected.plan) | {"cause": cause, "participation": _participation(collected)}
-        self._store.record("round.abandoned", self._run_id, body)
+        self._record("round.abandoned", body)
         self._meters.abandoned.labels(self._run_id).inc()
         self._count(collected)
         log.warning("run %s round %d: abandoned: %s", self._run_id, collected.plan.round, cause)
@@ -137,11 +181,9 @@ class RunBook:
     def committed(self, round_: Committed) -> None:
         """Write the blobs, then the rows that name them, in one transaction."""
         plan, state, metrics = round_.collected.plan, round_.state, dict(round_.metrics)
-        model_sha256 = save_model(self._blobs, state.model)
-        state_sha256 = save_server_state(self._blobs, state.server)
+        model_sha256, state_sha256 = vector_digest(state.model), None
         body = _attempt(plan) | {
             "model_sha256": model_sha256,
-            "state_sha256": state_sha256,
             "metrics": metrics,
             "participation": _participation(round_.collected),
             "bytes_up": round_.collected.bytes_up,
@@ -155,9 +197,18 @@ class RunBook:
             "parent_sha256": self._parent,
             "metrics": metrics,
         }
-        with self._store.transaction() as transaction:
-            transaction.record("round.committed", self._run_id, body)
-            transaction.record("model.created", self._run_id, created)
+
+        def write() -> None:
+            nonlocal state_sha256
+            with self._checkpoints.lock:
+                save_model(self._blobs, state.model)
+                state_sha256 = save_server_state(self._blobs, state.server)
+                with self._store.transaction() as transaction:
+                    named = body | {"state_sha256": state_sha256}
+                    transaction.record("round.committed", self._run_id, named)
+                    transaction.record("model.created", self._run_id, created)
+
+        self._patience.insist(write)
         self._parent = model_sha256
         self._kept.append((model_sha256, state_sha256))
         self._drop_old_checkpoints()
@@ -176,19 +227,24 @@ class RunBook:
             "round": state.round,
             "metrics": dict(evaluation.metrics),
             "improved": evaluation.improved,
+            "stale": state.stale,
             "participation": _participation(collected) if collected else [],
         }
-        with self._store.transaction() as transaction:
-            transaction.record("round.evaluated", self._run_id, body)
-            if evaluation.improved and state.best:
-                best = {
-                    "run_id": self._run_id,
-                    "round": state.best.round,
-                    "model_sha256": state.best.model_sha256,
-                    "metric": self._metric,
-                    "value": state.best.value,
-                }
-                transaction.record("run.best", self._run_id, best)
+
+        def write() -> None:
+            with self._store.transaction() as transaction:
+                transaction.record("round.evaluated", self._run_id, body)
+                if evaluation.improved and state.best:
+                    best = {
+                        "run_id": self._run_id,
+                        "round": state.best.round,
+                        "model_sha256": state.best.model_sha256,
+                        "metric": self._metric,
+                        "value": state.best.value,
+                    }
+                    transaction.record("run.best", self._run_id, best)
+
+        self._patience.insist(write)
         superseded, self._best = self._best, state.best
         if superseded and superseded != state.best:
             self._drop(superseded.model_sha256)
@@ -196,33 +252,35 @@ class RunBook:
         log.info("run %s round %d evaluated: %s", self._run_id, state.round, figures or "no device answered")
 
     def waiting(self, cause: str, seconds: float) -> None:
-        """Journal why the run waits, not too often; '' when it moves again."""
+        """Journal why the run waits; '' when it moves again."""
         self._meters.waiting.labels(self._run_id).set(1 if cause else 0)
-        now = time.monotonic()
-        if cause and now - self._shown_at < WAITING_EVERY_S:
-            return
-        self._shown_at = now if cause else -WAITING_EVERY_S
         until = time.time() + seconds if cause else 0.0
-        self._store.record(
-            "run.waiting", self._run_id, {"run_id": self._run_id, "cause": cause, "until": until}
-        )
+        self._record("run.waiting", {"run_id": self._run_id, "cause": one_line(cause), "until": until})
+        self._waits = bool(cause)
         if cause:
             log.warning("run %s waits up to %.0f s more: %s", self._run_id, seconds, cause)
+
+    def _record(self, kind: str, body: dict[str, Any]) -> None:
+        self._patience.insist(lambda: self._store.record(kind, self._run_id, body))
 
     def _drop_old_checkpoints(self) -> None:
         while len(self._kept) > KEEP_ROUNDS:
             model_sha256, state_sha256 = self._kept.popleft()
             self._drop(model_sha256)
             if state_sha256 and state_sha256 not in {kept for _, kept in self._kept}:
-                self._blobs.delete(state_sha256)
+                self._tidy(self._checkpoints.drop_state, state_sha256)
 
     def _drop(self, model_sha256: str) -> None:
-        """Delete a checkpoint unless something still needs it: blobs are shared by content."""
-        recent = {kept for kept, _ in self._kept}
+        """Delete a checkpoint unless this run still needs it."""
         best = self._best.model_sha256 if self._best else ""
-        if model_sha256 in recent or model_sha256 == best or self._store.model_users(model_sha256) > 1:
-            return
-        self._blobs.delete(model_sha256)
+        if model_sha256 not in {self._first, best} | {kept for kept, _ in self._kept}:
+            self._tidy(self._checkpoints.drop_model, model_sha256)
+
+    def _tidy(self, drop: Callable[[str], None], sha256: str) -> None:
+        try:
+            drop(sha256)
+        except LeptonError as error:  # a file too many is no reason to end a run
+            log.warning("run %s: checkpoint %s stays: %s", self._run_id, sha256[:12], error)
 
     def _measure(self, round_: Committed) -> None:
         self._meters.rounds.labels(self._run_id).inc()

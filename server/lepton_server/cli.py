@@ -59,6 +59,9 @@ def server(
         config, {"server.state_dir": state_dir, "listen.host": host, "listen.public_names": public_name}
     )
     from lepton_fl.logs import configure
+    from lepton_server.memory import give_back_early
+
+    give_back_early()
     from lepton_server.coordinator import Coordinator
 
     configure(settings.log.level, settings.log.format)
@@ -95,7 +98,7 @@ def token_create(
         raise ConfigError(
             "listen.enrolment_port is 0, so a token cannot say where to join.", hint="Set a fixed port."
         )
-    with _store(settings) as store:
+    with _store(settings, make=True) as store:
         authority = Authority.open(settings.server.state_dir / "keys", hosts_of(listen))
         addr = endpoints_of(listen, listen.enrolment_port, listen.device_port, listen.fleet_port).enrolment
         secret = crypto.new_secret()
@@ -249,7 +252,7 @@ def run_stop(
     state_dir: StateOption = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Stop a run after the round in hand; its models stay."""
+    """Stop a run: the round in hand gets ten seconds for the answers on their way. Its models stay."""
     with _store(_load(config, {"server.state_dir": state_dir})) as store:
         found = _find_run(store, run)
         store.record("run.stopping", found.id, {"run_id": found.id, "reason": reason})
@@ -311,11 +314,19 @@ def _load(path: Path | None, given: dict[str, Any]) -> "ServerConfig":
 
 
 @contextmanager
-def _store(settings: "ServerConfig") -> "Iterator[Store]":
+def _store(settings: "ServerConfig", *, make: bool = False) -> "Iterator[Store]":
+    """The coordinator's state; only a first start and a first token make one, a typing error does not."""
     from lepton_fl.files import make_private_folder
     from lepton_server.store import open_store
 
-    make_private_folder(settings.server.state_dir)
+    folder = settings.server.state_dir
+    if make:
+        make_private_folder(folder)
+    elif settings.database_file is not None and not settings.database_file.exists():
+        raise NotFound(
+            f"There is no coordinator's state in {folder.absolute()}.",
+            hint="Name its folder with --state-dir or --config, or start `lepton server` there first.",
+        )
     with open_store(settings.store_url) as store:
         yield store
 

@@ -225,7 +225,12 @@ class ServerConfig(_Section):
     @property
     def store_url(self) -> str:
         """The database URL, with the default filled in."""
-        return self.store.url or f"sqlite:///{self.server.state_dir.absolute() / 'lepton.db'}"
+        return self.store.url or f"sqlite:///{self.database_file}"
+
+    @property
+    def database_file(self) -> Path | None:
+        """The database in the state folder; None when ``store.url`` names another."""
+        return None if self.store.url else self.server.state_dir.absolute() / "lepton.db"
 
     @property
     def blob_dir(self) -> Path:

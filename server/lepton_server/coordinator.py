@@ -10,8 +10,8 @@ import fcntl
 import logging
 import os
 import socket
-import ssl
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -30,10 +30,13 @@ from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.ops import Meters, ops_app
 from lepton_server.runs import RunDriver
 from lepton_server.store import Store, open_store
+from lepton_server.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
 START_S = 30.0  # for a listener to come up
+GRACE_S = 2  # for requests under way at a shutdown
+LOCK_FILE = "coordinator.lock"
 
 
 class Coordinator:
@@ -48,6 +51,7 @@ class Coordinator:
         self._service: DeviceService | None = None
         self._fleet: Fleet | None = None
         self._ops_port = 0
+        self._listeners: dict[str, threading.Thread] = {}
 
     # --- life ---------------------------------------------------------------------------------------
 
@@ -111,16 +115,16 @@ class Coordinator:
             max_unread_replies=config.rounds.max_unread_replies,
             on_refused=self._refused,
         )
-        stack.enter_context(link)
         fleet_port = self._serve_fleet(stack, link, authority)
+        stack.enter_context(link)  # closes before its listener: devices are told to come back
         fleet = self._fleet = Fleet(store, config.check_in)
-        fleet.on_revoked(lambda device_id: _expel(store, link, device_id))
         fleet.start()
         stack.callback(fleet.stop)
         service = self._service = DeviceService(config, store, authority, fleet, fleet_port=fleet_port)
         service.start()
         stack.callback(service.stop)
         self._driver = RunDriver(config.rounds, store, blobs, fleet, link, self.meters)
+        fleet.on_revoked(self._driver.expel)
         self._serve_ops(stack)
         endpoints = {
             "enrolment": service.endpoints.enrolment,
@@ -134,30 +138,57 @@ class Coordinator:
         log.info("ready: enrolment %(enrolment)s, devices %(devices)s, fleet %(fleet)s", endpoints)
 
     def _serve_fleet(self, stack: ExitStack, link: FlowerLink, authority: Authority) -> int:
-        listen = self.config.listen
+        listen, tls = self.config.listen, ServerTls(authority.server_path)
         server = uvicorn.Config(
             link.app,
             lifespan="off",
             log_level="warning",
             access_log=False,
-            ssl_certfile=authority.server_path,
+            ssl_context_factory=lambda *_: tls.context,
             timeout_keep_alive=75,
+            timeout_graceful_shutdown=GRACE_S,
             server_header=False,
         )
-        server.load()
-        assert server.ssl is not None
-        server.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
-        return _serve(stack, server, listen.host, listen.fleet_port, "listen.fleet_port")
+        return self._serve(stack, server, listen.host, listen.fleet_port, "listen.fleet_port")
 
     def _serve_ops(self, stack: ExitStack) -> None:
         listen = self.config.listen
         app = ops_app(self.meters, self._missing, self._refresh)
         server = uvicorn.Config(
-            app, lifespan="off", log_level="warning", access_log=False, server_header=False
+            app,
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
+            server_header=False,
         )
-        self._ops_port = _serve(stack, server, listen.ops_host, listen.ops_port, "listen.ops_port")
+        self._ops_port = self._serve(stack, server, listen.ops_host, listen.ops_port, "listen.ops_port")
+
+    def _serve(self, stack: ExitStack, config: uvicorn.Config, host: str, port: int, key: str) -> int:
+        """Serve an ASGI app on a thread of its own until the stack unwinds; return the bound port."""
+        listener = _bind(host, port, key)
+        stack.callback(listener.close)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],), name=key, daemon=True)
+        thread.start()
+        self._listeners[key] = thread
+
+        def end() -> None:
+            server.should_exit = True
+            thread.join(START_S)
+
+        stack.callback(end)
+        ends = time.monotonic() + START_S
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > ends:
+                raise ConnectionFailed(f"Nothing answers on {host}:{port} ({key}); the log says why.")
+            time.sleep(0.01)
+        return int(listener.getsockname()[1])
 
     def _missing(self) -> str:
+        dead = [key for key, thread in self._listeners.items() if not thread.is_alive()]
+        if dead:
+            return f"nothing listens on {', '.join(dead)}"
         return "" if self._driver and self._driver.is_watching() else "the run driver is not up"
 
     def _refresh(self) -> None:
@@ -176,7 +207,7 @@ class Coordinator:
 
 def _claim(folder: Path) -> IO[str]:
     """Lock the state folder for this process; the lock ends with the process, however it ends."""
-    file = open(folder / "coordinator.lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
+    file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -193,22 +224,6 @@ def _claim(folder: Path) -> IO[str]:
     return file
 
 
-def _serve(stack: ExitStack, config: uvicorn.Config, host: str, port: int, key: str) -> int:
-    """Serve an ASGI app on a thread of its own until the stack unwinds; return the bound port."""
-    listener = _bind(host, port, key)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],), name=key, daemon=True)
-    thread.start()
-
-    def end() -> None:
-        server.should_exit = True
-        thread.join(START_S)
-        listener.close()
-
-    stack.callback(end)
-    return int(listener.getsockname()[1])
-
-
 def _bind(host: str, port: int, key: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -223,13 +238,6 @@ def _bind(host: str, port: int, key: str) -> socket.socket:
             hint=f"Another program may use the port; set {key} to a free one.",
         ) from error
     return listener
-
-
-def _expel(store: Store, link: FlowerLink, device_id: str) -> None:
-    try:
-        link.expel(store.device(device_id).public_key)
-    except LeptonError as error:
-        log.error("device %s could not be shut out of the fleet API: %s", device_id, error)
 
 
 def _record_stop(store: Store) -> None:

@@ -2,7 +2,8 @@
 
 The messages travel through Flower's fleet API, the word that there is one through the device service: a
 selected device is told at once if it waits on a stream, else at its next check-in. A device that vanishes in
-mid-round is given up after ``GONE_S``; nobody waits for it until the deadline.
+mid-round is given up after ``GONE_S`` of silence; nobody waits for it until the deadline. A run that is asked
+to stop waits ``STOP_S`` for the answers that are on their way.
 """
 
 import logging
@@ -10,22 +11,21 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from lepton_fl.errors import LeptonError, NotFound, Rejection, UpdateRejected
+from lepton_fl.errors import LeptonError, NotFound, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.exchange import Answer
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Mailbox
+from lepton_server.patience import Interrupted
 
 log = logging.getLogger(__name__)
 
 WAKE_S = 0.5  # how often a waiting round looks for vanished devices and a shutdown
-GONE_S = 15.0  # without stream and without a request at the fleet API: the device is gone
-
-
-class Interrupted(Exception):
-    """The coordinator shuts down: the run is left as it is, to be continued."""
+SILENT_S = 40.0  # a device that works sends a heartbeat to the fleet API every 30 s
+GONE_S = 15.0  # without stream and silent at the fleet API for so long: the device is gone
+STOP_S = 10.0  # how long an attempt goes on after a request to stop
 
 
 @dataclass
@@ -34,6 +34,7 @@ class _Attempt:
 
     plan: RoundPlan
     ends: float  # monotonic seconds
+    hurried: bool = False  # the run was asked to stop, and the end is set accordingly
     devices: dict[str, str] = field(default_factory=dict)  # message id -> device id, unanswered
     nodes: dict[str, int] = field(default_factory=dict)  # device id -> Flower node id
     streamed: set[str] = field(default_factory=set)  # told through their stream
@@ -51,6 +52,7 @@ class FleetExchange:
         *,
         stay_s: float,
         closing: Callable[[], bool],
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make the exchange of a run.
 
@@ -60,9 +62,10 @@ class FleetExchange:
             public_keys: device id -> DER public key; NotFound for a device that is no longer enrolled.
             stay_s: how long a device stays active after its work.
             closing: whether the coordinator shuts down.
+            stopping: whether the run was asked to stop.
         """
         self._link, self._fleet, self._public_keys = link, fleet, public_keys
-        self._stay_s, self._closing = stay_s, closing
+        self._stay_s, self._closing, self._stopping = stay_s, closing, stopping
 
     def ask(self, plan: RoundPlan, request: Request) -> Generator[Answer, None, None]:
         """Send the request and yield answers until all are in, the deadline passes, or the caller closes.
@@ -74,14 +77,18 @@ class FleetExchange:
         box = self._link.mailbox()
         try:
             yield from self._send(attempt, box, request)
-            while attempt.devices and (left := attempt.ends - time.monotonic()) > 0:
+            while attempt.devices:
                 if self._closing():
                     raise Interrupted
+                left = self._left(attempt)
                 reply = box.get(min(left, WAKE_S))
-                if reply is None:
+                if reply is not None:
+                    if (device_id := attempt.devices.pop(reply.message_id, None)) is not None:
+                        yield Answer(device_id, reply.content, reply.num_bytes)
+                elif left <= 0:  # only now: an answer that was complete in time counts
+                    break
+                else:
                     yield from self._vanished(attempt, box)
-                elif (device_id := attempt.devices.pop(reply.message_id, None)) is not None:
-                    yield Answer(device_id, reply.content, reply.num_bytes)
         finally:
             box.close()
             self._release(attempt)
@@ -115,15 +122,26 @@ class FleetExchange:
                 yield Answer(device_id, busy)
                 continue
             try:
-                node_id = self._link.admit(self._public_keys(device_id))
+                node_id = self._admit(device_id)
                 message_id = box.post(node_id, records, message_type=plan.kind, ttl_s=plan.deadline_s)
-            except LeptonError as error:
+            except (TrustError, NotFound) as error:
                 yield Answer(device_id, UpdateRejected(Rejection.REVOKED, str(error)))
+                continue
+            except LeptonError as error:  # the device has done nothing wrong
+                yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, f"It could not be asked: {error}"))
                 continue
             attempt.devices[message_id] = device_id
             attempt.nodes[device_id] = node_id
             if self._instruct(device_id, self._participate(attempt, node_id)):
                 attempt.streamed.add(device_id)
+
+    def _admit(self, device_id: str) -> int:
+        key = self._public_keys(device_id)
+        node_id = self._link.admit(key)
+        if not self._fleet.is_enrolled(device_id):  # revoked in this very moment: nobody else shuts it out
+            self._link.expel(key)
+            raise TrustError(f"Device {device_id} was revoked.")
+        return node_id
 
     def _participate(self, attempt: _Attempt, node_id: int) -> pb.Instruction:
         plan = attempt.plan
@@ -150,6 +168,13 @@ class FleetExchange:
 
     # --- waiting ------------------------------------------------------------------------------------
 
+    def _left(self, attempt: _Attempt) -> float:
+        """Seconds until the attempt closes, at least 0; a request to stop brings the end near."""
+        now = time.monotonic()
+        if not attempt.hurried and self._stopping():
+            attempt.hurried, attempt.ends = True, min(attempt.ends, now + STOP_S)
+        return max(0.0, attempt.ends - now)
+
     def _vanished(self, attempt: _Attempt, box: Mailbox) -> Generator[Answer, None, None]:
         """Give up devices that have neither a stream nor a sign of life at the fleet API."""
         now = time.monotonic()
@@ -166,7 +191,7 @@ class FleetExchange:
         if self._fleet.is_waiting(device_id):
             return True
         idle = self._link.idle_s(attempt.nodes[device_id])
-        if idle is not None and idle < GONE_S:
+        if idle is not None and idle < SILENT_S:
             return True
         return device_id not in attempt.streamed and self._fleet.is_online(device_id)
 

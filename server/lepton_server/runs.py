@@ -9,46 +9,50 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from random import SystemRandom
+from random import Random, SystemRandom
 
-from lepton_fl.errors import LeptonError, TaskError, TrustError
+from lepton_fl.errors import LeptonError, StateConflict, TaskError, TrustError
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.campaign import Campaign, RunState, Verdict, Work
 from lepton_fl.rounds.cohort import Candidate
+from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.tasks import load_task, resolve
 from lepton_fl.vector import Vector
-from lepton_server.book import RunBook, load_model, load_server_state, progress_of, save_model
+from lepton_server.book import Checkpoints, RunBook, load_model, load_server_state, progress_of, save_model
 from lepton_server.config import RoundsSection
-from lepton_server.exchange import FleetExchange, Interrupted
+from lepton_server.exchange import FleetExchange
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink
 from lepton_server.ops import Meters
+from lepton_server.patience import PASSING, RETRY_S, Interrupted, Patience, Stopped, one_line
 from lepton_server.store import Store, TaskRegistered
 from lepton_server.workshop import Workshop
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.3  # how soon a queued or stopping run is noticed
+REST_S = 0.1  # between two looks at a fleet that keeps changing: each costs time for every device
 
 
 class FleetRoster:
     """The fleet view as the roster of one run (``rounds.campaign.Roster``)."""
 
-    def __init__(self, fleet: Fleet, work: Work, groups: Sequence[str], closing: Callable[[], bool]) -> None:
+    def __init__(self, fleet: Fleet, work: Work, groups: Sequence[str], closing: threading.Event) -> None:
         self._fleet, self._work, self._groups, self._closing = fleet, work, groups, closing
         self._seen = fleet.generation
 
     def candidates(self) -> Sequence[Candidate]:
         """Every registered device with its standing."""
-        if self._closing():
+        if self._closing.is_set():
             raise Interrupted
         self._seen = self._fleet.generation
         return self._fleet.candidates(self._work.task, self._work.version, self._groups)
 
     def wait(self, seconds: float) -> None:
         """Wait for a change in the fleet."""
+        self._closing.wait(min(seconds, REST_S))
         self._fleet.wait_for_change(self._seen, seconds)
 
 
@@ -63,11 +67,29 @@ class RunDriver:
         fleet: Fleet,
         link: FlowerLink,
         meters: Meters,
+        *,
+        rng: Random | None = None,
+        exchange: Callable[[str], Exchange] | None = None,
     ) -> None:
+        """Prepare; nothing happens before :meth:`start`.
+
+        Args:
+            config: how many runs at once.
+            store: the coordinator's state.
+            blobs: where models lie.
+            fleet: who is there.
+            link: Flower's fleet API.
+            meters: what is counted.
+            rng: draws cohorts and nonces; None = the operating system's, as nobody must foresee them.
+            exchange: run id -> its way to the devices; None = the real one.
+        """
         self._config, self._store, self._blobs, self._fleet = config, store, blobs, fleet
         self._link, self._meters = link, meters
-        self._workshop = Workshop()
+        self._rng, self._exchange = rng or SystemRandom(), exchange or self._fleet_exchange
         self._closing = threading.Event()
+        self._workshop = Workshop(self._closing.is_set)
+        self._checkpoints = Checkpoints(store, blobs)
+        self._keys: dict[str, bytes] = {}  # device id -> public key, DER, of all that were ever asked
         self._active: dict[str, threading.Thread] = {}
         self._stopping: set[str] = set()  # runs that were asked to stop
         self._thread = threading.Thread(target=self._watch, name="runs", daemon=True)
@@ -91,7 +113,13 @@ class RunDriver:
 
     def active(self) -> int:
         """How many runs are being driven."""
-        return sum(thread.is_alive() for thread in self._active.values())
+        return sum(thread.is_alive() for thread in list(self._active.values()))
+
+    def expel(self, device_id: str) -> None:
+        """Shut a device that lost its enrolment out of the fleet API; reads no state, so nothing can fail."""
+        key = self._keys.pop(device_id, None)
+        if key is not None:
+            self._link.expel(key)
 
     def _watch(self) -> None:
         seen = -1
@@ -103,7 +131,11 @@ class RunDriver:
                     self._look()
                     seen = head
             except LeptonError as error:
-                log.error("runs cannot be looked up: %s", error)
+                log.error("runs cannot be looked up: %s; trying again", error)
+                self._closing.wait(RETRY_S)
+            except Exception:  # without this thread no run would ever start or stop again
+                log.exception("runs cannot be looked up; trying again")
+                self._closing.wait(RETRY_S)
             self._closing.wait(LOOK_S)
 
     def _look(self) -> None:
@@ -115,7 +147,7 @@ class RunDriver:
             if run.id in self._active:
                 continue
             if run.state == "stopping":
-                self._finish(run.id, Verdict("stopped", "Stopped on request."))
+                self._record_verdict(run.id, Verdict("stopped", "Stopped on request."))
             elif len(self._active) < self._config.max_concurrent_runs:
                 thread = threading.Thread(
                     target=self._drive, args=(run.id,), name=f"run-{run.id}", daemon=True
@@ -130,41 +162,66 @@ class RunDriver:
         except Interrupted:
             log.info("run %s is left to be continued", run_id)
             return
+        except Stopped as stop:
+            verdict = Verdict("stopped", str(stop))
+        except PASSING as error:  # while it was being read where the run stands
+            log.error("run %s cannot go on: %s; trying again", run_id, error)
+            self._closing.wait(RETRY_S)
+            return
         except LeptonError as error:
             verdict = Verdict("failed", f"{error} {error.hint}".strip())
         except Exception as error:  # a defect of ours must end the run with a verdict, not in silence
             log.exception("run %s ended by a defect", run_id)
             verdict = Verdict("failed", f"Internal error: {type(error).__name__}: {error}")
-        try:
-            self._finish(run_id, verdict)
-        except LeptonError as error:
-            log.error("the verdict of run %s could not be recorded: %s", run_id, error)
+        finally:
+            self._fleet.release(run_id)
+        self._finish(run_id, verdict)
 
-    def _run(self, run_id: str) -> Verdict:
-        spec = RunSpec.model_validate_json(json.dumps(self._store.run(run_id).spec))
-        self._store.record("run.started", run_id, {"run_id": run_id})
-        work, initial = self._prepare(spec)
-        state = self._state(run_id, spec, initial)
-        log.info("run %s: %s from round %d", run_id, work.task, state.round + 1)
-        exchange = FleetExchange(
+    def _patience(self, run_id: str) -> Patience:
+        stopping = self._is_stopping(run_id)
+        return Patience(self._store, run_id, self._meters, closing=self._closing, stopping=stopping)
+
+    def _is_stopping(self, run_id: str) -> Callable[[], bool]:
+        return lambda: run_id in self._stopping
+
+    def _fleet_exchange(self, run_id: str) -> Exchange:
+        return FleetExchange(
             self._link,
             self._fleet,
             self._public_key,
             stay_s=self._config.stay_s,
             closing=self._closing.is_set,
+            stopping=self._is_stopping(run_id),
         )
+
+    def _run(self, run_id: str) -> Verdict:
+        spec = RunSpec.model_validate_json(json.dumps(self._store.run(run_id).spec))
+        patience = self._patience(run_id)
+        self._record_start(run_id, patience)
+        work, initial = self._prepare(spec, patience)
+        state = self._state(run_id, spec, initial, patience)
+        log.info("run %s: %s from round %d", run_id, work.task, state.round + 1)
         campaign = Campaign(
             spec=spec,
             run_id=run_id,
             work=work,
-            exchange=exchange,
-            roster=FleetRoster(self._fleet, work, spec.cohort.groups, self._closing.is_set),
-            book=RunBook(self._store, self._blobs, run_id, spec, self._meters),
-            rng=SystemRandom(),
+            exchange=self._exchange(run_id),
+            roster=FleetRoster(self._fleet, work, spec.cohort.groups, self._closing),
+            book=RunBook(self._checkpoints, run_id, spec, self._meters, patience),
+            rng=self._rng,
+            claim=lambda device_ids: self._fleet.claim(device_ids, run_id),
         )
-        return campaign.run(state, lambda: run_id in self._stopping)
+        return campaign.run(state, self._is_stopping(run_id))
 
-    def _prepare(self, spec: RunSpec) -> tuple[Work, Vector]:
+    def _record_start(self, run_id: str, patience: Patience) -> None:
+        try:
+            patience.insist(lambda: self._store.record("run.started", run_id, {"run_id": run_id}))
+        except StateConflict:
+            if self._store.run(run_id).state != "stopping":
+                raise
+            raise Stopped("Stopped on request.") from None
+
+    def _prepare(self, spec: RunSpec, patience: Patience) -> tuple[Work, Vector]:
         reference = resolve(spec.task)
         task = load_task(reference)
         if spec.task_version not in ("", task.version):
@@ -173,15 +230,14 @@ class RunDriver:
                 hint="Install that version on the coordinator, or start the run without a version.",
             )
         layout, initial = self._workshop.initial_model(reference, spec.seed)
-        self._store.ensure_task(
-            TaskRegistered(
-                name=task.name,
-                reference=reference,
-                version=task.version,
-                layout_digest=layout.digest,
-                num_parameters=layout.size,
-            )
+        registered = TaskRegistered(
+            name=task.name,
+            reference=reference,
+            version=task.version,
+            layout_digest=layout.digest,
+            num_parameters=layout.size,
         )
+        patience.insist(lambda: self._store.ensure_task(registered))
         central = spec.central_data
         evaluate = (lambda model: self._workshop.evaluate(reference, model, central)) if central else None
         work = Work(reference, task.version, layout.digest, layout.size, task.metrics, evaluate)
@@ -193,24 +249,16 @@ class RunDriver:
                 )
         return work, initial
 
-    def _state(self, run_id: str, spec: RunSpec, initial: Vector) -> RunState:
+    def _state(self, run_id: str, spec: RunSpec, initial: Vector, patience: Patience) -> RunState:
         """Where the run stands; an attempt that a crash left open is abandoned by name."""
         progress = progress_of(self._store, run_id)
         if not progress.model_sha256:
-            sha256 = save_model(self._blobs, initial)
-            created = {
-                "model_sha256": sha256,
-                "run_id": run_id,
-                "round": 0,
-                "parent_sha256": spec.initial_model or None,
-                "metrics": {},
-            }
-            self._store.record("model.created", run_id, created)
+            patience.insist(lambda: self._save_first(run_id, spec, initial))
             return RunState(initial, ServerState.initial(spec.server, initial.size))
         if progress.open:
             body = {"run_id": run_id, "round": progress.round + 1, "attempt": progress.attempt}
             cause = {"cause": "the coordinator was restarted", "participation": []}
-            self._store.record("round.abandoned", run_id, body | cause)
+            patience.insist(lambda: self._store.record("round.abandoned", run_id, body | cause))
         if progress.state_sha256:
             server = load_server_state(self._blobs, progress.state_sha256)
         else:
@@ -225,20 +273,44 @@ class RunDriver:
             stale=progress.stale,
         )
 
+    def _save_first(self, run_id: str, spec: RunSpec, initial: Vector) -> None:
+        with self._checkpoints.lock:
+            created = {
+                "model_sha256": save_model(self._blobs, initial),
+                "run_id": run_id,
+                "round": 0,
+                "parent_sha256": spec.initial_model or None,
+                "metrics": {},
+            }
+            self._store.record("model.created", run_id, created)
+
     def _public_key(self, device_id: str) -> bytes:
-        device = self._store.device(device_id)
-        if device.state != "active":
-            raise TrustError(f"Device {device_id} was revoked.")
-        return device.public_key
+        key = self._keys.get(device_id)
+        if key is None:
+            device = self._store.device(device_id)
+            if device.state != "active":
+                raise TrustError(f"Device {device_id} was revoked.")
+            key = self._keys[device_id] = device.public_key
+        return key
 
     def _finish(self, run_id: str, verdict: Verdict) -> None:
+        """Record a verdict, however long it takes; what is not recorded at a shutdown is found again."""
+        try:
+            self._patience(run_id).insist(lambda: self._record_verdict(run_id, verdict), even_if_stopped=True)
+        except Interrupted:
+            log.warning("run %s %s, which could not be recorded before the shutdown", run_id, verdict.outcome)
+        except LeptonError as error:
+            log.error("the verdict of run %s could not be recorded: %s", run_id, error)
+
+    def _record_verdict(self, run_id: str, verdict: Verdict) -> None:
         run = self._store.run(run_id)
         body = {
             "run_id": run_id,
             "verdict": verdict.outcome,
-            "reason": verdict.reason[:2000],
+            "reason": one_line(verdict.reason),
             "model_sha256": run.model_sha256,
             "rounds": run.committed,
         }
         self._store.record("run.finished", run_id, body)
+        self._meters.waiting.labels(run_id).set(0)
         log.info("run %s %s: %s", run_id, verdict.outcome, verdict.reason)

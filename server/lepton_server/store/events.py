@@ -270,6 +270,7 @@ class RoundEvaluated(_AboutRun):
     round: Positive
     metrics: Json = Field(default_factory=dict)
     improved: bool = False  # the best so far by the metric that the run was asked to watch
+    stale: Count = 0  # evaluations since the best one
     participation: Participants = Field(default_factory=list)
 
 

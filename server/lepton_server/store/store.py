@@ -373,6 +373,11 @@ class Store:
         query = select(MODEL.c.run_id).where(MODEL.c.sha256 == sha256).distinct()
         return len(self._rows(query))
 
+    def state_users(self, sha256: str) -> int:
+        """Return how many runs have this optimiser state among theirs, in any round."""
+        query = select(ROUND.c.run_id).where(ROUND.c.state_sha256 == sha256).distinct()
+        return len(self._rows(query))
+
     # ------------------------------------------------------------------------------------------- journal
 
     def events(
