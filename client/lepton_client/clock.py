@@ -42,6 +42,7 @@ class Watch:
         self._clock = clock
         self._offset = clock.wall() - clock.now()
         self.skew = 0.0  # seconds that this machine is ahead of the coordinator, as last heard
+        self._server_boot: float | None = None  # UTC seconds of our boot by the coordinator's clock
 
     def jumped(self) -> float:
         """Seconds by which the wall clock was moved since the last call; 0 when it was not."""
@@ -52,6 +53,7 @@ class Watch:
     def heard(self, server_time: float) -> str:
         """Compare with the coordinator's clock; returns what to tell the owner when that changed, else ''."""
         before, self.skew = self.skew, self._clock.wall() - server_time
+        self._server_boot = server_time - self._clock.now()
         wrong = abs(self.skew) > MAX_SKEW
         if wrong == (abs(before) > MAX_SKEW):
             return ""
@@ -61,5 +63,8 @@ class Watch:
         return f"This machine's clock is {abs(self.skew):.0f} s {side} the coordinator's; set it right."
 
     def server_now(self) -> float:
-        """UTC seconds, corrected by what the coordinator said; certificates are judged by it."""
-        return self._clock.wall() - (self.skew if abs(self.skew) > MAX_SKEW else 0.0)
+        """UTC seconds by the coordinator's clock, by which certificates are judged.
+
+        Once it was heard the boot clock carries it on, so that nothing that moves the wall clock counts.
+        """
+        return self._clock.wall() if self._server_boot is None else self._server_boot + self._clock.now()
