@@ -108,6 +108,7 @@ def _collect(plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metric
     with closing(exchange.ask(plan, Request.of(plan, model))) as answers:
         for answer in answers:
             _handle(collected, answer, exchange, metrics, take)
+            del answer  # it may be large: not while waiting for the next one
             if collected.reports >= plan.wanted_reports:
                 break
     closed_by = SURPLUS if collected.reports >= plan.wanted_reports else Rejection.OFFLINE.value

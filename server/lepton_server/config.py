@@ -188,7 +188,11 @@ class RoundsSection(_Section):
         default=2, ge=1, le=16, description="Runs that train at once; others queue."
     )
     max_unread_replies: int = Field(
-        default=4, ge=1, le=1_000, description="Replies held in memory until they are aggregated."
+        default=2,
+        ge=1,
+        le=1_000,
+        description="Replies of one round that are in memory at a time, from the start of their upload until "
+        "they are added; other devices wait. Each costs as much as a model.",
     )
     stay_s: float = Field(
         default=30.0,

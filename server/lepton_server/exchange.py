@@ -85,6 +85,7 @@ class FleetExchange:
                 if reply is not None:
                     if (device_id := attempt.devices.pop(reply.message_id, None)) is not None:
                         yield Answer(device_id, reply.content, reply.num_bytes)
+                        del reply  # it may be large: not while waiting for the next one
                 elif left <= 0:  # only now: an answer that was complete in time counts
                     break
                 else:

@@ -671,6 +671,7 @@ def test_a_device_that_dies_while_uploading_frees_its_slot(serve):
         handle, records = live.pull()
         live.push(handle, records)  # waits for the slot
         assert box.get(timeout_s=5).node_id == live_id
+        assert box.get(timeout_s=0) is None  # done with that answer: its slot is free
         with server.node(key) as again:  # and the other one comes back to life
             again.activate()
             handle, records = again.pull()
@@ -693,6 +694,9 @@ def test_no_slot_in_time_is_busy_and_the_device_tries_again(serve):
         with pytest.raises(ConnectionFailed, match="busy"):
             second.push(handle, records)
         assert box.get(timeout_s=5) is not None
+        with pytest.raises(ConnectionFailed, match="busy"):  # the round still works on the first answer
+            second.push(handle, records)
+        assert box.get(timeout_s=0) is None  # now it does not
         second.push(handle, records)
         assert box.get(timeout_s=5).node_id == second_id
 
@@ -709,6 +713,7 @@ def test_a_waiting_device_that_hangs_up_takes_no_slot(server):
         with pytest.raises(ConnectionFailed):
             announce(impatient, pulled[1][0], Records({"update": model(size=1000)}))
         assert box.get(timeout_s=5).node_id == nodes[0][0]
+        assert box.get(timeout_s=0) is None  # done with that answer: its slot is free
         nodes[2][1].push(*pulled[2])
         assert box.get(timeout_s=5).node_id == nodes[2][0]
 

@@ -82,7 +82,7 @@ def _shared(array: NDArray[Any]) -> Array:
     array = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
     stream = BytesIO()
     npy.write_array_header_1_0(stream, npy.header_data_from_array_1_0(array))
-    header, data = stream.getvalue(), memoryview(array.reshape(-1).view(np.uint8)).toreadonly()
+    header, data = stream.getvalue(), array.reshape(-1).view(np.uint8).data.toreadonly()
     encoded = Array(dtype=str(array.dtype), shape=tuple(array.shape), stype=NUMPY_STYPE, data=b"")
     size, first = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE - len(header)
     chunks = [_Chunk((header, data[:first]))]

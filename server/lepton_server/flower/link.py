@@ -113,7 +113,7 @@ class FlowerLink:
         self,
         limits: Limits | None = None,
         *,
-        max_unread_replies: int = 4,
+        max_unread_replies: int = 2,
         on_refused: Callable[[Refused], None] | None = None,
     ) -> None:
         self.limits = limits or Limits()
@@ -416,9 +416,17 @@ class FlowerLink:
                 node.object_id: self._state.object_store.get(node.object_id) or b""
                 for node in iterate_object_tree(tree)
             }
+            held, post.holds_slot = post.holds_slot, False  # kept while the round works on the reply
             self._remove(post, reply_id)
+            post.box.taken += held
         content = _decode(reply_id, contents, self.limits.max_reply_bytes)
         return Reply(post.message_id, post.node_id, content, num_bytes)
+
+    def done_with(self, box: "Mailbox") -> int:
+        """How many slots a mailbox's earlier replies held; they are free from now on."""
+        with self._lock:
+            taken, box.taken = box.taken, 0
+            return taken
 
     def withdraw(self, box: "Mailbox", message_ids: Iterable[str]) -> None:
         """Cancel messages of a mailbox, and what answers they have."""
@@ -468,6 +476,7 @@ class Mailbox:
     def __init__(self, link: FlowerLink, max_unread_replies: int) -> None:
         self._link = link
         self.gate = Gate(max_unread_replies)
+        self.taken = 0  # slots of the replies that ``get`` has returned and the round may still hold
         self.ready: queue.SimpleQueue[_Post | Reply | None] = queue.SimpleQueue()
         self._last: tuple[Records, Encoded] | None = None
 
@@ -492,8 +501,10 @@ class Mailbox:
     def get(self, timeout_s: float | None = None) -> Reply | None:
         """The next outcome, decoded in this thread; None after ``timeout_s`` seconds without one.
 
-        An arrival wakes the caller at once. A reply leaves the store here, which lets the next device in.
+        An arrival wakes the caller at once. The next call says that the caller is done with this reply, and
+        lets another device in: a caller that keeps replies keeps more of them than ``max_unread_replies``.
         """
+        self._let_in()
         ends = None if timeout_s is None else time.monotonic() + max(timeout_s, 0.0)
         while True:
             left = None if ends is None else max(ends - time.monotonic(), 0.0)
@@ -519,8 +530,14 @@ class Mailbox:
     def close(self) -> None:
         """Withdraw all that is open and wake a waiting ``get``, which returns None."""
         self.withdraw(self.open_messages())
+        self._let_in()
         self._last = None
         self.ready.put(None)
+
+    def _let_in(self) -> None:
+        """Give the slots of earlier replies to the devices that wait."""
+        for _ in range(self._link.done_with(self)):
+            self.gate.release()
 
     def failed(self, post: _Post, why: UpdateRejected) -> None:
         """Report a message that will have no answer; for the link."""

@@ -11,7 +11,7 @@
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 from flwr.app import Message, RecordDict
 from flwr.app.message import make_message
@@ -224,17 +224,20 @@ class State(InMemoryLinkState):
                 self._cleanup_push_session(session_id, cleanup_messages=False)
         return stored, missing
 
-    def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
+    def store_object(
+        self, run_id: int, session_id: str, object_id: str, object_content: bytes | bytearray
+    ) -> bool:
         """Store an object that a device sent; its hash and its frame are verified first."""
-        if get_object_id(object_content) != object_id:
+        content = cast("bytes", object_content)  # any bytes will do; Flower only looks at them and keeps them
+        if get_object_id(content) != object_id:
             return False
         try:
-            validate_object_content(object_content)
+            validate_object_content(content)
         except UnexpectedObjectContentError as error:
             log.info("An object was refused: %s", error)
             return False
         with self.lock:  # Flower takes this lock inside the next one when a session expires: keep one order
-            stored = super().store_object(run_id, session_id, object_id, object_content)
+            stored = super().store_object(run_id, session_id, object_id, content)
         if stored:
-            self._on_stored(session_id, object_id, len(object_content))
+            self._on_stored(session_id, object_id, len(content))
         return stored
