@@ -82,7 +82,7 @@ PATHS: Final = frozenset(
 )
 SMALL_BODY: Final = 64 * 1024  # bytes; all requests but the two that push
 ANNOUNCE_BODY: Final = 1024 * 1024  # bytes; a reply's tree of object ids
-SLICE: Final = 64 * 1024  # bytes of a response written at a time: what a slow reader may leave with us
+SLICE: Final = 16 * 1024  # bytes of a response written at a time: what a slow reader may leave with us
 DRAIN_S: Final = 2.0  # how long a refused body is read and thrown away, so that the refusal is seen
 
 Headers = list[tuple[bytes, bytes]]
