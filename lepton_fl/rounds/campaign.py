@@ -146,22 +146,19 @@ class Campaign:
     def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
         """Train until the last round, an early stop, a request to stop, or a failure."""
         try:
-            return self._run(state, should_stop)
+            while True:
+                if self._evaluation_due(state):
+                    state = self._evaluate(state)
+                if reason := self._finished(state):
+                    return Verdict("completed", reason)
+                if should_stop():
+                    return Verdict("stopped", f"Stopped on request after round {state.round}.")
+                advanced = self._train(state, should_stop)
+                if advanced is None:
+                    return Verdict("stopped", f"Stopped on request in round {state.round + 1}.")
+                state = advanced
         except LeptonError as error:
             return Verdict("failed", f"{error} {error.hint}".strip())
-
-    def _run(self, state: RunState, should_stop: Callable[[], bool]) -> Verdict:
-        while True:
-            if self._evaluation_due(state):
-                state = self._evaluate(state)
-            if reason := self._finished(state):
-                return Verdict("completed", reason)
-            if should_stop():
-                return Verdict("stopped", f"Stopped on request after round {state.round}.")
-            advanced = self._train(state, should_stop)
-            if advanced is None:
-                return Verdict("stopped", f"Stopped on request in round {state.round + 1}.")
-            state = advanced
 
     def _finished(self, state: RunState) -> str:
         watch, best = self.spec.early_stop, state.best
@@ -216,12 +213,11 @@ class Campaign:
             full = len(ids) >= min(asked, self._could_come(candidates))
             if len(ids) >= spec.min_reports and (full or waited >= spec.fill_wait_s):
                 cohort = draw(ids, asked, self.rng)
-                if not self.claim(cohort):
-                    continue  # they are busy now: look again
-                self._gathered = True
-                if shown:
-                    self.book.waiting("", 0.0)
-                return cohort
+                if self.claim(cohort):  # else another run was faster: look again, within the same bounds
+                    self._gathered = True
+                    if shown:
+                        self.book.waiting("", 0.0)
+                    return cohort
             cause = str(Shortfall.of(candidates, spec.min_reports))
             left = spec.quorum_wait_s - waited
             if left <= 0:

@@ -534,3 +534,26 @@ def test_closing_is_enough_to_withdraw():
     with closing(exchange.ask(plan, Request.of(plan, np.zeros(SIZE, np.float32)))) as answers:
         next(answers)
     assert exchange.closed == 1
+
+
+def test_a_cohort_that_another_run_takes_is_drawn_again_within_the_quorums_bound():
+    now = [0.0]
+
+    def pass_time(roster):
+        now[0] += roster.waited[-1]
+
+    spec = RunSpec(task="pkg:task", rounds=1, cohort=CohortSpec(size=2, quorum_wait_s=30.0))
+    for lost_claims, outcome in ((3, "completed"), (10**9, "failed")):
+        claims = []
+        roster = Roster(on_wait=pass_time)
+
+        def claim(cohort, claims=claims, lost_claims=lost_claims):
+            claims.append(cohort)
+            return len(claims) > lost_claims
+
+        campaign = Campaign(
+            spec, "run", WORK, Recorded(), roster, Book(), Random(0), claim=claim, clock=lambda: now[0]
+        )
+        verdict = campaign.run(RunState(np.zeros(SIZE, np.float32)))
+        assert verdict.outcome == outcome, verdict
+        assert len(roster.waited) >= min(lost_claims, 20)  # it never spins
