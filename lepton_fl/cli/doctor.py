@@ -2,7 +2,8 @@
 
 A package adds checks by an entry point in the group ``lepton.doctor``: a callable that takes a ``Context``
 and returns ``Check`` records. It is called for every ``lepton doctor``: it looks at ``context.role`` first,
-imports heavy things late, and neither writes nor leaves anything behind. One that fails is a failed check.
+imports heavy things late, and neither writes nor leaves anything behind. One that fails is a failed check; one
+with the name of an earlier check replaces it (a role knows whose process has its ports).
 """
 
 import os
@@ -94,7 +95,7 @@ def examine(role: str | None = None, path: Path | None = None, *, rebuild: bool 
     context = Context(role, config, rebuild)
     for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
         checks += _contributed(entry, context)
-    return checks
+    return list({check.name: check for check in checks}.values())
 
 
 def _contributed(entry: metadata.EntryPoint, context: Context) -> list[Check]:

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -25,6 +25,7 @@ from lepton_fl.files import BlobStore, make_private_folder
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
 from lepton_server.device_service import DeviceService, Endpoints, hosts_of
+from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.ops import Meters, ops_app
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 
 START_S = 30.0  # for a listener to come up
 GRACE_S = 2  # for requests under way at a shutdown
-LOCK_FILE = "coordinator.lock"
 
 
 class Coordinator:
@@ -209,7 +209,7 @@ def _claim(folder: Path) -> IO[str]:
     """Lock the state folder for this process; the lock ends with the process, however it ends."""
     file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except OSError as error:
         file.seek(0)
         owner = file.read().strip() or "unknown"
@@ -222,6 +222,15 @@ def _claim(folder: Path) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _lock(file: IO[str]) -> None:
+    """Try for a moment: `lepton doctor` looks at the lock by touching it."""
+    for _ in range(3):
+        with suppress(OSError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _bind(host: str, port: int, key: str) -> socket.socket:

@@ -41,7 +41,6 @@ class Patience:
         *,
         closing: threading.Event,
         stopping: Callable[[], bool] = lambda: False,
-        retry_s: float = RETRY_S,
     ) -> None:
         """Make it.
 
@@ -51,10 +50,9 @@ class Patience:
             meters: ``lepton_run_waiting`` is 1 during a wait.
             closing: set when the coordinator shuts down.
             stopping: whether the run was asked to stop.
-            retry_s: seconds between two tries.
         """
         self._store, self._run_id, self._meters = store, run_id, meters
-        self._closing, self._stopping, self._retry_s = closing, stopping, retry_s
+        self._closing, self._stopping = closing, stopping
 
     def insist(self, write: Callable[[], object], *, even_if_stopped: bool = False) -> None:
         """Call ``write``, which does all or nothing, until it has worked.
@@ -91,7 +89,7 @@ class Patience:
         if cause != shown:
             log.error("run %s waits: %s %s", self._run_id, cause, error.hint)
             self._meters.waiting.labels(self._run_id).set(1)
-            self._record(cause, time.time() + self._retry_s)
+            self._record(cause, time.time() + RETRY_S)
         return cause
 
     def _record(self, cause: str, until: float) -> None:
@@ -100,7 +98,7 @@ class Patience:
             self._store.record("run.waiting", self._run_id, body)
 
     def _wait(self, cause: str, even_if_stopped: bool) -> None:
-        if self._closing.wait(self._retry_s):
+        if self._closing.wait(RETRY_S):
             raise Interrupted
         if self._stopping() and not even_if_stopped:
             raise Stopped(f"Stopped on request while it waited: {cause}")
