@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lepton_client.config import LimitsSection, TaskSection
-from lepton_client.inspection import fingerprint
+from lepton_client.fingerprint import fingerprint
 from lepton_fl.errors import DataError, LeptonError, TaskError
 
 if TYPE_CHECKING:

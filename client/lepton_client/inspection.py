@@ -13,17 +13,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Final
 
 from lepton_client.config import TaskSection
+from lepton_client.fingerprint import fingerprint
 from lepton_fl.errors import LeptonError
 
 TIMEOUT_S: Final = 600.0
 MAX_REASON: Final = 500  # characters that the coordinator takes
-MAX_FILES: Final = 10_000  # of a data folder that are looked at for changes
 
 
 @dataclass(frozen=True)
@@ -71,28 +70,6 @@ def inspect(section: TaskSection, timeout_s: float = TIMEOUT_S) -> Finding:
         return replace(
             unknown, reason=f"The contract check ended with code {process.returncode} and no result."
         )
-
-
-def fingerprint(section: TaskSection) -> tuple[object, ...]:
-    """Changes when the files behind a data source do: their names, sizes and times of change."""
-    path = section.data.get("path")
-    if not isinstance(path, str):
-        return ()
-    return tuple(_stamps(Path(path).expanduser()))
-
-
-def _stamps(path: Path) -> Iterator[tuple[str, int, int]]:
-    try:
-        stat = path.stat()
-        yield str(path), stat.st_size, stat.st_mtime_ns
-        if path.is_dir():
-            for number, child in enumerate(sorted(path.rglob("*"))):
-                if number >= MAX_FILES:
-                    return
-                stat = child.stat()
-                yield str(child), stat.st_size, stat.st_mtime_ns
-    except OSError as error:
-        yield str(path), -1, error.errno or -1
 
 
 class Inspector:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from lepton_client.config import TaskSection
-from lepton_client.inspection import fingerprint
+from lepton_client.fingerprint import fingerprint
 from lepton_fl.errors import ConfigError
 from lepton_fl.tasks import Dataset, Task, load_task, resolve
 from lepton_fl.tasks.sources import DataSourceSpec, open_source
