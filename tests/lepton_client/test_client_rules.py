@@ -17,7 +17,8 @@ from lepton_client.backoff import Backoff
 from lepton_client.clock import Watch
 from lepton_client.config import ClientConfig, EligibilitySection
 from lepton_client.eligibility import Machine, first_objection, in_window
-from lepton_client.inspection import Finding, Inspector, fingerprint, inspect
+from lepton_client.fingerprint import fingerprint
+from lepton_client.inspection import Finding, Inspector, inspect
 from lepton_client.ledger import KEEP, Ledger
 from lepton_client.state import StateDir
 from lepton_fl.config import load
