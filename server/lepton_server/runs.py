@@ -199,8 +199,9 @@ class RunDriver:
         patience = self._patience(run_id)
         self._record_start(run_id, patience)
         work, initial = self._prepare(spec, patience)
-        state = self._state(run_id, spec, initial, patience)
-        log.info("run %s: %s from round %d", run_id, work.task, state.round + 1)
+        start = [self._state(run_id, spec, initial, patience)]
+        del initial
+        log.info("run %s: %s from round %d", run_id, work.task, start[0].round + 1)
         campaign = Campaign(
             spec=spec,
             run_id=run_id,
@@ -211,7 +212,9 @@ class RunDriver:
             rng=self._rng,
             claim=lambda device_ids: self._fleet.claim(device_ids, run_id),
         )
-        return campaign.run(state, self._is_stopping(run_id))
+        return campaign.run(
+            start.pop(), self._is_stopping(run_id)
+        )  # no name here keeps the first model alive
 
     def _record_start(self, run_id: str, patience: Patience) -> None:
         try:
