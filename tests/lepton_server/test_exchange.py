@@ -1,0 +1,136 @@
+"""Rounds over the real fleet view and the real transport's book; the devices' silence and loss."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from lepton_server import exchange as module
+from lepton_server.exchange import FleetExchange
+from lepton_server.patience import Interrupted
+
+from lepton_fl.errors import Rejection, StateLocked
+from lepton_fl.plan import RunSpec
+from lepton_fl.rounds.campaign import RunState, Work, plan_round
+from lepton_fl.tasks.metrics import TrainingLoss
+from lepton_fl.wire.messages import Request
+
+SIZE = 4
+
+
+@pytest.fixture
+def asking(works, monkeypatch):
+    """``asking(deadline_s, ...)``: an exchange, its plan and request for the whole fleet."""
+    monkeypatch.setattr(module, "WAKE_S", 0.02)
+
+    def make(deadline_s=30.0, **options):
+        spec = RunSpec(task="pkg:task", cohort={"size": 3, "deadline_s": deadline_s})
+        work = Work("pkg:task", "1", "ab" * 32, SIZE, TrainingLoss())
+        state = RunState(np.zeros(SIZE, np.float32))
+        plan = plan_round(spec, "r1", work, "train", 1, state, works.ids, 3, "ab" * 16)
+        keys = options.pop("keys", lambda device_id: works.store.device(device_id).public_key)
+        options = {"stay_s": 1.0, "closing": lambda: False} | options
+        return FleetExchange(works.link, works.fleet, keys, **options), plan, Request.of(plan, state.model)
+
+    return make
+
+
+def outcomes(works, exchange, plan, request):
+    found = {a.device_id: a.records for a in exchange.ask(plan, request)}
+    assert works.fleet.counts().busy == 0
+    assert not works.link._posts
+    return {device: answer.reason for device, answer in found.items()}
+
+
+class Waiting:
+    def wake(self):
+        pass
+
+    def close(self, error):
+        pass
+
+
+def test_nobody_waits_for_the_vanished_until_the_deadline(works, asking, monkeypatch):
+    monkeypatch.setattr(module, "GONE_S", 0.1)
+    for device_id in works.ids:
+        stream = Waiting()
+        assert works.fleet.open_stream(device_id, stream)
+    exchange, plan, request = asking()
+    answers = exchange.ask(plan, request)
+    threading.Timer(0.2, lambda: works.fleet.close_stream(works.ids[2], stream)).start()
+    answer = next(answers)
+    assert (answer.device_id, answer.records.reason) == (works.ids[2], Rejection.OFFLINE)
+    assert "not been heard of" in str(answer.records)
+    answers.close()
+    assert works.fleet.counts().busy == 0
+
+
+def test_a_heartbeat_now_and_then_is_a_sign_of_life(works, asking, monkeypatch):
+    monkeypatch.setattr(module, "GONE_S", 0.05)
+    for device_id in works.ids:
+        stream = Waiting()
+        works.fleet.open_stream(device_id, stream)
+    exchange, plan, request = asking(deadline_s=1.0)
+    for device_id in works.ids:  # they were told by stream, and work now
+        node = works.link.admit(works.store.device(device_id).public_key)
+        works.link._seen[node] = time.monotonic() - 30.0
+        works.fleet._devices[device_id].stream = None
+    attempt = module._Attempt(
+        plan, 0.0, nodes={d: works.link.admit(works.store.device(d).public_key) for d in works.ids}
+    )
+    attempt.streamed = set(works.ids)
+    assert all(exchange._is_there(attempt, device_id) for device_id in works.ids)
+    works.link._seen = dict.fromkeys(works.link._seen, time.monotonic() - 60.0)
+    assert not any(exchange._is_there(attempt, device_id) for device_id in works.ids)
+
+
+def test_the_deadline_ends_an_attempt_and_a_stop_brings_it_near(works, asking, monkeypatch):
+    exchange, plan, request = asking(deadline_s=0.2)
+    outcomes(works, exchange, plan, request)
+    monkeypatch.setattr(module, "STOP_S", 0.1)
+    exchange, plan, request = asking(deadline_s=600.0, stopping=lambda: True)
+    assert outcomes(works, exchange, plan, request) == {}
+
+
+def test_a_shutdown_interrupts_and_leaves_nothing_claimed(works, asking):
+    closing = threading.Event()
+    exchange, plan, request = asking(deadline_s=600.0, closing=closing.is_set)
+    threading.Timer(0.1, closing.set).start()
+    with pytest.raises(Interrupted):
+        list(exchange.ask(plan, request))
+    assert works.fleet.counts().busy == 0
+    assert not works.link._posts
+
+
+def test_a_device_of_another_run_is_not_asked_and_not_released(works, asking):
+    assert works.fleet.claim(works.ids[:1], "r2")
+    exchange, plan, request = asking(deadline_s=0.1)
+    answers = exchange.ask(plan, request)
+    answer = next(answers)
+    assert (answer.device_id, answer.records.reason) == (works.ids[0], Rejection.OFFLINE)
+    answers.close()
+    assert works.fleet.counts().busy == 1
+
+
+def test_a_device_revoked_between_its_key_and_its_admission_stays_out(works, asking):
+    def revoke_meanwhile(device_id):
+        key = works.store.device(device_id).public_key
+        if device_id == works.ids[1]:
+            works.store.record("device.revoked", {"device_id": device_id, "reason": ""})
+            works.fleet.follow()  # its callback comes too early to shut anybody out
+        return key
+
+    exchange, plan, request = asking(keys=revoke_meanwhile)
+    answers = exchange.ask(plan, request)
+    answer = next(answers)
+    assert (answer.device_id, answer.records.reason) == (works.ids[1], Rejection.REVOKED)
+    answers.close()
+    assert len(works.link._keys) == 1  # only who was asked before it
+
+
+def test_a_database_that_is_held_does_not_make_a_device_a_revoked_one(works, asking):
+    def held(device_id):
+        raise StateLocked("lepton.db is locked.")
+
+    exchange, plan, request = asking(keys=held)
+    assert set(outcomes(works, exchange, plan, request).values()) == {Rejection.OFFLINE}
