@@ -2,8 +2,8 @@
 
 A package adds checks by an entry point in the group ``lepton.doctor``: a callable that takes a ``Context``
 and returns ``Check`` records. It is called for every ``lepton doctor``: it looks at ``context.role`` first,
-imports heavy things late, and neither writes nor leaves anything behind. One that fails is a failed check, one
-with the name of an earlier check replaces it (a role knows whose process has its ports).
+imports heavy things late, and neither writes nor leaves anything behind. One that fails is a failed check;
+one that has the name of an earlier check replaces it (a role knows whose process has its ports).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The coordinator process from the inside: start, the operator's pages, renewal of certificates, doctor, end."""
+"""The coordinator from the inside: start, the operator's pages, renewal of certificates, doctor, end."""
 
 import logging
 import os
@@ -10,13 +10,13 @@ import urllib.error
 import urllib.request
 
 import pytest
+
+from lepton_fl.cli.doctor import examine
+from lepton_fl.errors import ConnectionFailed, Rejection, StateLocked
 from lepton_server.authority import Authority
 from lepton_server.cli import _load
 from lepton_server.coordinator import Coordinator
 from lepton_server.store import open_store
-
-from lepton_fl.cli.doctor import examine
-from lepton_fl.errors import ConnectionFailed, Rejection, StateLocked
 
 pytestmark = [
     pytest.mark.network,

@@ -5,15 +5,15 @@ import time
 
 import numpy as np
 import pytest
-from lepton_server import exchange as module
-from lepton_server.exchange import FleetExchange
-from lepton_server.patience import Interrupted
 
 from lepton_fl.errors import Rejection, StateLocked
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
 from lepton_fl.tasks.metrics import TrainingLoss
 from lepton_fl.wire.messages import Request
+from lepton_server import exchange as module
+from lepton_server.exchange import FleetExchange
+from lepton_server.patience import Interrupted
 
 SIZE = 4
 
@@ -70,7 +70,7 @@ def test_a_heartbeat_now_and_then_is_a_sign_of_life(works, asking, monkeypatch):
     for device_id in works.ids:
         stream = Waiting()
         works.fleet.open_stream(device_id, stream)
-    exchange, plan, request = asking(deadline_s=1.0)
+    exchange, plan, _ = asking(deadline_s=1.0)
     for device_id in works.ids:  # they were told by stream, and work now
         node = works.link.admit(works.store.device(device_id).public_key)
         works.link._seen[node] = time.monotonic() - 30.0

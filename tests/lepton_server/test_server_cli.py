@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from lepton_server.store import open_store
 
 from lepton_fl.cli import app
+from lepton_server.store import open_store
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lepton_server.config import ServerConfig
 
 from lepton_fl.config import load
+from lepton_server.config import ServerConfig
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "server"

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lepton_fl.errors import DataError, TaskError
 from lepton_server.patience import Interrupted
 from lepton_server.workshop import Workshop
-
-from lepton_fl.errors import DataError, TaskError
 
 TASK = "lepton_fl.tasks.images:digits"
 
