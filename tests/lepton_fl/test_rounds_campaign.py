@@ -557,3 +557,36 @@ def test_a_cohort_that_another_run_takes_is_drawn_again_within_the_quorums_bound
         verdict = campaign.run(RunState(np.zeros(SIZE, np.float32)))
         assert verdict.outcome == outcome, verdict
         assert len(roster.waited) >= min(lost_claims, 20)  # it never spins
+
+
+def test_a_cohort_that_another_run_took_meanwhile_costs_no_attempt():
+    roster, claims = Roster(), []
+
+    def claim(cohort):
+        claims.append(cohort)
+        taken = len(claims) < 3  # somebody was faster, twice
+        roster.candidates_now = [Candidate(d, "busy" if taken and d in cohort else "eligible") for d in FLEET]
+        return not taken
+
+    book = Book()
+    made = campaign(spec_of(rounds=1, evaluate_every=0), roster=roster, book=book)
+    made.claim = claim
+    assert made.run(start(spec_of())).outcome == "completed"
+    assert len(claims) == 3
+    assert [e for e in book.events if e[0] == "planned"] == [("planned", "train", 1, 1)]
+
+
+def test_a_cause_that_keeps_changing_is_shown_now_and_then_and_the_last_one_stays():
+    roster = Roster([Candidate(d, "offline") for d in FLEET])
+
+    def flap(it: Roster) -> None:
+        seconds = len(it.waited)
+        standing = ("offline", "busy")[min(seconds, 7) % 2]
+        it.candidates_now = [Candidate(d, standing) for d in FLEET]
+
+    roster.on_wait = flap
+    book, spec = Book(), spec_of(cohort=CohortSpec(size=3, quorum_wait_s=30))
+    campaign(spec, roster=roster, book=book).run(start(spec))
+    shown = [e[1] for e in book.events]
+    assert len(shown) == 2
+    assert shown[-1].endswith("5 busy")
