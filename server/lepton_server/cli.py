@@ -459,6 +459,8 @@ def _sentence(line: dict[str, Any]) -> str:
             return f"round {line['round']:>4}  abandoned: {line['cause']}"
         case "run.waiting":
             return f"waiting: {line['cause']}" if line["cause"] else "moving again"
+        case "run.started":
+            return "started"
         case "run.finished":
             return f"{line['verdict']}: {line['reason']}"
     return str(line["kind"])
