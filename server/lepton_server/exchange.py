@@ -23,8 +23,8 @@ from lepton_server.patience import Interrupted
 log = logging.getLogger(__name__)
 
 WAKE_S = 0.5  # how often a waiting round looks for vanished devices and a shutdown
-SILENT_S = 40.0  # a device that works sends a heartbeat to the fleet API every 30 s
-GONE_S = 15.0  # without stream and silent at the fleet API for so long: the device is gone
+GONE_S = 20.0  # a device that had a stream, lost it, and is silent at the fleet API for so long, is gone
+SILENT_S = 40.0  # one that never had a stream; one that works sends a heartbeat to the fleet API every 10 s
 STOP_S = 10.0  # how long an attempt goes on after a request to stop
 
 
@@ -177,22 +177,23 @@ class FleetExchange:
         return max(0.0, attempt.ends - now)
 
     def _vanished(self, attempt: _Attempt, box: Mailbox) -> Generator[Answer, None, None]:
-        """Give up devices that have neither a stream nor a sign of life at the fleet API."""
+        """Give up devices that have neither a stream nor shown a sign of life at the fleet API."""
         now = time.monotonic()
         for message_id, device_id in list(attempt.devices.items()):
             if self._is_there(attempt, device_id):
                 attempt.missing_since.pop(device_id, None)
-            elif now - attempt.missing_since.setdefault(device_id, now) >= GONE_S:
+                continue
+            limit = GONE_S if device_id in attempt.streamed else SILENT_S
+            idle = self._link.idle_s(attempt.nodes[device_id])
+            missing = now - attempt.missing_since.setdefault(device_id, now)
+            if missing >= limit and (idle is None or idle >= limit):
                 box.withdraw([message_id])
                 del attempt.devices[message_id]
-                why = f"Device {device_id} has not been heard of for {GONE_S:g} s."
+                why = f"Device {device_id} has not been heard of for {limit:g} s."
                 yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, why))
 
     def _is_there(self, attempt: _Attempt, device_id: str) -> bool:
         if self._fleet.is_waiting(device_id):
-            return True
-        idle = self._link.idle_s(attempt.nodes[device_id])
-        if idle is not None and idle < SILENT_S:
             return True
         return device_id not in attempt.streamed and self._fleet.is_online(device_id)
 

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from lepton_client.flower import HEARTBEAT_S
 from lepton_fl.errors import Rejection, StateLocked
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
@@ -65,23 +66,19 @@ def test_nobody_waits_for_the_vanished_until_the_deadline(works, asking, monkeyp
     assert works.fleet.counts().busy == 0
 
 
-def test_a_heartbeat_now_and_then_is_a_sign_of_life(works, asking, monkeypatch):
-    monkeypatch.setattr(module, "GONE_S", 0.05)
-    for device_id in works.ids:
-        stream = Waiting()
-        works.fleet.open_stream(device_id, stream)
+def test_a_heartbeat_now_and_then_is_a_sign_of_life(works, asking):
     exchange, plan, _ = asking(deadline_s=1.0)
-    for device_id in works.ids:  # they were told by stream, and work now
-        node = works.link.admit(works.store.device(device_id).public_key)
-        works.link._seen[node] = time.monotonic() - 30.0
-        works.fleet._devices[device_id].stream = None
-    attempt = module._Attempt(
-        plan, 0.0, nodes={d: works.link.admit(works.store.device(d).public_key) for d in works.ids}
-    )
+    nodes = {d: works.link.admit(works.store.device(d).public_key) for d in works.ids}
+    # They were told by stream, lost it long ago, and work.
+    attempt = module._Attempt(plan, 0.0, devices={f"m-{d}": d for d in works.ids}, nodes=nodes)
     attempt.streamed = set(works.ids)
-    assert all(exchange._is_there(attempt, device_id) for device_id in works.ids)
-    works.link._seen = dict.fromkeys(works.link._seen, time.monotonic() - 60.0)
-    assert not any(exchange._is_there(attempt, device_id) for device_id in works.ids)
+    attempt.missing_since = dict.fromkeys(works.ids, time.monotonic() - 600.0)
+    box = works.link.mailbox()
+    works.link._seen = dict.fromkeys(nodes.values(), time.monotonic() - HEARTBEAT_S - 5.0)
+    assert list(exchange._vanished(attempt, box)) == []
+    works.link._seen = dict.fromkeys(nodes.values(), time.monotonic() - 2 * HEARTBEAT_S - 5.0)
+    assert {answer.device_id for answer in exchange._vanished(attempt, box)} == set(works.ids)
+    box.close()
 
 
 def test_the_deadline_ends_an_attempt_and_a_stop_brings_it_near(works, asking, monkeypatch):
