@@ -2,10 +2,10 @@
 
     verdict = Campaign(spec, work, exchange, roster, book, rng).run(state, should_stop)
 
-Rules. A plan is recorded before any device hears of it. A round counts only once it is recorded as committed;
-whoever restarts after a crash passes the last committed state and continues. Every wait has a bound, and says
-what it waits for. A round that brought too few reports is abandoned by name and tried again with another
-cohort, a bounded number of times; then the run ends with a verdict, never in silence.
+Rules. A training plan is recorded before any device hears of it. A round counts only once it is recorded as
+committed; whoever restarts after a crash passes the last committed state and continues. Every wait has a
+bound, and says what it waits for. A round that brought too few reports is abandoned by name and tried again
+with another cohort, a bounded number of times; then the run ends with a verdict, never in silence.
 """
 
 import time

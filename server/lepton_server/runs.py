@@ -243,6 +243,8 @@ class RunDriver:
         patience.insist(lambda: self._store.ensure_task(registered))
         central = spec.central_data
         evaluate = (lambda model: self._workshop.evaluate(reference, model, central)) if central else None
+        if evaluate is not None:
+            evaluate(initial)  # data that cannot be used end the run now, not after its first round
         work = Work(reference, task.version, layout.digest, layout.size, task.metrics, evaluate)
         if spec.initial_model:
             initial = load_model(self._blobs, spec.initial_model)
