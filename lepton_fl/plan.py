@@ -72,9 +72,7 @@ class ServerOptimizerSpec(Frozen):
 class CohortSpec(Frozen):
     """Who takes part, and how long the others wait."""
 
-    size: Annotated[int, Field(ge=1, le=20_000)] = (
-        10  # reports wanted
-    )
+    size: Annotated[int, Field(ge=1, le=20_000)] = 10  # reports wanted
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0  # devices asked = size * this, rounded up
     min_reports: Annotated[int, Field(ge=1)] = 1  # fewer than this and the round is abandoned
     deadline_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
