@@ -17,6 +17,7 @@ def test_recommended_settings(path):
     body = tomllib.loads(path.read_text(encoding="utf-8"))
     spec = RunSpec(**body["run"])
     task = load_task(spec.task)
-    assert spec.early_stop.metric in {"loss", "accuracy", "r2"}
+    better = {"loss": "min", "rmse": "min", "accuracy": "max", "r2": "max"}
+    assert spec.early_stop.mode == better[spec.early_stop.metric]
     kind = PartitionSpec(**body["data"]["partition"]).kind
     assert kind != "natural" or task.name not in ("digits", "fashion_mnist")
