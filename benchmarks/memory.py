@@ -8,16 +8,18 @@ Idle device: one enrolled ``lepton client run`` process with a checked task and 
 stock ``flower-supernode`` with the ``flower-superexec`` that it starts. RSS counts shared pages in full, PSS
 shares them out.
 
-Coordinator: a real ``lepton server`` process runs one round with 100 and with 500 devices and updates of one
+Coordinator: a real ``lepton server`` process runs two rounds with 100 and with 500 devices and updates of one
 million random int32 each. The devices are threads of a load process that speak the real protocols (enrolment
 and streams over mutual TLS, Flower's fleet API) but do not train: what is measured is the coordinator. Its
-peak (VmHWM, reset once the fleet is connected) is held against what it used before the round. The process
-that builds initial models is not counted: it does not take part in a round.
+peak (VmHWM, reset before each round) is held against what it used before the round. The first round is cold:
+it also loads code and fills caches, which stay; the second shows what a round itself takes. The process that
+builds initial models is not counted: it does not take part in a round.
 
 Stock: Flower's ``FedAvg.aggregate_train`` over as many ready replies, in a process of its own, without any
 transport; peak against what it used before the first reply.
 
-Exit code 1 if a bound is missed: 60 MB for a device, 6 models (24 MB) for both cohorts.
+Exit code 1 if a bound is missed: 60 MB for a device; 6 models (24 MB) above the coordinator's base, that is,
+in the second round, for both cohorts.
 """
 
 import argparse
@@ -96,7 +98,7 @@ def idle_stock() -> list[tuple[float, float]]:
 
 
 def coordinator(devices: int) -> dict[str, float]:
-    """MB of a coordinator: at its start, with the fleet connected, and at the peak of a round."""
+    """MB of a coordinator: at its start, with the fleet connected, at the peaks of two rounds, after each."""
     from lepton_server.store import open_store
 
     with Lepton() as fleet:
@@ -115,21 +117,20 @@ def coordinator(devices: int) -> dict[str, float]:
             raise RuntimeError("the load process did not start")
         time.sleep(2.0)  # the reports are written
         result["connected"] = status_mb(server.pid, "VmRSS")
-        Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the peak counts from here
-        began = time.monotonic()
-        run_id = fleet.queue(devices, 1)
-        with open_store(fleet.store_url) as store:
-            fleet.wait(lambda: store.run(run_id).finished, 600, "the round")
-            run, rounds = store.run(run_id), store.rounds(run_id)
-            counted = sum(p.outcome == "counted" for p in store.participation(run_id, 1))
-        if run.state != "completed" or counted != devices:
-            raise RuntimeError(f"the run {run.state} with {counted} of {devices} updates: {run.reason}")
-        result["peak"] = status_mb(server.pid, "VmHWM")
-        time.sleep(2.0)
-        return result | {
-            "after": status_mb(server.pid, "VmRSS"),
-            "seconds": rounds[0].seconds or time.monotonic() - began,
-        }
+        for name in ("first", "second"):
+            Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the peak counts from here
+            run_id = fleet.queue(devices, 1)
+            with open_store(fleet.store_url) as store:
+                fleet.wait(lambda store=store, run_id=run_id: store.run(run_id).finished, 600, "the round")
+                run, rounds = store.run(run_id), store.rounds(run_id)
+                counted = sum(p.outcome == "counted" for p in store.participation(run_id, 1))
+            if run.state != "completed" or counted != devices:
+                raise RuntimeError(f"the run {run.state} with {counted} of {devices} updates: {run.reason}")
+            result[f"{name} peak"] = status_mb(server.pid, "VmHWM")
+            time.sleep(2.0)
+            result[f"{name} after"] = status_mb(server.pid, "VmRSS")
+            result["seconds"] = rounds[0].seconds
+        return result
 
 
 def load(devices: int, folder: Path) -> None:
@@ -262,23 +263,28 @@ def show_idle(console: Console, with_stock: bool) -> bool:
 def show_round(console: Console, cohorts: list[int], with_stock: bool) -> bool:
     """Measure and print coordinators; whether ours is within its bound."""
     table = Table(title=f"A round of {SIZE:,} coordinates ({MODEL_MB:.1f} MB as float32)")
-    for column in ("updates", "", "start MB", "before MB", "peak MB", "growth MB", "models", "after MB", "s"):
+    for column in ("updates", "", "start MB", "before MB", "peak MB", "growth MB", "models", "s"):
         table.add_column(column, justify="right")
     good = True
     for devices in cohorts:
-        rows = {"lepton server": coordinator(devices)}
+        ours = coordinator(devices)
+        rows = [
+            ("ours, first round", ours, "connected", "first peak"),
+            ("ours, second round", ours, "first after", "second peak"),
+        ]
         if with_stock:
-            rows["stock FedAvg"] = stock_aggregation(devices)
-        for name, result in rows.items():
-            growth = result["peak"] - result["connected"]
-            values = ["start", "connected", "peak"], ["after", "seconds"]
-            shown = [[f"{result[k]:.0f}" if k in result else "" for k in keys] for keys in values]
-            table.add_row(
-                str(devices), name, *shown[0], f"{growth:.0f}", f"{growth / MODEL_MB:.1f}", *shown[1]
-            )
-            good &= name != "lepton server" or growth / MODEL_MB <= MAX_MODELS
+            rows.append(("stock FedAvg", stock_aggregation(devices), "connected", "peak"))
+        for name, result, base, peak in rows:
+            growth = result[peak] - result[base]
+            shown = [f"{result[key]:.0f}" if key in result else "" for key in ("start", base, peak)]
+            models, seconds = growth / MODEL_MB, result.get("seconds")
+            shown += [f"{growth:.0f}", f"{models:.1f}", f"{seconds:.0f}" if seconds is not None else ""]
+            table.add_row(str(devices), name, *shown)
+            good &= name != "ours, second round" or models <= MAX_MODELS
     console.print(table)
-    console.print(f"{'met' if good else 'MISSED'}: at most {MAX_MODELS:g} models above what it used before")
+    console.print(
+        f"{'met' if good else 'MISSED'}: at most {MAX_MODELS:g} models above the base (second round)"
+    )
     return good
 
 
