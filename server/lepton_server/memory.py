@@ -11,11 +11,11 @@ import sys
 # From malloc.h; they are part of glibc's ABI.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
-LARGE = 64 * 1024  # bytes; blocks from here on go back to the system as soon as they are freed
+LARGE = 256 * 1024  # bytes; blocks from here on go back to the system as soon as they are freed
 KEPT = 1024 * 1024  # bytes that may stay free at the end of the heap
 ARENAS = 2
 # Read from a TLS connection at a time; asyncio keeps this buffer, 256 KiB by default, for each connection.
-TLS_READ = 64 * 1024  # bytes
+TLS_READ = 32 * 1024  # bytes
 
 
 def give_back_early() -> None:
