@@ -90,6 +90,19 @@ class CohortSpec(Frozen):
         return self
 
 
+class AggregationSpec(Frozen):
+    """How the updates of a round become one; see ``lepton_fl.rounds.robust`` for the robust rules."""
+
+    name: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median"] = "mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # share cut off at either end (trimmed_mean)
+    malicious: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # share of the reports to withstand (krum)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether a sum is all that is needed, so that no update need be kept or seen."""
+        return self.name == "mean"
+
+
 class EarlyStop(Frozen):
     """Stop when the watched metric has not improved for ``patience`` evaluations; 0 = never."""
 
@@ -114,6 +127,8 @@ class RunSpec(Frozen):
     weighting: Literal["examples", "equal"] = "examples"
     max_weight: Annotated[int, Field(ge=1, le=2**24)] = 2**20  # examples above this count as this
     grid_step: Positive = 2.0**-24  # a power of two; updates reach +-(2**31 - 1) * grid_step
+    clip_norm: NonNegative = 0.0  # a device scales its update to this L2 norm if it is longer; 0 = off
+    aggregation: AggregationSpec = AggregationSpec()
     evaluate_every: Annotated[int, Field(ge=0)] = 1  # federated evaluation every n rounds; 0 = never
     evaluate_cohort: Annotated[int, Field(ge=0)] = 0  # devices asked to evaluate; 0 = as many as train
     central_data: str = ""  # folder of the task's data set on the coordinator, or "built-in"; empty = none
@@ -177,6 +192,8 @@ class RoundPlan(Frozen):
     weighting: Literal["examples", "equal"]
     max_weight: int
     grid_step: float
+    clip_norm: float = 0.0
+    aggregation: AggregationSpec = AggregationSpec()
     nonce: str  # hex; tells two attempts apart even after a crash between them
 
     @classmethod

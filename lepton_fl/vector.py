@@ -11,9 +11,10 @@ buffers (step counters and the like) are state of one device and are never avera
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
-from math import prod
+from math import isfinite, isqrt, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,35 +96,156 @@ def vector_digest(flat: Vector) -> str:
 # --- the integer grid -------------------------------------------------------------------------------
 
 GRID_LIMIT = 2**31 - 1  # the largest magnitude that fits the int32 on the wire
+EXACT = 2**53  # integers up to here are exact in float64
+SLACK = 2.0**-40  # taken off a clipping factor: more than float64 can be wrong about a norm
+_BLOCK = 1 << 15  # coordinates handled at a time, so that temporaries stay in cache
 
 
-def to_grid(delta: Vector, step: float) -> NDArray[np.int32]:
-    """Express an update in whole grid steps, truncating toward zero (never raises the norm).
+@dataclass(frozen=True)
+class Encoded:
+    """Updates as integers; a row that is refused is zero."""
 
-    Integers make the sum of a round exact, so it does not depend on the order of arrival, and are
-    what secure aggregation and discrete noise need: one pipeline for all.
+    updates: NDArray[np.int32]  # (K, P), grid steps
+    norms: NDArray[np.float64]  # (K,) L2 norms before clipping; NaN where no bound was asked for
+    refused: Mapping[int, UpdateRejected] = field(default_factory=dict)  # row -> why
+
+
+def encode(
+    deltas: Vector, step: float, clip_norm: float = 0.0, *, out: NDArray[np.int32] | None = None
+) -> Encoded:
+    """Express updates in whole grid steps: one pipeline for plain, secure and private aggregation.
+
+    Each row: refuse what is not finite, take one float64 L2 norm over all tensors, scale to ``clip_norm``
+    where it is longer, truncate toward zero (which never raises the norm). A row's integers do not depend
+    on the other rows. Integers make the sum of a round exact, so it does not depend on the order of
+    arrival, and are what masks and discrete noise need.
 
     Args:
-        delta: (P,) float32.
+        deltas: (K, P) float32.
         step: the size of one grid step, a power of two.
+        clip_norm: the bound; 0 = no clipping.
+        out: (K, P) int32 to write into; None = a new array.
+    """
+    count, size = deltas.shape
+    updates = np.empty((count, size), np.int32) if out is None else out
+    norms = np.full(count, np.nan)
+    refused: dict[int, UpdateRejected] = {}
+    for row in range(count):
+        try:
+            norms[row] = _encode_row(deltas[row], step, clip_norm, updates[row])
+        except UpdateRejected as refusal:
+            refused[row] = refusal
+            updates[row] = 0
+    return Encoded(updates, norms, refused)
+
+
+def to_grid(delta: Vector, step: float, clip_norm: float = 0.0) -> NDArray[np.int32]:
+    """One update in whole grid steps, see ``encode``: (P,) float32 to (P,) int32.
 
     Raises:
         UpdateRejected: a coordinate is not finite, or exceeds ``step * (2**31 - 1)``.
     """
-    scaled = delta.astype(np.float64)
-    scaled /= step
-    peak = float(np.abs(scaled).max(initial=0.0))  # NaN and infinity survive into the maximum
-    if not np.isfinite(peak):
-        where = int(np.flatnonzero(~np.isfinite(delta))[0])
-        raise UpdateRejected(
-            Rejection.NON_FINITE,
-            f"Coordinate {where} of the update is {delta[where]}, not a finite number.",
-            hint="Training diverged; lower the learning rate or look at the data of this device.",
-        )
-    if peak > GRID_LIMIT:
+    updates = np.empty((1, len(delta)), np.int32)
+    for refusal in encode(delta[None, :], step, clip_norm, out=updates).refused.values():
+        raise refusal
+    row: NDArray[np.int32] = updates[0]
+    return row
+
+
+def check_norm(update: NDArray[np.int32], step: float, clip_norm: float) -> None:
+    """Refuse an update in grid steps that is longer than ``clip_norm``; exact, no rounding is forgiven.
+
+    Raises:
+        UpdateRejected: OUT_OF_RANGE.
+    """
+    bound = clip_norm / step  # exact: the step is a power of two
+    _check_square(_square_norm(update, bound), bound, step)
+
+
+def _check_square(square: int, bound: float, step: float) -> None:
+    if square > Fraction(bound) ** 2:
         raise UpdateRejected(
             Rejection.OUT_OF_RANGE,
-            f"The largest coordinate of the update is {peak * step:g}, the bound is {GRID_LIMIT * step:g}.",
-            hint="Training diverged, or the run's grid_step is too small for this task.",
+            f"The update's L2 norm is {isqrt(square) * step:.9g}, the bound is {bound * step:.9g}.",
+            hint="The device did not clip; install the version of lepton-fl that the coordinator has.",
         )
-    return np.trunc(scaled, out=scaled).astype(np.int32)
+
+
+def _encode_row(delta: Vector, step: float, clip_norm: float, out: NDArray[np.int32]) -> float:
+    if clip_norm:
+        return _clip_row(delta, step, clip_norm, out)
+    scale = np.float32(1 / step)  # a power of two: exact in float32, short of overflow
+    for part in _blocks(len(delta)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = delta[part] * scale
+        _to_integers(delta[part], scaled, out[part], step, part.start)
+    return float("nan")
+
+
+def _clip_row(delta: Vector, step: float, clip_norm: float, out: NDArray[np.int32]) -> float:
+    norm, bound = _norm(delta), clip_norm / step
+    longer = isfinite(norm) and norm > clip_norm * (1 - SLACK)  # what is not finite is refused below
+    factor = (clip_norm / norm * (1 - SLACK) if longer else 1.0) / step
+    square = 0.0
+    for part in _blocks(len(delta)):
+        scaled = delta[part].astype(np.float64)
+        scaled *= factor
+        _to_integers(delta[part], np.trunc(scaled, out=scaled), out[part], step, part.start)
+        square += float(scaled @ scaled)
+    _check_square(int(square) if bound * bound < EXACT / 2 else _square_norm(out, bound), bound, step)
+    return norm
+
+
+def _to_integers(
+    delta: Vector, scaled: NDArray[np.floating], out: NDArray[np.int32], step: float, start: int
+) -> None:
+    """Truncate toward zero, as a conversion to integers does; refuse what does not fit."""
+    peak = max(float(scaled.max()), -float(scaled.min()))  # NaN and infinity survive
+    if not peak <= GRID_LIMIT:
+        _refuse(delta, step, start)
+    np.copyto(out, scaled, casting="unsafe")
+
+
+def _refuse(delta: Vector, step: float, start: int) -> None:
+    wrong = np.flatnonzero(~np.isfinite(delta))
+    if len(wrong):
+        raise UpdateRejected(
+            Rejection.NON_FINITE,
+            f"Coordinate {start + int(wrong[0])} of the update is {delta[wrong[0]]}, not a finite number.",
+            hint="Training diverged; lower the learning rate or look at the data of this device.",
+        )
+    peak = float(np.abs(delta).max())
+    raise UpdateRejected(
+        Rejection.OUT_OF_RANGE,
+        f"The largest coordinate of the update is {peak:g}, the bound is {GRID_LIMIT * step:g}.",
+        hint="Training diverged, or the run's grid_step is too small for this task.",
+    )
+
+
+def _norm(delta: Vector) -> float:
+    """L2 norm in float64; no float32 is too large for it."""
+    total = 0.0
+    for part in _blocks(len(delta)):
+        block = delta[part].astype(np.float64)
+        total += float(block @ block)
+    return float(np.sqrt(total))
+
+
+def _square_norm(update: NDArray[np.int32], bound: float) -> int:
+    """The squared L2 norm: exact, or some number above ``bound**2`` where that is what it is."""
+    if bound * bound < EXACT / 2:
+        # Sums of squares below 2**53 are exact in float64; a sum that leaves that range is above the bound.
+        total = 0.0
+        for part in _blocks(len(update)):
+            block = update[part].astype(np.float64)
+            total += float(block @ block)
+        return int(total)
+    exact = 0
+    for part in _blocks(len(update)):
+        high, low = np.divmod(update[part].astype(np.int64), 1 << 16)  # squares and products fit 2**53
+        exact += (int(high @ high) << 32) + (int(high @ low) << 17) + int(low @ low)
+    return exact
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]

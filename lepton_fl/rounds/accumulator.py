@@ -1,22 +1,26 @@
 """The streaming sum of a round.
 
 Updates are integers on a grid, weights are integers, the sum is int64: exact, so the aggregate does not
-depend on the order of arrival. An update is added and forgotten; memory does not grow with the cohort.
+depend on the order of arrival, nor on where parts of it were added. An update is added and forgotten; memory
+does not grow with the cohort.
 
     accumulator = Accumulator(plan)
     accumulator.add(UpdateBatch(updates, num_examples))   # (K, P) int32, (K,) int64
+    accumulator.merge(subtotal)                           # the sum of a part of the cohort
     mean = accumulator.finalize()                         # (P,) float64
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
+from lepton_fl.vector import EXACT
 
-BLOCK = 1 << 16  # coordinates handled at a time, so that temporaries stay in cache
+BLOCK = 1 << 14  # coordinates handled at a time, so that temporaries stay in cache
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,43 @@ class UpdateBatch:
     num_examples: NDArray[np.int64]  # (K,)
 
 
+@dataclass(frozen=True)
+class Subtotal:
+    """The sum over a part of the cohort, made where that part is: a worker of a simulation, a gateway."""
+
+    total: NDArray[np.int64]  # (P,) weight times update
+    weight: int
+    reports: int
+
+
+class Aggregator(Protocol):
+    """Takes the updates of a round one by one, or in batches, and makes one of them."""
+
+    def add(self, batch: UpdateBatch) -> None:
+        """Add a batch; either all of it is added or, if it raises, nothing."""
+        ...
+
+    def merge(self, subtotal: Subtotal) -> None:
+        """Add the sum over a part of the cohort; only a rule that needs no single update can."""
+        ...
+
+    def finalize(self) -> NDArray[np.float64]:
+        """The aggregate update, (P,) float64; the aggregator is used up."""
+        ...
+
+
 class Accumulator:
     """Sum of weight times update, weight sum, and the count of reports."""
 
-    def __init__(self, plan: RoundPlan) -> None:
+    def __init__(self, plan: RoundPlan, total: NDArray[np.int64] | None = None) -> None:
+        """Start at zero.
+
+        Args:
+            plan: of the attempt.
+            total: (P,) zeros to add into; None = new memory.
+        """
         self._plan = plan
-        self._sum = np.zeros(plan.num_coordinates, np.int64)
+        self._sum = np.zeros(plan.num_coordinates, np.int64) if total is None else total
         self.reports = 0
         self.weight = 0
 
@@ -42,29 +77,47 @@ class Accumulator:
         Raises:
             UpdateRejected: wrong shape or type, or an example count below 1.
         """
-        updates, counts = batch.updates, batch.num_examples
-        expected = (len(counts), self._plan.num_coordinates)
-        if updates.shape != expected or updates.dtype != np.int32:
-            raise UpdateRejected(
-                Rejection.WRONG_SHAPE,
-                f"Expected updates of shape {expected} and type int32, got {updates.shape} {updates.dtype}.",
-            )
-        if len(counts) and int(counts.min()) < 1:
-            raise UpdateRejected(
-                Rejection.OUT_OF_RANGE, f"num_examples is {int(counts.min())}, expected >= 1."
-            )
-        weights = self._weights(counts)
+        check_batch(self._plan, batch)
+        updates, weights = batch.updates, self.weights(batch.num_examples)
+        weight = int(weights.sum())
+        # int32 times so little stays exact in float64, where a product with a matrix is fastest.
+        exact = weight <= EXACT >> 31
+        factors = weights.astype(np.float64) if exact else weights
         for start in range(0, self._plan.num_coordinates, BLOCK):
             part = slice(start, start + BLOCK)
-            for update, weight in zip(updates, weights, strict=True):
-                self._sum[part] += np.multiply(update[part], weight, dtype=np.int64)
-        self.reports += len(counts)
-        self.weight += int(weights.sum())
+            if exact:
+                self._sum[part] += (factors @ updates[:, part].astype(np.float64)).astype(np.int64)
+            else:
+                for update, factor in zip(updates, weights, strict=True):
+                    self._sum[part] += np.multiply(update[part], factor, dtype=np.int64)
+        self.reports += len(updates)
+        self.weight += weight
 
-    def _weights(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    def weights(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The weight of devices with so many examples: (K,) to (K,)."""
         if self._plan.weighting == "equal":
             return np.ones_like(counts)
         return np.minimum(counts, self._plan.max_weight)
+
+    def merge(self, subtotal: Subtotal) -> None:
+        """Add the sum over a part of the cohort.
+
+        Raises:
+            UpdateRejected: wrong shape or type.
+        """
+        if subtotal.total.shape != self._sum.shape or subtotal.total.dtype != np.int64:
+            raise UpdateRejected(
+                Rejection.WRONG_SHAPE,
+                f"Expected a sum of shape {self._sum.shape} and type int64, got {subtotal.total.shape} "
+                f"{subtotal.total.dtype}.",
+            )
+        self._sum += subtotal.total
+        self.reports += subtotal.reports
+        self.weight += subtotal.weight
+
+    def subtotal(self) -> Subtotal:
+        """What has been added so far; the sum is not copied."""
+        return Subtotal(self._sum, self.weight, self.reports)
 
     def finalize(self) -> NDArray[np.float64]:
         """The weighted mean update, (P,) float64; the accumulator is used up.
@@ -81,3 +134,20 @@ class Accumulator:
             mean[part] = self._sum[part] * factor
         del self._sum
         return mean
+
+
+def check_batch(plan: RoundPlan, batch: UpdateBatch) -> None:
+    """Refuse a batch that is not of this plan.
+
+    Raises:
+        UpdateRejected: wrong shape or type, or an example count below 1.
+    """
+    updates, counts = batch.updates, batch.num_examples
+    expected = (len(counts), plan.num_coordinates)
+    if updates.shape != expected or updates.dtype != np.int32:
+        raise UpdateRejected(
+            Rejection.WRONG_SHAPE,
+            f"Expected updates of shape {expected} and type int32, got {updates.shape} {updates.dtype}.",
+        )
+    if len(counts) and int(counts.min()) < 1:
+        raise UpdateRejected(Rejection.OUT_OF_RANGE, f"num_examples is {int(counts.min())}, expected >= 1.")

@@ -323,6 +323,8 @@ def plan_round(
         weighting=spec.weighting,
         max_weight=spec.max_weight,
         grid_step=spec.grid_step,
+        clip_norm=spec.clip_norm,
+        aggregation=spec.aggregation,
         nonce=nonce,
     )
 

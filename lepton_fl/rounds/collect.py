@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
-from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
-from lepton_fl.rounds.exchange import Answer, Exchange
+from lepton_fl.rounds.accumulator import Accumulator, Aggregator, UpdateBatch
+from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.tasks.metrics import Metrics, Sums, TrainingLoss
 from lepton_fl.vector import Vector
 from lepton_fl.wire.messages import EvaluateReply, Request, TrainReply
@@ -71,16 +71,26 @@ def collect_training(
     Returns:
         What happened, and the (P,) mean update, or None if fewer than ``plan.min_reports`` came.
     """
-    accumulator = Accumulator(plan)
+    aggregator = make_aggregator(plan)
 
     def take(answer: Answer) -> TrainReply:
         reply = TrainReply.read(_records(answer), plan)
         TRAINING.validate(reply.sums)
-        accumulator.add(UpdateBatch(reply.update[None, :], np.array([reply.num_examples], np.int64)))
+        aggregator.add(UpdateBatch(reply.update[None, :], np.array([reply.num_examples], np.int64)))
         return reply
 
-    collected = _collect(plan, model, exchange, TRAINING, take)
-    return collected, (accumulator.finalize() if collected.enough else None)
+    def take_many(part: AddedUp) -> None:
+        for report in part.reports:
+            TRAINING.validate(report.sums)
+        aggregator.merge(part.subtotal)
+
+    collected = _collect(plan, model, exchange, TRAINING, take, take_many)
+    return collected, (aggregator.finalize() if collected.enough else None)
+
+
+def make_aggregator(plan: RoundPlan) -> Aggregator:
+    """What makes one update of those of a round."""
+    return Accumulator(plan)
 
 
 def collect_evaluation(plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics) -> Collected:
@@ -91,7 +101,11 @@ def collect_evaluation(plan: RoundPlan, model: Vector, exchange: Exchange, metri
         metrics.validate(reply.sums)
         return reply
 
-    return _collect(plan, model, exchange, metrics, take)
+    return _collect(plan, model, exchange, metrics, take, _refuse_sum)
+
+
+def _refuse_sum(part: AddedUp) -> None:
+    raise RunError("An exchange added up evaluations; only training answers can be.")
 
 
 def _records(answer: Answer) -> Records:
@@ -103,18 +117,49 @@ def _records(answer: Answer) -> Records:
 Take = Callable[[Answer], TrainReply | EvaluateReply]
 
 
-def _collect(plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics, take: Take) -> Collected:
+def _collect(
+    plan: RoundPlan,
+    model: Vector,
+    exchange: Exchange,
+    metrics: Metrics,
+    take: Take,
+    take_many: Callable[[AddedUp], None],
+) -> Collected:
     collected = Collected(plan)
     with closing(exchange.ask(plan, Request.of(plan, model))) as answers:
         for answer in answers:
-            _handle(collected, answer, exchange, metrics, take)
+            if isinstance(answer, AddedUp):
+                _handle_many(collected, answer, metrics, take_many)
+            else:
+                _handle(collected, answer, exchange, metrics, take)
             del answer  # it may be large: not while waiting for the next one
             if collected.reports >= plan.wanted_reports:
                 break
     closed_by = SURPLUS if collected.reports >= plan.wanted_reports else Rejection.OFFLINE.value
-    for device_id in plan.cohort:
-        collected.participation.setdefault(device_id, Participation(device_id, closed_by))
+    heard = collected.participation
+    collected.participation = {d: heard.get(d) or Participation(d, closed_by) for d in plan.cohort}
     return collected
+
+
+def _handle_many(
+    collected: Collected, part: AddedUp, metrics: Metrics, take_many: Callable[[AddedUp], None]
+) -> None:
+    """A sum cannot be taken apart, so what is wrong with a part of it is a defect of the exchange."""
+    if len(part.reports) != part.subtotal.reports:
+        raise RunError(f"{len(part.reports)} reports came with a sum of {part.subtotal.reports} updates.")
+    for report in part.reports:
+        _check_sender(collected, report.device_id)
+        collected.participation[report.device_id] = Participation(
+            report.device_id,
+            ACCEPTED,
+            num_examples=report.num_examples,
+            seconds=report.seconds,
+            num_bytes=report.num_bytes,
+        )
+        collected.bytes_up += report.num_bytes
+        collected.sums = metrics.add(collected.sums, report.sums) if collected.sums else dict(report.sums)
+    take_many(part)
+    collected.reports += len(part.reports)
 
 
 def _handle(

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from lepton_fl.errors import UpdateRejected
 from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.accumulator import Subtotal
+from lepton_fl.tasks.metrics import Sums
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
 
@@ -23,10 +25,32 @@ class Answer:
     num_bytes: int = 0  # on the wire, as far as the transport knows
 
 
+@dataclass(frozen=True)
+class Report:
+    """What one device reported besides its update, which is part of a sum."""
+
+    device_id: str
+    num_examples: int
+    sums: Sums
+    seconds: float  # the device's own
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class AddedUp:
+    """Answers of several devices to a training request, checked and added where they were made.
+
+    Only where ``plan.aggregation.is_sum``; a refused answer comes alone, as an ``Answer``.
+    """
+
+    reports: tuple[Report, ...]
+    subtotal: Subtotal
+
+
 class Exchange(Protocol):
     """Carries one plan's request to its cohort and the answers back."""
 
-    def ask(self, plan: RoundPlan, request: Request) -> Generator[Answer, None, None]:
+    def ask(self, plan: RoundPlan, request: Request) -> Generator[Answer | AddedUp, None, None]:
         """Send the request to ``plan.cohort`` and yield answers as they arrive.
 
         The generator ends when every device has answered or ``plan.deadline_s`` has passed. Closing it early

@@ -98,7 +98,7 @@ def _train(request: Request, desk: Desk) -> TrainReply:
     result = trainer.train(
         request.model, data, request.local, seed=desk.seed(request.ticket), should_stop=desk.should_stop
     )
-    update = to_grid(result.delta, request.grid_step)
+    update = to_grid(result.delta, request.grid_step, request.clip_norm)
     return TrainReply(
         request.ticket,
         request.task_version,

@@ -13,7 +13,7 @@ what they do not recognise, left-over fields included, and say why in one word (
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import frexp, isfinite
 from typing import Any, Final, Literal, cast
 
 import numpy as np
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import PROTOCOL_VERSION, LocalPlan, RoundPlan
-from lepton_fl.vector import Vector, vector_digest
+from lepton_fl.vector import Vector, check_norm, vector_digest
 from lepton_fl.wire.records import Records
 
 Sums = dict[str, NDArray[Any]]  # additive counts: (n,) int64 or float64 each
@@ -100,6 +100,7 @@ class Request:
     weighting: Literal["examples", "equal"]
     max_weight: int
     grid_step: float
+    clip_norm: float  # 0 = no clipping
     model: Vector  # (P,)
 
     @classmethod
@@ -115,6 +116,7 @@ class Request:
             plan.weighting,
             plan.max_weight,
             plan.grid_step,
+            plan.clip_norm,
             model,
         )
 
@@ -129,6 +131,7 @@ class Request:
             "weighting": self.weighting,
             "max-weight": self.max_weight,
             "grid-step": self.grid_step,
+            "clip-norm": self.clip_norm,
         }
         return Records(arrays={MODEL: self.model}, config=config, metrics={})
 
@@ -151,14 +154,20 @@ class Request:
         if weighting not in ("examples", "equal"):
             raise malformed(f"weighting is {weighting!r}")
         max_weight, grid_step = fields.integer("max-weight"), fields.number("grid-step")
+        clip_norm = fields.number("clip-norm")
         fields.finish()
-        if not (grid_step > 0 and isfinite(grid_step) and max_weight >= 1):
-            raise malformed(f"grid-step is {grid_step}, max-weight is {max_weight}; both must be positive")
+        if not (grid_step > 0 and frexp(grid_step)[0] == 0.5 and max_weight >= 1 and clip_norm >= 0):
+            raise malformed(
+                f"grid-step is {grid_step} (a power of two), max-weight {max_weight} (>= 1), "
+                f"clip-norm {clip_norm} (>= 0)"
+            )
         model = _only_array(records, MODEL, np.dtype(np.float32))
         if vector_digest(model) != sha256:
             raise malformed("the model's SHA-256 is not the one announced")
         weight = cast(Literal["examples", "equal"], weighting)
-        return cls(ticket, task, version, layout, sha256, local, weight, max_weight, grid_step, model)
+        return cls(
+            ticket, task, version, layout, sha256, local, weight, max_weight, grid_step, clip_norm, model
+        )
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,8 @@ class TrainReply:
                 Rejection.WRONG_SHAPE,
                 f"The update has shape {update.shape}, the plan says ({plan.num_coordinates},).",
             )
+        if plan.clip_norm:
+            check_norm(update, plan.grid_step, plan.clip_norm)
         return cls(ticket, version, num_examples, update, sums, seconds)
 
 
