@@ -12,11 +12,17 @@ from lepton_fl.errors import Rejection, TaskError, UpdateRejected
 from lepton_fl.vector import Layout, Vector
 
 
-def state_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def state_tensors(
+    module: nn.Module, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Name -> tensor: those that are trained, and the others that are part of the model's state.
 
+    Args:
+        module: whose tensors.
+        dtype: the only type allowed; anything but float32 is for numerical checks.
+
     Raises:
-        TaskError: a floating-point or complex tensor is not float32.
+        TaskError: a floating-point or complex tensor is not of this type.
     """
     saved = module.state_dict().keys()  # without buffers declared as not persistent
     trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
@@ -24,9 +30,9 @@ def state_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tenso
     buffers = {k: b for k, b in module.named_buffers() if k in saved}
     others: dict[str, Tensor] = {**frozen, **buffers}
     for name, tensor in {**trained, **others}.items():
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != dtype:
             raise TaskError(
-                f"Tensor {name!r} of the model is {tensor.dtype}, only torch.float32 can be averaged.",
+                f"Tensor {name!r} of the model is {tensor.dtype}, only {dtype} can be averaged.",
                 hint="Keep the model's state in float32; lower precision belongs inside forward().",
             )
     return dict(trained), {k: t for k, t in others.items() if t.is_floating_point()}

@@ -1,7 +1,8 @@
 """Local optimisers on flat tensors: one call is one step.
 
 They compute what ``torch.optim.SGD`` and ``torch.optim.Adam`` compute, for one vector instead of a list
-of tensors. Order of a step: FedProx term, gradient clipping, weight decay, momentum or Adam.
+of tensors. Order of a step: SCAFFOLD's correction and FedProx's term, gradient clipping, weight decay,
+momentum or Adam.
 """
 
 from collections.abc import Callable
@@ -17,19 +18,28 @@ _BETAS = (0.9, 0.999)  # Kingma & Ba 2015
 _EPSILON = 1e-8
 
 
-def make_step(local: LocalPlan, weights: Tensor, grad: Tensor) -> Step:
+def is_plain(local: LocalPlan) -> bool:
+    """Whether a step is w <- w - rate * (gradient + decay * w), and needs no gradient as one vector."""
+    special = local.momentum or local.proximal_mu or local.clip_grad_norm
+    return local.optimizer == "sgd" and not special
+
+
+def make_step(local: LocalPlan, weights: Tensor, grad: Tensor, correction: Tensor | None = None) -> Step:
     """A fresh optimiser.
 
     Args:
         local: which, and how.
         weights: (P',) changed in place at each step; now at the global model.
         grad: (P',) read, and overwritten, at each step.
+        correction: (P',) added to every gradient (SCAFFOLD, Karimireddy et al. 2020: c - c_i).
     """
     move = _adam(local, weights, grad) if local.optimizer == "adam" else _sgd(local, weights, grad)
     start = weights.clone() if local.proximal_mu else None
 
     @torch.no_grad()
     def step() -> None:
+        if correction is not None:
+            grad.add_(correction)
         if start is not None:  # the gradient of mu/2 * |w - start|^2
             grad.add_(weights - start, alpha=local.proximal_mu)
         if local.clip_grad_norm:
