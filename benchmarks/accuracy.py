@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lepton_simulations.api import run_scenario
-from lepton_simulations.book import Row
+from lepton_simulations.rows import Row
 from lepton_simulations.config import SimulationConfig
 
 SCENARIOS = Path(__file__).parent.parent / "simulations"

@@ -202,6 +202,7 @@ _EXTRAS = {
     "psycopg": "server",
     "prometheus_client": "server",
     "matplotlib": "sim",
+    "pandas": "sim",
 }
 
 

@@ -2,8 +2,8 @@
 
     from lepton_simulations import simulate
 
-    result = simulate("digits", clients=20, rounds=10, partition="dirichlet")
-    print(result.rows[-1].metric("accuracy"))
+    result = simulate("digits", "fedadam", clients=20, rounds=10, partition="dirichlet")
+    print(result.to_frame()[["round", "central_accuracy", "bytes_total"]])
     result.plot("digits.png")
 
 Everything above the messages is the code of a real fleet: the same plans, codec, checks, sums and optimisers.
@@ -11,10 +11,11 @@ Everything above the messages is the code of a real fleet: the same plans, codec
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -25,13 +26,22 @@ from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.tasks.federated import FederatedDataset, federated_dataset
 from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.task import Task, load_task, resolve
-from lepton_fl.vector import Layout, Vector
-from lepton_simulations.book import FolderBook, MemoryBook, Row
-from lepton_simulations.config import DataConfig, EngineConfig, FaultConfig, OutputConfig, SimulationConfig
-from lepton_simulations.faults import Faults
-from lepton_simulations.fleet import InMemoryExchange, VirtualFleet, VirtualRoster
+from lepton_fl.vector import Layout, Vector, vector_digest
+from lepton_simulations.backend import make_backend
+from lepton_simulations.book import FolderBook, MemoryBook
+from lepton_simulations.config import DataConfig, EngineConfig, OutputConfig, SimulationConfig
+from lepton_simulations.exchange import CoordinatorCrash, InMemoryExchange, Interrupted
+from lepton_simulations.fleet import VirtualFleet, VirtualRoster
+from lepton_simulations.labels import simulated
+from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
+from lepton_simulations.settings import Strategy, run_settings
+from lepton_simulations.world import FaultsConfig, World
 
-Progress = Callable[[Row], None]
+if TYPE_CHECKING:
+    import pandas as pd
+
+OnRow = Callable[[Row], None]
+OnProgress = Callable[[int, int], None]  # devices of this round that have been dealt with, and all of them
 ShouldStop = Callable[[], bool]
 
 
@@ -47,27 +57,61 @@ class Result:
     best: Best | None  # the best evaluated round, by early_stop.metric
     best_model: Vector | None  # its model
     folder: Path | None
+    journal_sha256: str = ""  # the hash of the last event: equal exactly when the same happened
+    simulated: tuple[str, ...] = ()  # what is simulated, in words
+    tallies: Mapping[str, Tally] = field(default_factory=dict)  # what became of each device
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 (hex) of the final model's little-endian float32 bytes."""
+        return vector_digest(self.model)
 
     def state_dict(self) -> dict[str, Vector]:
         """The final model by tensor names; integer buffers, which are never averaged, are not in it."""
         return self.layout.unflatten(self.model)
 
+    def to_frame(self) -> "pd.DataFrame":
+        """One line a round: losses, metrics, devices, outcomes, bytes, virtual time, wall seconds."""
+        return frame(row_columns(self.rows))
+
+    def devices_frame(self) -> "pd.DataFrame":
+        """One line a device: attempts it was asked, accepted, examples, bytes, outcomes."""
+        return frame(device_columns(self.tallies))
+
     def plot(self, path: str | Path) -> Path:
-        """Draw metrics against rounds and bytes into a PNG, PDF or SVG file.
+        """Draw metrics and losses against rounds, virtual time and bytes into a PNG, PDF or SVG file.
 
         Raises:
+            ConfigError: there is nothing to draw, or the suffix is unknown.
             StateError: the file cannot be written.
         """
         from lepton_simulations.plot import plot_rows
 
-        return plot_rows(self.rows, Path(path), title=self.task.rpartition(":")[2])
+        return plot_rows(self.rows, Path(path), title=self.title, footer="; ".join(self.simulated))
+
+    def plots(self, folder: str | Path) -> list[Path]:
+        """Draw everything there is to draw: learning.png, participation.png and, with privacy, privacy.png.
+
+        Raises:
+            StateError: a file cannot be written.
+        """
+        from lepton_simulations.plot import plot_all
+
+        footer = "; ".join(self.simulated)
+        return plot_all(self.rows, self.tallies, Path(folder), title=self.title, footer=footer)
+
+    @property
+    def title(self) -> str:
+        """The task's short name."""
+        return self.task.rpartition(":")[2]
 
 
 def simulate(
     task: Task | str,
-    *,
+    strategy: Strategy = "",
     clients: int = 10,
     rounds: int = 10,
+    *,
     cohort: int | Mapping[str, Any] = 0,
     partition: Literal["natural", "iid", "dirichlet", "shards"] = "iid",
     alpha: float = 0.5,
@@ -78,7 +122,8 @@ def simulate(
     corrupt: float = 0.0,
     folder: str | Path = "",
     resume: bool = False,
-    on_round: Progress | None = None,
+    on_round: OnRow | None = None,
+    on_progress: OnProgress | None = None,
     should_stop: ShouldStop = lambda: False,
     **run: Any,  # noqa: ANN401 - the fields of RunSpec, which checks them
 ) -> Result:
@@ -86,6 +131,8 @@ def simulate(
 
     Args:
         task: the task or its name.
+        strategy: ``fedavg``, ``fedavgm``, ``fedadagrad``, ``fedadam``, ``fedyogi``, ``fedprox``, a robust
+            rule such as ``median``, or an object of ``lepton_strategies``.
         clients: devices; with the natural partition the data decide.
         rounds: of training.
         cohort: devices per round; 0 = all of them. Or the fields of ``CohortSpec``.
@@ -99,9 +146,10 @@ def simulate(
         folder: where the run is recorded; empty = nowhere.
         resume: continue the run in ``folder`` at its last committed round.
         on_round: called after each round, and again after its evaluation.
-        should_stop: asked between rounds.
+        on_progress: called within a round with the devices dealt with so far, and all of them.
+        should_stop: asked between client steps; what a resumed run then repeats comes out the same.
         **run: further settings of the run, as in the [run] section of a scenario: ``local``, ``server``,
-            ``schedule``, ``weighting``, ``early_stop``, ...
+            ``schedule``, ``weighting``, ``early_stop``, ... They win over the strategy's.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -109,12 +157,13 @@ def simulate(
     """
     try:
         split = PartitionSpec(kind=partition, clients=clients, alpha=alpha)
-        spec = _run_spec(task, rounds, cohort, clients if partition != "natural" else 0, seed, run)
+        known = clients if partition != "natural" else 0
+        spec = run_settings(task, strategy, clients=known, rounds=rounds, cohort=cohort, seed=seed, more=run)
         config = SimulationConfig(
             run=spec,
             data=DataConfig(folder=str(data), partition=split, seed=seed),
             engine=EngineConfig(workers=workers, seed=seed),
-            faults=FaultConfig(drop_out=drop_out, corrupt=corrupt),
+            faults=FaultsConfig(drop_out=drop_out, corrupt=corrupt),
             output=OutputConfig(folder=str(folder)),
         )
     except ValidationError as error:
@@ -122,7 +171,14 @@ def simulate(
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}.") from error
     loaded = task if isinstance(task, Task) else None
-    return run_scenario(config, task=loaded, resume=resume, on_round=on_round, should_stop=should_stop)
+    return run_scenario(
+        config,
+        task=loaded,
+        resume=resume,
+        on_round=on_round,
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
 
 
 def run_scenario(
@@ -130,7 +186,8 @@ def run_scenario(
     *,
     task: Task | None = None,
     resume: bool = False,
-    on_round: Progress | None = None,
+    on_round: OnRow | None = None,
+    on_progress: OnProgress | None = None,
     should_stop: ShouldStop = lambda: False,
 ) -> Result:
     """Run one scenario.
@@ -140,61 +197,125 @@ def run_scenario(
         task: used instead of importing ``config.run.task``.
         resume: continue the run in ``output.folder``.
         on_round: see ``simulate``.
+        on_progress: see ``simulate``.
         should_stop: see ``simulate``.
     """
     task = task or load_task(config.run.task)
     _refuse_what_has_no_meaning(config.run, task)
     folder = Path(config.data.folder) if config.data.folder else None
     data = federated_dataset(task, folder, config.data.partition, config.data.seed)
+    on_round = on_round or (lambda row: None)
+    on_progress = on_progress or (lambda done, total: None)
     with _one_thread():
-        return _run(_fitted(config, data), data, resume, on_round or (lambda row: None), should_stop)
+        return _run(_fitted(config, data), data, resume, on_round, on_progress, should_stop)
 
 
 def _run(
     config: SimulationConfig,
     data: FederatedDataset,
     resume: bool,
-    on_round: Progress,
+    on_round: OnRow,
+    on_progress: OnProgress,
     should_stop: ShouldStop,
 ) -> Result:
     spec, engine = config.run, config.engine
-    faults = Faults(config.faults.drop_out, config.faults.corrupt, engine.seed)
     name = resolve(spec.task)
-    fleet = VirtualFleet.build(name, data, faults=faults, seed=engine.seed, device=engine.device)
+    world = World.build(config.world, data.clients, engine.seed)
+    fleet = VirtualFleet.build(
+        name, data, spec.local, world=world, seed=engine.seed, device=engine.device, tier=engine.tier
+    )
     rng = Random(engine.seed)  # noqa: S311 - a simulation is to be repeatable; nobody's privacy is at stake
     with ExitStack() as stack:
-        exchange = stack.enter_context(
-            InMemoryExchange(fleet, engine.workers if engine.workers >= 0 else None)
-        )
-        book = _book(config, fleet.trainer.layout, rng, on_round, stack)
-        state = _start(config, fleet, book, resume)
-        work = fleet.work(exchange, on_devices=config.data.evaluate == "devices")
-        run_id = f"simulation-{spec.digest()[:16]}"
-        campaign = Campaign(spec, run_id, work, exchange, VirtualRoster(fleet), book, rng)
-        verdict = campaign.run(state, should_stop)
+        backend = stack.enter_context(make_backend(fleet, engine.workers))
+        exchange = InMemoryExchange(fleet, backend, on_progress=on_progress, should_stop=should_stop)
+        book = _book(config, fleet, rng, on_round, stack)
+        labels = simulated(config, len(fleet.devices))
+        state = _start(config, fleet, book, resume, labels)
+        verdict = _campaign(config, fleet, exchange, book, rng, state, should_stop)
         final = book.state or state
+        result = Result(
+            task=name,
+            verdict=verdict,
+            rows=book.rows,
+            model=final.model,
+            layout=fleet.trainer.layout,
+            best=final.best,
+            best_model=book.best_model,
+            folder=Path(config.output.folder) if config.output.folder else None,
+            journal_sha256=book.journal_sha256,
+            simulated=labels,
+            tallies=dict(book.tallies),
+        )
         if isinstance(book, FolderBook):
             book.finish(final.model)
-    place = Path(config.output.folder) if config.output.folder else None
-    layout = fleet.trainer.layout
-    return Result(name, verdict, book.rows, final.model, layout, final.best, book.best_model, place)
+            _publish(config, result)
+        return result
+
+
+def _campaign(
+    config: SimulationConfig,
+    fleet: VirtualFleet,
+    exchange: InMemoryExchange,
+    book: MemoryBook,
+    rng: Random,
+    state: RunState,
+    should_stop: ShouldStop,
+) -> Verdict:
+    """The production's rounds; a coordinator that dies goes on from its last committed state."""
+    work = fleet.work(exchange, on_devices=config.data.evaluate == "devices")
+    roster, clock = VirtualRoster(fleet), fleet.world.clock
+    while True:
+        campaign = Campaign(config.run, config.run_id, work, exchange, roster, book, rng, clock=clock)
+        try:
+            return campaign.run(state, should_stop)
+        except CoordinatorCrash as crash:
+            state = replace(book.state or state, attempt=crash.plan.attempt)
+        except Interrupted:
+            done = book.state or state
+            return Verdict("stopped", f"Stopped on request in round {done.round + 1}.")
+
+
+def _publish(config: SimulationConfig, result: Result) -> None:
+    """What people look at, besides the record: plots, and MLflow unless the run is to be continued."""
+    plots: list[Path] = []
+    if config.output.plots and result.folder and result.rows:
+        plots = result.plots(result.folder / "plots")
+    if config.output.mlflow and result.folder and result.verdict.outcome != "stopped":
+        from lepton_simulations.sinks import log_to_mlflow
+
+        log_to_mlflow(
+            config.output.mlflow,
+            config.run.name or result.title,
+            config.identity(),
+            result.rows,
+            {"weights_sha256": result.weights_sha256, "journal_sha256": result.journal_sha256}
+            | {"simulated": "; ".join(result.simulated), "verdict": result.verdict.reason},
+            [*plots, *(result.folder / name for name in ("scenario.json", "metrics.csv"))],
+        )
 
 
 def _book(
-    config: SimulationConfig, layout: Layout, rng: Random, on_round: Progress, stack: ExitStack
+    config: SimulationConfig, fleet: VirtualFleet, rng: Random, on_round: OnRow, stack: ExitStack
 ) -> MemoryBook:
+    clock, layout = fleet.world.clock, fleet.trainer.layout
     if not config.output.folder:
-        return MemoryBook(on_round)
-    return stack.enter_context(FolderBook(Path(config.output.folder), layout, rng, on_round))
+        return MemoryBook(on_round, clock=clock, device_seconds=True)
+    folder = Path(config.output.folder)
+    return stack.enter_context(FolderBook(folder, layout, rng, on_round, clock=clock, device_seconds=True))
 
 
-def _start(config: SimulationConfig, fleet: VirtualFleet, book: MemoryBook, resume: bool) -> RunState:
-    if isinstance(book, FolderBook):
-        if resume:
-            return book.resume(config)
-        book.begin(config)
-    elif resume:
-        raise ConfigError("There is nothing to resume without a folder.", hint="Name the folder of the run.")
+def _start(
+    config: SimulationConfig, fleet: VirtualFleet, book: MemoryBook, resume: bool, labels: tuple[str, ...]
+) -> RunState:
+    book.know(fleet.devices)
+    if resume:
+        if not isinstance(book, FolderBook):
+            hint = "Name the folder of the run."
+            raise ConfigError("There is nothing to resume without a folder.", hint=hint)
+        state = book.resume(config)
+        fleet.world.clock.advance_to(book.time_s)
+        return state
+    book.begin(config, labels)
     model = fleet.trainer.initial(config.run.seed)
     return RunState(model, ServerState.initial(config.run.server, fleet.size))
 
@@ -227,21 +348,6 @@ def _fitted(config: SimulationConfig, data: FederatedDataset) -> SimulationConfi
         }
     )
     return config.model_copy(update={"run": run.model_copy(update={"cohort": cohort})})
-
-
-def _run_spec(
-    task: Task | str,
-    rounds: int,
-    cohort: int | Mapping[str, Any],
-    clients: int,
-    seed: int,
-    run: Mapping[str, Any],
-) -> RunSpec:
-    everybody = {"size": clients} if clients else {}
-    given = cohort if isinstance(cohort, Mapping) else ({"size": cohort} if cohort else {})
-    name = task.name if isinstance(task, Task) else task
-    fields = {"task": name, "rounds": rounds, "cohort": {**everybody, **given}, "seed": seed}
-    return RunSpec.model_validate({**fields, **run})
 
 
 @contextmanager

@@ -1,121 +1,201 @@
 """What a simulated run leaves behind: rows in memory, and a folder that survives kill -9.
 
     folder/
-        scenario.json       the configuration, as checked
-        journal.jsonl       plans, abandoned attempts, commits, evaluations: one JSON object a line
-        metrics.csv         one line a round
-        state.json          the commit point: what the next round depends on
-        checkpoints/        models and optimiser states (safetensors), named by SHA-256
-        model.safetensors   the final model, by tensor names
+        scenario.json          the configuration, as checked, and what is simulated
+        journal.jsonl          plans, abandoned attempts, commits, evaluations; see ``journal``
+        metrics.jsonl          one row a round, and again once it is evaluated
+        metrics.csv, .parquet  the same as tables
+        participation.parquet  one line a device
+        state.json             the commit point: what the next round depends on; its size does not grow
+        checkpoints/           models and optimiser states (safetensors), named by SHA-256
+        plots/  tensorboard/   for people; see ``plot`` and ``sinks``
+        model.safetensors      the final model, by tensor names
 
-``state.json`` is replaced atomically and says how long the journal was, so whatever a crash left behind it is
-cut off, and a resumed run continues bit for bit as if nothing had happened.
+``state.json`` is replaced atomically and says how long the journal and the rows were, so whatever a crash
+left behind them is cut off, and a resumed run continues bit for bit as if nothing had happened. Wall-clock
+seconds are in the rows and nowhere else.
 """
 
-import csv
-import errno
 import fcntl
-import io
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from pydantic import ValidationError
 
-from lepton_fl.errors import DiskFull, StateCorrupt, StateError, StateLocked
+from lepton_fl.errors import StateCorrupt, StateError, StateLocked
 from lepton_fl.files import BlobStore, canonical_json, make_private_folder, write_atomic
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated, RunState
 from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.optimizers import ServerState
-from lepton_fl.vector import Layout, Vector
+from lepton_fl.vector import Layout, Vector, vector_digest
+from lepton_simulations.appended import AppendedFile, on_disk
 from lepton_simulations.config import SimulationConfig
+from lepton_simulations.journal import EMPTY, Chain, Head, checked, outcome_of, participation, require
+from lepton_simulations.rows import Row, Tally, device_columns, row_columns, write_csv, write_parquet
+from lepton_simulations.sinks import EventFile
 
 MODEL = "model"
-CSV_EVERY_S = 2.0  # metrics.csv is rewritten whole, so not more often than this
+SIMULATED = "simulated"  # in scenario.json, beside the configuration: what is simulated, for people
+CSV_EVERY_S = 2.0  # metrics.csv is rewritten whole: not more often than this, ...
+CSV_SHARE = 0.05  # ... and not for more than this share of the time
+
+OnRow = Callable[[Row], None]
+Clock = Callable[[], float]  # virtual seconds since the run began
 
 
-@dataclass(frozen=True)
-class Row:
-    """One committed round."""
-
-    round: int
-    reports: int
-    asked: int
-    train_loss: float
-    metrics: Mapping[str, float]  # of the evaluation after it; empty if there was none
-    outcomes: Mapping[str, int]  # of all attempts: accepted, surplus or a Rejection, and how often
-    bytes_up: int  # from the devices
-    bytes_down: int  # to the devices
-    seconds: float  # wall time, training and evaluation
-    attempts: int = 1
-
-    def metric(self, name: str) -> float | None:
-        """The devices' figure if there is one, else the central one."""
-        return self.metrics.get(name, self.metrics.get(f"central_{name}"))
+def standing_still() -> float:
+    """The clock of a run without virtual time."""
+    return 0.0
 
 
 class MemoryBook:
-    """Rows and the last state, in memory; implements ``rounds.campaign.Book``."""
+    """Rows, tallies and the last state, in memory; implements ``rounds.campaign.Book``."""
 
-    def __init__(self, on_row: Callable[[Row], None] = lambda row: None) -> None:
-        """Open a book; ``on_row`` is called when a round is committed, and again once it is evaluated."""
+    def __init__(
+        self,
+        on_row: OnRow = lambda row: None,
+        *,
+        clock: Clock = standing_still,
+        device_seconds: bool = False,
+    ) -> None:
+        """Open a book.
+
+        Args:
+            on_row: called when a round is committed, and again once it is evaluated.
+            clock: virtual seconds since the run began.
+            device_seconds: journal the devices' own seconds; only where they are virtual.
+        """
         self.rows: list[Row] = []
+        self.tallies: defaultdict[str, Tally] = defaultdict(Tally)  # by device
         self.state: RunState | None = None
         self.best_model: Vector | None = None
+        self.time_s = 0.0  # virtual, at the commit point; where the clock of a resumed run goes on
         self._on_row = on_row
+        self._clock = clock
+        self._device_seconds = device_seconds
+        self._chain = Chain()
         self._abandoned: list[Collected] = []
         self._marked = time.monotonic()
 
+    @property
+    def journal_sha256(self) -> str:
+        """The hash of the last event, which stands for the whole journal."""
+        return self._chain.head.sha256
+
+    def know(self, devices: Sequence[str]) -> None:
+        """Name the devices there are, so that those who are never asked are in the tallies, too."""
+        for device_id in devices:
+            self.tallies.setdefault(device_id, Tally())
+
+    def begin(self, scenario: SimulationConfig, labels: Sequence[str] = ()) -> None:
+        """Journal what a fresh run depends on.
+
+        Args:
+            scenario: the configuration.
+            labels: what is simulated, for people.
+        """
+        self._write("run.started", scenario.run_id, {"scenario": scenario.identity()})
+
     def planned(self, plan: RoundPlan) -> None:
-        """Nothing to do: an attempt that dies with this process leaves no trace."""
+        """Journal a plan."""
+        body = _attempt(plan) | {"plan": plan.to_json(), "model_sha256": plan.model_sha256}
+        self._write("round.planned", plan.run_id, body)
 
     def abandoned(self, collected: Collected, cause: str) -> None:
-        """Count what became of the attempt's devices."""
+        """Journal an attempt that does not count, and count what became of its devices."""
         self._abandoned.append(collected)
+        self._count(collected)
+        body = _attempt(collected.plan) | {"cause": cause, "participation": self._participation(collected)}
+        self._write("round.abandoned", collected.plan.run_id, body)
 
     def committed(self, round_: Committed) -> None:
-        """Keep the round's row and state."""
-        attempts = [*self._abandoned, round_.collected]
+        """Journal a round, and keep its row and state."""
+        collected = round_.collected
+        row = self._row(round_, [*self._abandoned, collected])
+        self.state, self._abandoned = round_.state, []
+        self._count(collected)
+        body = _attempt(collected.plan) | {
+            "model_sha256": vector_digest(round_.state.model),
+            "metrics": dict(round_.metrics),
+            "participation": self._participation(collected),
+            "bytes_up": collected.bytes_up,
+            "bytes_down": round_.bytes_down,
+        }
+        self._write("round.committed", collected.plan.run_id, body)
+        self.rows.append(row)
+        self._keep(row)
+        self._on_row(row)
+
+    def evaluated(self, evaluation: Evaluated) -> None:
+        """Journal an evaluation, and complete the round's row."""
+        state, collected = evaluation.state, evaluation.collected
+        self.state = state
+        if evaluation.improved:
+            self.best_model = state.model
+        body = {
+            "round": state.round,
+            "metrics": dict(evaluation.metrics),
+            "improved": evaluation.improved,
+            "stale": state.stale,
+            "participation": self._participation(collected) if collected else [],
+        }
+        self._write("round.evaluated", self._run_id, body)
+        if self.rows and self.rows[-1].round == state.round:
+            last = self.rows[-1]
+            row = replace(last, metrics=dict(evaluation.metrics), seconds=last.seconds + self._lap())
+            self.rows[-1] = row
+            self._keep(row)
+            self._on_row(row)
+
+    def waiting(self, cause: str, seconds: float) -> None:
+        """Nothing to show: what a simulation waits for is in its virtual time."""
+
+    def _row(self, round_: Committed, attempts: Sequence[Collected]) -> Row:
         entries = [entry for attempt in attempts for entry in attempt.participation.values()]
-        self.state = round_.state
-        row = Row(
+        now, before = self._clock(), self.rows[-1].time_s if self.rows else 0.0
+        return Row(
             round=round_.state.round,
             reports=round_.collected.reports,
             asked=len(round_.collected.plan.cohort),
             train_loss=round_.metrics.get("loss", 0.0),
             metrics={},
-            outcomes=dict(sorted(Counter(entry.outcome for entry in entries).items())),
+            outcomes=dict(sorted(Counter(str(entry.outcome) for entry in entries).items())),
             bytes_up=sum(attempt.bytes_up for attempt in attempts),
             bytes_down=round_.bytes_down * len(attempts),
             seconds=self._lap(),
             attempts=len(attempts),
+            time_s=now,
+            round_s=now - before,
+            clipped=round_.metrics.get("clipped"),
+            clip_norm=round_.metrics.get("clip_norm") or round_.collected.plan.clip_norm or None,
+            epsilon=round_.metrics.get("epsilon"),
         )
-        self._abandoned = []
-        self.rows.append(row)
-        self._on_row(row)
 
-    def evaluated(self, evaluation: Evaluated) -> None:
-        """Complete the round's row."""
-        self.state = evaluation.state
-        if evaluation.improved:
-            self.best_model = evaluation.state.model
-        if self.rows and self.rows[-1].round == evaluation.state.round:
-            last = self.rows[-1]
-            self.rows[-1] = replace(
-                last, metrics=dict(evaluation.metrics), seconds=last.seconds + self._lap()
-            )
-            self._on_row(self.rows[-1])
+    def _count(self, collected: Collected) -> None:
+        for entry in participation(collected):
+            self._count_entry(entry)
 
-    def waiting(self, cause: str, seconds: float) -> None:
-        """Virtual devices do not come and go: nothing to show."""
+    def _count_entry(self, entry: Mapping[str, Any]) -> None:
+        tally = self.tallies[entry["device_id"]]
+        tally.add(outcome_of(entry), entry["examples"], entry["bytes_up"], entry["bytes_down"])
+
+    def _participation(self, collected: Collected) -> list[dict[str, Any]]:
+        return participation(collected, seconds=self._device_seconds)
+
+    def _write(self, kind: str, run_id: str, body: Mapping[str, Any]) -> bytes:
+        self._run_id = run_id
+        return self._chain.append(self._clock(), kind, run_id, body)
+
+    def _keep(self, row: Row) -> None:
+        """Record a row; in memory it is already."""
 
     def _lap(self) -> float:
         before, self._marked = self._marked, time.monotonic()
@@ -126,7 +206,14 @@ class FolderBook(MemoryBook):
     """A book on disk; see the module."""
 
     def __init__(
-        self, folder: Path, layout: Layout, rng: Random, on_row: Callable[[Row], None] = lambda row: None
+        self,
+        folder: Path,
+        layout: Layout,
+        rng: Random,
+        on_row: OnRow = lambda row: None,
+        *,
+        clock: Clock = standing_still,
+        device_seconds: bool = False,
     ) -> None:
         """Open a folder, and make it if need be.
 
@@ -135,22 +222,25 @@ class FolderBook(MemoryBook):
             layout: of the model.
             rng: the campaign's; its state is part of the commit point.
             on_row: see ``MemoryBook``.
+            clock: see ``MemoryBook``.
+            device_seconds: see ``MemoryBook``.
 
         Raises:
             StateLocked: another process has the folder open.
             StateError: the folder cannot be made or written.
         """
-        super().__init__(on_row)
+        super().__init__(on_row, clock=clock, device_seconds=device_seconds)
         self.folder = folder
         self._layout = layout
         self._rng = rng
         make_private_folder(self.folder)
         self._lock = _lock(self.folder)
         self._blobs = BlobStore(self.folder / "checkpoints")
-        with _on_disk(self.folder):
-            self._journal: BinaryIO = open(self.folder / "journal.jsonl", "ab")  # noqa: SIM115 - see close()
+        self._journal = AppendedFile(self.folder / "journal.jsonl")
+        self._metrics = AppendedFile(self.folder / "metrics.jsonl")
         self._checkpoint = self._best_checkpoint = ""
-        self._csv_written = 0.0
+        self._csv_due = 0.0
+        self._board: EventFile | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -160,8 +250,10 @@ class FolderBook(MemoryBook):
 
     def close(self) -> None:
         """Let go of the folder."""
-        with suppress(OSError):  # what was not written when it mattered is not missed
-            self._journal.close()
+        self._journal.close()
+        self._metrics.close()
+        if self._board:
+            self._board.close()
         os.close(self._lock)
 
     @property
@@ -169,7 +261,7 @@ class FolderBook(MemoryBook):
         """Whether a run has been recorded here."""
         return (self.folder / "state.json").exists()
 
-    def begin(self, scenario: SimulationConfig) -> None:
+    def begin(self, scenario: SimulationConfig, labels: Sequence[str] = ()) -> None:
         """Record the configuration of a fresh run.
 
         Raises:
@@ -180,11 +272,15 @@ class FolderBook(MemoryBook):
                 f"{self.folder} holds a run already.",
                 hint="Continue it with --resume, or name another folder with --output.",
             )
-        self._truncate(0)
-        write_atomic(self.folder / "scenario.json", canonical_json(scenario.to_json()) + b"\n")
+        self._journal.cut(0)
+        self._metrics.cut(0)
+        body = {**scenario.to_json(), SIMULATED: list(labels)}
+        write_atomic(self.folder / "scenario.json", canonical_json(body) + b"\n")
+        self._open_board(scenario)
+        super().begin(scenario, labels)
 
     def resume(self, scenario: SimulationConfig) -> RunState:
-        """The last committed state; the journal and the random generator are set back to it.
+        """The last committed state; journal, rows and the random generator are set back to it.
 
         Raises:
             StateError: the folder holds no run, or one with another configuration.
@@ -195,58 +291,59 @@ class FolderBook(MemoryBook):
         try:
             version, numbers, gauss = saved["random"]
             self._rng.setstate((version, tuple(numbers), gauss))
-            self.rows = [Row(**row) for row in saved["rows"]]
             state = self._load(saved["state"])
-            self._truncate(saved["journal_bytes"])
+            self.time_s = float(saved["time"])
+            self._journal.cut(saved["journal"]["bytes"])
+            self._metrics.cut(saved["metrics_bytes"])
+            head = Head(saved["journal"]["seq"], saved["journal"]["hash"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateCorrupt(f"{self.folder / 'state.json'} is not a saved state ({error}).") from error
+        self._take_up(head)
+        self.rows = read_rows(self.folder)
         self.state = state
+        self._open_board(scenario)
         return state
-
-    def planned(self, plan: RoundPlan) -> None:
-        """Journal a plan."""
-        self._write("planned", plan.to_json())
-
-    def abandoned(self, collected: Collected, cause: str) -> None:
-        """Journal an attempt that does not count."""
-        super().abandoned(collected, cause)
-        self._write("abandoned", {"cause": cause, **_report(collected)})
 
     def committed(self, round_: Committed) -> None:
         """Journal a round and make it durable."""
-        super().committed(round_)
-        self._write("committed", {**_report(round_.collected), "metrics": dict(round_.metrics)})
         tensors = {MODEL: round_.state.model, **round_.state.server.slots}
         self._checkpoint = self._blobs.put(_encode(tensors))
-        self._save(round_.state)
+        super().committed(round_)
 
     def evaluated(self, evaluation: Evaluated) -> None:
         """Journal an evaluation and make it durable."""
-        super().evaluated(evaluation)
-        report = _report(evaluation.collected) if evaluation.collected else {"round": evaluation.state.round}
-        self._write(
-            "evaluated", {**report, "metrics": dict(evaluation.metrics), "improved": evaluation.improved}
-        )
         if evaluation.improved:
             self._best_checkpoint = self._checkpoint
-        self._save(evaluation.state)
+        super().evaluated(evaluation)
 
     def finish(self, model: Vector) -> None:
-        """Write the final model by tensor names, and the metrics."""
+        """Write the final model by tensor names, and the tables."""
         write_atomic(self.folder / "model.safetensors", _encode(self._layout.unflatten(model)))
+        self._journal.flush()
         self._write_csv()
+        write_parquet(row_columns(self.rows), self.folder / "metrics.parquet")
+        write_parquet(device_columns(self.tallies), self.folder / "participation.parquet")
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def _write(self, event: str, body: Mapping[str, Any]) -> None:
-        line = canonical_json({"event": event, "time": round(time.time(), 3), **body}) + b"\n"
-        with _on_disk(self.folder):
-            self._journal.write(line)
+    def _write(self, kind: str, run_id: str, body: Mapping[str, Any]) -> bytes:
+        line = super()._write(kind, run_id, body)
+        self._journal.append(line)
+        return line
+
+    def _keep(self, row: Row) -> None:
+        """Commit: called with every row, after its event and its checkpoint were written."""
+        self._metrics.append(canonical_json(asdict(row)) + b"\n")
+        if self.state:
+            self._save(self.state)
+        if self._board:
+            self._board.add(row)
+        if time.monotonic() >= self._csv_due:
+            self._write_csv()
 
     def _save(self, state: RunState) -> None:
-        with _on_disk(self.folder):
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
+        self.time_s = self._clock()
+        seq, sha256 = self._chain.head
         body = {
             "state": {
                 "checkpoint": self._checkpoint,
@@ -258,13 +355,12 @@ class FolderBook(MemoryBook):
                 "best": asdict(state.best) if state.best else None,
             },
             "random": self._rng.getstate(),
-            "journal_bytes": self._journal.tell(),
-            "rows": [asdict(row) for row in self.rows],
+            "time": self.time_s,
+            "journal": {"bytes": self._journal.sync(), "seq": seq, "hash": sha256},
+            "metrics_bytes": self._metrics.sync(),
         }
         write_atomic(self.folder / "state.json", canonical_json(body))
         self._forget({self._checkpoint, self._best_checkpoint})
-        if time.monotonic() - self._csv_written > CSV_EVERY_S:
-            self._write_csv()
 
     def _forget(self, keep: set[str]) -> None:
         """Remove checkpoints that nothing needs any more."""
@@ -273,15 +369,15 @@ class FolderBook(MemoryBook):
                 path.unlink(missing_ok=True)
 
     def _write_csv(self) -> None:
-        fixed = ["round", "reports", "asked", "attempts", "train_loss", "bytes_up", "bytes_down", "seconds"]
-        names = sorted({name for row in self.rows for name in row.metrics})
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow([*fixed, *names])
-        for row in self.rows:
-            writer.writerow([*(getattr(row, f) for f in fixed), *(row.metrics.get(n, "") for n in names)])
-        write_atomic(self.folder / "metrics.csv", text.getvalue().encode())
-        self._csv_written = time.monotonic()
+        began = time.monotonic()
+        write_csv(row_columns(self.rows), self.folder / "metrics.csv")
+        ended = time.monotonic()
+        self._csv_due = ended + max(CSV_EVERY_S, (ended - began) / CSV_SHARE)
+
+    def _open_board(self, scenario: SimulationConfig) -> None:
+        """Events for TensorBoard: a run that goes on writes its rows anew, so that none is there twice."""
+        if scenario.output.tensorboard:
+            self._board = EventFile.open(self.folder / "tensorboard", self.rows)
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -295,6 +391,17 @@ class FolderBook(MemoryBook):
                 f"{self.folder} holds a run with other settings in [{'], ['.join(differing)}].",
                 hint="Continue it with the scenario it was started with, or name another folder.",
             )
+
+    def _take_up(self, head: Head) -> None:
+        """Check the journal up to the commit point, count its devices anew, and go on after it."""
+        path, last = self._journal.path, EMPTY
+        for event, now in checked(path):
+            last = now
+            if event.kind in ("round.committed", "round.abandoned"):
+                for entry in event.body["participation"]:
+                    self._count_entry(entry)
+        require(path, last, head)
+        self._chain = Chain(head)
 
     def _load(self, saved: Mapping[str, Any]) -> RunState:
         tensors = self._tensors(saved["checkpoint"])
@@ -323,14 +430,6 @@ class FolderBook(MemoryBook):
 
         return load(self._blobs.read(digest))
 
-    def _truncate(self, length: int) -> None:
-        size = self._journal.tell()
-        if length > size:
-            raise StateCorrupt(f"The journal in {self.folder} has {size} bytes, the commit point {length}.")
-        with _on_disk(self.folder):
-            self._journal.truncate(length)
-            self._journal.seek(0, os.SEEK_END)
-
 
 def _encode(tensors: Mapping[str, Vector]) -> bytes:
     from safetensors.numpy import save
@@ -345,18 +444,31 @@ def read_scenario(folder: Path) -> SimulationConfig:
         StateCorrupt: it cannot be read.
     """
     body = _read_json(folder / "scenario.json")
+    body.pop(SIMULATED, None)
     try:
         return SimulationConfig.model_validate_json(json.dumps(body))
     except ValidationError as error:
         raise StateCorrupt(f"{folder / 'scenario.json'} is not a scenario: {error}.") from error
 
 
-def _report(collected: Collected) -> dict[str, Any]:
-    devices = {device_id: asdict(entry) for device_id, entry in collected.participation.items()}
-    for entry in devices.values():
-        del entry["device_id"]
-    plan = collected.plan
-    return {"round": plan.round, "attempt": plan.attempt, "reports": collected.reports, "devices": devices}
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a run, as they were at its last commit point or later.
+
+    Raises:
+        StateCorrupt: they cannot be read.
+    """
+    path, rows = folder / "metrics.jsonl", dict[int, Row]()
+    try:
+        for line in path.read_bytes().splitlines():
+            row = Row.from_json(json.loads(line))
+            rows[row.round] = row  # an evaluated row replaces the committed one
+    except (OSError, ValueError, TypeError) as error:
+        raise StateCorrupt(f"{path} cannot be read: {error}.", hint="Restore it from a copy.") from error
+    return list(rows.values())
+
+
+def _attempt(plan: RoundPlan) -> dict[str, Any]:
+    return {"run_id": plan.run_id, "round": plan.round, "attempt": plan.attempt}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -369,25 +481,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return body
 
 
-@contextmanager
-def _on_disk(folder: Path) -> Iterator[None]:
-    """Translate what the operating system says about a file of the run."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull(
-                f"No space was left in {folder}; the last committed round is safe.",
-                hint="Free some space, then continue with --resume.",
-            ) from error
-        raise StateError(
-            f"Cannot use {folder}: {error.strerror or error}.", hint="Name a folder that may be written."
-        ) from error
-
-
 def _lock(folder: Path) -> int:
     # A POSIX lock belongs to this process alone; flock() would be shared with forked workers.
-    with _on_disk(folder):
+    with on_disk(folder):
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

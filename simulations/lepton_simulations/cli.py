@@ -14,8 +14,8 @@ from lepton_fl.cli.output import INTERRUPTED, Format, FormatOption, console, is_
 
 if TYPE_CHECKING:
     from lepton_simulations.api import Result
-    from lepton_simulations.book import Row
     from lepton_simulations.config import SimulationConfig
+    from lepton_simulations.rows import Row
 
 app = typer.Typer()
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lepton_fl.plan import Fraction, Frozen, RunSpec
+from lepton_fl.plan import Frozen, RunSpec
 from lepton_fl.tasks.partition import PartitionSpec
+from lepton_simulations.world.config import DevicesConfig, FaultsConfig, WorldConfig
 
 
 class DataConfig(Frozen):
@@ -32,20 +33,18 @@ class EngineConfig(Frozen):
         int, Field(ge=-1, le=4096)
     ] = -1  # processes; 0 = none besides this one; -1 = one per core
     device: Literal["auto", "cpu", "cuda"] = "cpu"
+    # How devices are trained; "auto" takes the fastest that this model allows, and says which.
+    tier: Literal["auto", "lean", "vectorised", "compiled", "fused"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0  # of cohorts, batch orders and faults
-
-
-class FaultConfig(Frozen):
-    """How often virtual devices misbehave."""
-
-    drop_out: Fraction = 0.0  # probability that a device stays silent in an attempt
-    corrupt: Fraction = 0.0  # share of devices whose replies arrive damaged
 
 
 class OutputConfig(Frozen):
     """Where the run is recorded."""
 
     folder: str = ""  # journal, metrics, checkpoints, model; empty = runs/NAME
+    plots: bool = True  # draw into its plots/ when the run is over
+    tensorboard: bool = True  # write events into its tensorboard/, if tensorboardX is installed
+    mlflow: str = ""  # tracking URI or folder: log the finished run there, too; needs mlflow
 
 
 class SimulationConfig(Frozen):
@@ -54,8 +53,19 @@ class SimulationConfig(Frozen):
     run: RunSpec
     data: DataConfig = DataConfig()
     engine: EngineConfig = EngineConfig()
-    faults: FaultConfig = FaultConfig()
+    devices: DevicesConfig = DevicesConfig()
+    faults: FaultsConfig = FaultsConfig()
     output: OutputConfig = OutputConfig()
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run in its journal."""
+        return f"simulation-{self.run.digest()[:16]}"
+
+    @property
+    def world(self) -> WorldConfig:
+        """What surrounds the devices."""
+        return WorldConfig(devices=self.devices, faults=self.faults)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on: all but the number of workers and where files lie."""
