@@ -8,7 +8,7 @@ part a device needs for its own training.
 import hashlib
 import json
 from collections.abc import Mapping
-from math import cos, frexp, pi
+from math import ceil, cos, frexp, pi
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -102,6 +102,30 @@ class AggregationSpec(Frozen):
         """Whether a sum is all that is needed, so that no update need be kept or seen."""
         return self.name == "mean"
 
+    def withstands(self, reports: int) -> int:
+        """So many bad ones among ``reports`` cannot steer the result: a share is rounded up."""
+        if self.name in ("median", "geometric_median"):
+            return max(0, reports - 1) // 2
+        share = {"mean": 0.0, "trimmed_mean": self.trim}.get(self.name, self.malicious)
+        return ceil(share * reports - 1e-9)  # 0.29 * 100 is a little more than 29
+
+    @property
+    def least_reports(self) -> int:
+        """With so many reports, or any larger number of them, the rule holds what it promises.
+
+        Trimming needs n > 2f, Krum n > 2f + 2 (Blanchard et al. 2017), a median of one or two outvotes nobody.
+        """
+        if self.name == "mean":
+            return 1
+        if self.name in ("median", "geometric_median"):
+            return 3
+        others = 0 if self.name == "trimmed_mean" else 2
+        share = self.trim if self.name == "trimmed_mean" else self.malicious
+        enough = min(20_000, int((2 + others) / (1 - 2 * share))) + 1  # rounding up costs less than one
+        while enough > 1 and enough - 1 > 2 * self.withstands(enough - 1) + others:
+            enough -= 1
+        return enough
+
 
 class EarlyStop(Frozen):
     """Stop when the watched metric has not improved for ``patience`` evaluations; 0 = never."""
@@ -150,6 +174,23 @@ class RunSpec(Frozen):
                 f"overflow; lower max_weight to {2**32 // reports}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _robust(self) -> Self:
+        rule, least = self.aggregation.name, self.aggregation.least_reports
+        if not self.aggregation.is_sum and self.weighting != "equal":
+            raise ValueError(
+                f"aggregation.name={rule!r} counts every report the same; set weighting='equal' (an example "
+                "count is a device's own claim, and who may lie about an update may lie about it)"
+            )
+        if self.cohort.size < least:
+            raise ValueError(f"aggregation.name={rule!r} needs {least} reports, cohort.size={self.cohort.size}")
+        return self
+
+    @property
+    def min_reports(self) -> int:
+        """Fewer reports than this and a round is abandoned: the cohort's bound, and that of the rule."""
+        return max(self.cohort.min_reports, self.aggregation.least_reports)
 
     def learning_rate(self, round_number: int) -> float:
         """The local learning rate of a round (first round: 1)."""

@@ -204,21 +204,21 @@ class Campaign:
 
     def _quorum(self, should_stop: Callable[[], bool]) -> tuple[str, ...] | None:
         """Wait for enough eligible devices and draw from them; None: asked to stop."""
-        spec = self.spec.cohort
+        spec, needed = self.spec.cohort, self.spec.min_reports
         asked = ceil(spec.size * spec.over_selection)
         began, shown, shown_at = self.clock(), "", 0.0
         while not should_stop():
             candidates = self.roster.candidates()
             ids, waited = eligible(candidates), self.clock() - began
             full = len(ids) >= min(asked, self._could_come(candidates))
-            if len(ids) >= spec.min_reports and (full or waited >= spec.fill_wait_s):
+            if len(ids) >= needed and (full or waited >= spec.fill_wait_s):
                 cohort = draw(ids, asked, self.rng)
                 if self.claim(cohort):  # else another run was faster: look again, within the same bounds
                     self._gathered = True
                     if shown:
                         self.book.waiting("", 0.0)
                     return cohort
-            cause = str(Shortfall.of(candidates, spec.min_reports))
+            cause = str(Shortfall.of(candidates, needed))
             left = spec.quorum_wait_s - waited
             if left <= 0:
                 raise QuorumError(
@@ -317,7 +317,7 @@ def plan_round(
         model_sha256=vector_digest(state.model),
         cohort=tuple(cohort),
         wanted_reports=min(size, len(cohort)),
-        min_reports=min(spec.cohort.min_reports, len(cohort)),
+        min_reports=_min_reports(spec, kind, len(cohort)),
         deadline_s=spec.cohort.deadline_s,
         local=spec.local.model_copy(update={"learning_rate": spec.learning_rate(max(1, number))}),
         weighting=spec.weighting,
@@ -327,6 +327,13 @@ def plan_round(
         aggregation=spec.aggregation,
         nonce=nonce,
     )
+
+
+def _min_reports(spec: RunSpec, kind: Kind, asked: int) -> int:
+    """A robust rule of so few that they could not outvote anybody is not applied, however few are asked."""
+    if kind == "evaluate":
+        return min(spec.cohort.min_reports, asked)
+    return max(min(spec.cohort.min_reports, asked), spec.aggregation.least_reports)
 
 
 def _better(value: float, than: float, mode: str, margin: float, or_equal: bool) -> bool:

@@ -15,6 +15,7 @@ from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, Aggregator, UpdateBatch
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
+from lepton_fl.rounds.robust import RobustAggregator
 from lepton_fl.tasks.metrics import Metrics, Sums, TrainingLoss
 from lepton_fl.vector import Vector
 from lepton_fl.wire.messages import EvaluateReply, Request, TrainReply
@@ -59,6 +60,8 @@ class Collected:
             if entry.outcome != ACCEPTED:
                 others[entry.outcome] = others.get(entry.outcome, 0) + 1
         head = f"{self.reports} of {len(self.plan.cohort)} reports"
+        if not (self.enough or self.plan.aggregation.is_sum):
+            head += f" ({self.plan.aggregation.name} needs {self.plan.min_reports})"
         causes = ", ".join(f"{n} {name.replace('-', ' ')}" for name, n in sorted(others.items()))
         return f"{head}: {causes}" if causes else head
 
@@ -89,8 +92,12 @@ def collect_training(
 
 
 def make_aggregator(plan: RoundPlan) -> Aggregator:
-    """What makes one update of those of a round."""
-    return Accumulator(plan)
+    """What makes one update of those of a round.
+
+    Raises:
+        RunError: a robust rule would need more memory than this machine can spare.
+    """
+    return Accumulator(plan) if plan.aggregation.is_sum else RobustAggregator(plan)
 
 
 def collect_evaluation(plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics) -> Collected:
