@@ -34,8 +34,8 @@ from lepton_simulations.exchange import CoordinatorCrash, InMemoryExchange, Inte
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
 from lepton_simulations.labels import simulated
 from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
-from lepton_simulations.settings import Strategy, run_settings
-from lepton_simulations.world import FaultsConfig, World
+from lepton_simulations.settings import Strategy, explicit, run_settings
+from lepton_simulations.world import DevicesConfig, FaultsConfig, World
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,6 +120,9 @@ def simulate(
     seed: int = 0,
     drop_out: float = 0.0,
     corrupt: float = 0.0,
+    devices: DevicesConfig | Mapping[str, Any] | None = None,
+    faults: FaultsConfig | Mapping[str, Any] | None = None,
+    tier: Literal["auto", "lean", "vectorised", "compiled", "fused"] = "auto",
     folder: str | Path = "",
     resume: bool = False,
     on_round: OnRow | None = None,
@@ -143,6 +146,9 @@ def simulate(
         seed: of everything random.
         drop_out: the probability that a device stays silent in a round.
         corrupt: the share of devices whose replies arrive damaged.
+        devices: speeds, links and availability, as in the [devices] section; None = ideal ones.
+        faults: what else goes wrong, as in the [faults] section.
+        tier: which engine trains; auto = the fastest that this model allows.
         folder: where the run is recorded; empty = nowhere.
         resume: continue the run in ``folder`` at its last committed round.
         on_round: called after each round, and again after its evaluation.
@@ -162,8 +168,11 @@ def simulate(
         config = SimulationConfig(
             run=spec,
             data=DataConfig(folder=str(data), partition=split, seed=seed),
-            engine=EngineConfig(workers=workers, seed=seed),
-            faults=FaultsConfig(drop_out=drop_out, corrupt=corrupt),
+            engine=EngineConfig(workers=workers, tier=tier, seed=seed),
+            devices=DevicesConfig.model_validate(devices or {}),
+            faults=FaultsConfig.model_validate(
+                {"drop_out": drop_out, "corrupt": corrupt, **explicit(faults or {})}
+            ),
             output=OutputConfig(folder=str(folder)),
         )
     except ValidationError as error:

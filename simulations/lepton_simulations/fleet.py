@@ -1,84 +1,101 @@
-"""Virtual devices over a published data set, and the exchange that lets them answer.
+"""Virtual devices over a published data set, and who of them is there.
 
-    fleet = VirtualFleet.build(task, data, seed=0)
-    with InMemoryExchange(fleet, workers=2) as exchange:
-        Campaign(spec, run_id, fleet.work(exchange), exchange, VirtualRoster(fleet), book, rng).run(state)
-
-The answers of a cohort arrive in the order of the cohort, so floating-point sums, over-selection and faults
-come out the same whatever the number of workers.
+fleet = VirtualFleet.build(task, data, local, world=world, seed=0)
+with InMemoryExchange(fleet, backend) as exchange:
+Campaign(spec, run_id, fleet.work(exchange), exchange, VirtualRoster(fleet), book, rng).run(state)
 """
 
-import json
-import os
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lepton_fl.errors import DataContractError, RunError, UpdateRejected
-from lepton_fl.plan import RoundPlan, RunSpec
+from lepton_fl.errors import DataContractError, Rejection, RunError, UpdateRejected
+from lepton_fl.plan import LocalPlan, RoundPlan, RunSpec
+from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import collect_evaluation
-from lepton_fl.rounds.exchange import Answer
+from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.tasks.federated import FederatedDataset
 from lepton_fl.tasks.metrics import Sums
-from lepton_fl.vector import Vector
-from lepton_fl.wire.messages import Request
+from lepton_fl.vector import Vector, encode
 from lepton_fl.wire.records import Records
-from lepton_simulations.faults import Faults
-from lepton_simulations.workers import Outcome, Pool
-from lepton_strategies.desk import PartitionDesk
+from lepton_simulations.backend import Outcome, Part, Trained
+from lepton_simulations.world import World, WorldConfig
+from lepton_strategies.desk import PartitionDesk, batch_seed
 
 if TYPE_CHECKING:
     from lepton_fl.training.trainer import Device, Trainer
+    from lepton_simulations.engines import ClientWork, Engine
 
 TRAIN: Final = "train"
 EVALUATE: Final = "evaluate"
 CENTRAL = "central test rows "  # names the parts of the central test set in a plan
 PART_ROWS = 1024  # rows in one of them
 MAX_PREPARED = 2**31  # bytes of prepared training rows kept for all devices; above, each call prepares anew
+SAMPLES = 2  # devices that an engine is checked with
+
+Tier = Literal["auto", "lean", "vectorised", "compiled", "fused"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class VirtualFleet:
-    """All devices of a simulation: one warm trainer, everybody's rows, and their faults."""
+    """All devices of a simulation: one warm engine, everybody's rows, and the world around them."""
 
     task: str  # package.module:attribute
     trainer: "Trainer"
     data: FederatedDataset
-    faults: Faults = field(default_factory=Faults)
+    world: World
+    local: LocalPlan
     seed: int = 0  # of the batch orders
-    _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)  # prepared
+    tier: Tier = "auto"
     unfit: dict[str, str] = field(default_factory=dict)  # device -> how its data break the contract
+    engine_note: str = ""  # why it is not the fastest engine; '' = it is
+    _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)  # prepared
+    _engine: "Engine | None" = None
+    _updates: NDArray[np.int32] | None = None  # (K, P), reused
 
     @classmethod
     def build(
         cls,
         task: str,
         data: FederatedDataset,
+        local: LocalPlan | None = None,
         *,
-        faults: Faults | None = None,
+        world: World | None = None,
         seed: int = 0,
         device: "Device" = "cpu",
+        tier: Tier = "auto",
     ) -> "VirtualFleet":
-        """Build the trainer and prepare the rows; a device whose data break the contract sits out.
+        """Build the engine and prepare the rows; a device whose data break the contract sits out.
+
+        Args:
+            task: ``package.module:attribute``.
+            data: whose rows are whose.
+            local: how devices train; None = as the task says.
+            world: around the devices; None = all is ideal.
+            seed: of the batch orders.
+            device: on which is trained.
+            tier: which engine; see ``engines.choose``.
 
         Raises:
             TaskError: the task's model cannot be used.
+            ConfigError: the tier cannot train this.
         """
         from lepton_fl.training.trainer import Trainer
 
-        fleet = cls(task, Trainer(data.task, device), data, faults or Faults(), seed)
+        world = world or World.build(WorldConfig(), data.clients, seed)
+        fleet = cls(task, Trainer(data.task, device), data, world, local or data.task.local, seed, tier)
         fleet._prepare_tests()
         if 4 * data.corpus.train.x.size <= MAX_PREPARED:
             fleet._prepare_training()
+        fleet._choose_engine()
         return fleet
 
     @property
@@ -90,6 +107,22 @@ class VirtualFleet:
     def size(self) -> int:
         """Number of coordinates P of the model."""
         return self.trainer.layout.size
+
+    @property
+    def engine(self) -> "Engine":
+        """What trains ordinary devices."""
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def chunk(self) -> int:
+        """How many devices are best trained in one call."""
+        return self.engine.chunk
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether training runs on a GPU."""
+        return self.trainer.device.type != "cpu"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -107,11 +140,20 @@ class VirtualFleet:
         if found := self._rows.get((device_id, kind)):
             return found
         if kind == TRAIN:
-            return self.data.train(device_id)
+            return self.world.training_rows(device_id, self.data)
         raise DataContractError(f"Device {device_id} holds no test rows.")
 
+    def examples(self, plan: RoundPlan, device_id: str) -> int:
+        """How many examples a device works on in an attempt."""
+        if plan.kind == EVALUATE:
+            found = self._rows.get((device_id, EVALUATE))
+            return len(found) if found else 0
+        rows, local = len(self.data.train_rows[device_id]), plan.local
+        examples = rows * local.epochs
+        return min(examples, local.max_steps * local.batch_size) if local.max_steps else examples
+
     def respond(self, device_id: str, request: Records, should_stop: Callable[[], bool]) -> Outcome:
-        """Let one device answer."""
+        """Let one device answer with records, through the code of an edge client."""
         from lepton_fl.training.respond import respond
 
         desk = PartitionDesk(
@@ -119,28 +161,84 @@ class VirtualFleet:
         )
         return respond(request, desk)
 
-    def work(self, exchange: "InMemoryExchange", *, on_devices: bool = False) -> Work:
+    def train(
+        self,
+        plan: RoundPlan,
+        model: Vector,
+        devices: Sequence[str],
+        accumulator: Accumulator,
+        should_stop: Callable[[], bool],
+    ) -> Part:
+        """Train devices in one call of the engine and add their updates; implements ``backend.Shard``."""
+        names, works, refused = [], list["ClientWork"](), dict[str, UpdateRejected]()
+        for device_id in devices:
+            try:
+                works.append(self._work_of(device_id, plan))
+                names.append(device_id)
+            except DataContractError as error:
+                refused[device_id] = UpdateRejected(Rejection.DATA_CONTRACT, str(error), hint=error.hint)
+        if not works:
+            return Part([], refused)
+        result = self.engine.train(model, works, plan.local, should_stop=should_stop)
+        encoded = encode(result.deltas, plan.grid_step, plan.clip_norm, out=self._buffer(len(works)))
+        failures = {**encoded.refused, **result.failures}
+        refused |= {names[row]: failure for row, failure in failures.items()}
+        counts = np.array([len(work.data) for work in works], np.int64)
+        kept = [row for row in range(len(works)) if row not in failures]
+        updates = encoded.updates if len(kept) == len(works) else encoded.updates[kept]
+        accumulator.add(UpdateBatch(updates, counts[kept]))
+        losses, seen = result.loss_sum.tolist(), result.seen.tolist()
+        return Part([Trained(names[r], int(counts[r]), losses[r], seen[r]) for r in kept], refused)
+
+    def work(self, exchange: Exchange, *, on_devices: bool = False) -> Work:
         """What a campaign must know of the task.
 
         Args:
-            exchange: evaluates the central test set, part by part.
+            exchange: evaluates the whole test set after a round, if there is one.
             on_devices: evaluate on the devices' own test rows, too.
         """
+        task = self.data.task
         work = Work(
-            self.task,
-            self.trainer.task.version,
-            self.trainer.layout.digest,
-            self.size,
-            self.trainer.task.metrics,
-            evaluate_on_devices=on_devices,
+            task=self.task,
+            version=task.version,
+            layout_digest=self.trainer.layout.digest,
+            num_coordinates=self.size,
+            metrics=task.metrics,
+            evaluate_on_devices=on_devices or not self.parts,
         )
         central = partial(_evaluate_centrally, self, exchange, work) if self.parts else None
         return Work(**{**vars(work), "evaluate_centrally": central})
 
+    def _work_of(self, device_id: str, plan: RoundPlan) -> "ClientWork":
+        from lepton_simulations.engines import ClientWork
+
+        data = self.rows(device_id, TRAIN)
+        return ClientWork(data, batch_seed(self.seed, device_id, plan.round, plan.attempt))
+
+    def _buffer(self, rows: int) -> NDArray[np.int32]:
+        if self._updates is None or len(self._updates) < rows:
+            self._updates = np.empty((max(rows, self.chunk), self.size), np.int32)
+        part: NDArray[np.int32] = self._updates[:rows]
+        return part
+
+    def _choose_engine(self) -> None:
+        from lepton_simulations.engines import ClientWork, choose
+
+        fit = (d for d in self.devices if d not in self.unfit)
+        samples = []
+        for device_id in fit:
+            try:
+                samples.append(ClientWork(self.rows(device_id, TRAIN), self.seed))
+            except DataContractError:
+                continue
+            if len(samples) == SAMPLES:
+                break
+        self._engine, self.engine_note = choose(self.trainer, self.local, samples, tier=self.tier)
+
     def _prepare_training(self) -> None:
         for device_id in self.devices:
             try:
-                self._rows[device_id, TRAIN] = self.data.train(device_id)
+                self._rows[device_id, TRAIN] = self.world.training_rows(device_id, self.data)
             except DataContractError as error:
                 self.unfit[device_id] = str(error)
 
@@ -152,7 +250,7 @@ class VirtualFleet:
         for device_id, rows in self._test_rows(len(test)).items():
             self._rows[device_id, EVALUATE] = test.take(rows)
 
-    def _test_rows(self, count: int) -> dict[str, "np.ndarray[tuple[int], np.dtype[np.int64]]"]:
+    def _test_rows(self, count: int) -> dict[str, NDArray[np.int64]]:
         """Each device's test rows: its own where the data set says so, else an even share."""
         own = {c: self.data.test_rows[c] for c in self.devices if c in self.data.test_rows}
         if own:
@@ -161,7 +259,7 @@ class VirtualFleet:
         return {c: rows for c, rows in zip(self.devices, shares, strict=True) if len(rows)}
 
 
-def _evaluate_centrally(fleet: VirtualFleet, exchange: "InMemoryExchange", work: Work, model: Vector) -> Sums:
+def _evaluate_centrally(fleet: VirtualFleet, exchange: Exchange, work: Work, model: Vector) -> Sums:
     """The sums over the whole test set, as if each of its parts were a device without faults."""
     spec = RunSpec(task=fleet.task)
     plan = plan_round(
@@ -175,79 +273,17 @@ def _evaluate_centrally(fleet: VirtualFleet, exchange: "InMemoryExchange", work:
 
 @dataclass(frozen=True)
 class VirtualRoster:
-    """Everybody is online, always; those whose data break the contract sit out."""
+    """Who can be reached at the moment; those whose data break the contract sit out."""
 
     fleet: VirtualFleet
 
     def candidates(self) -> Sequence[Candidate]:
         """Every device with its standing."""
-        unfit = self.fleet.unfit
-        return [
-            Candidate(d, "data-contract", unfit[d]) if d in unfit else Candidate(d, "eligible")
-            for d in self.fleet.devices
-        ]
+        world = self.fleet.world
+        return world.candidates(world.clock(), self.fleet.unfit)
 
     def wait(self, seconds: float) -> None:
-        """Return at once: no standing will change, and simulated time costs nothing."""
-
-
-class InMemoryExchange:
-    """Lets the cohort's devices answer in worker processes, or in this one."""
-
-    def __init__(self, fleet: VirtualFleet, workers: int | None = None) -> None:
-        """Start the workers.
-
-        Args:
-            fleet: the devices.
-            workers: processes; 0 = train in this process; None = one per core of this machine, or this
-                process if it has one core only or the model is on a GPU.
-        """
-        self._fleet = fleet
-        if workers is None:
-            cores = len(os.sched_getaffinity(0))
-            workers = cores if cores > 1 and fleet.trainer.device.type == "cpu" else 0
-        self._pool = Pool(fleet, workers) if workers else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the workers."""
-        if self._pool:
-            self._pool.close()
-
-    def ask(self, plan: RoundPlan, request: Request) -> Generator[Answer, None, None]:
-        """Answers in the order of the cohort; a device that drops out is skipped without waiting for it."""
-        faults, cohort = self._fleet.faults, plan.cohort
-        if not cohort[0].startswith(CENTRAL):
-            cohort = tuple(d for d in cohort if not faults.drops(plan, d))
-        with closing(self._outcomes(request.to_records(), cohort)) as outcomes:
-            for device_id, outcome in outcomes:
-                if isinstance(outcome, Records) and not device_id.startswith(CENTRAL):
-                    outcome = faults.damage(device_id, outcome)
-                yield Answer(device_id, outcome, _num_bytes(outcome))
-
-    def tell(self, plan: RoundPlan, device_id: str, refusal: UpdateRejected | None) -> None:
-        """Virtual devices do not mind."""
-
-    def _outcomes(
-        self, request: Records, cohort: Sequence[str]
-    ) -> Generator[tuple[str, Outcome], None, None]:
-        if self._pool:
-            yield from self._pool.ask(request.config, request.arrays["model"], cohort)
-            return
-        for device_id in cohort:
-            yield device_id, self._fleet.respond(device_id, request, lambda: False)
-
-
-def _num_bytes(outcome: Outcome) -> int:
-    """What the reply would take on the wire, without a transport's own framing."""
-    if isinstance(outcome, UpdateRejected):
-        return 0
-    arrays = sum(array.nbytes for array in outcome.arrays.values())
-    return arrays + len(json.dumps([dict(outcome.config), dict(outcome.metrics)]))
+        """Let virtual time pass, to the next moment at which a standing may change."""
+        clock = self.fleet.world.clock
+        change = self.fleet.world.next_change(clock())
+        clock.advance_to(max(min(clock() + seconds, change), clock()))

@@ -1,12 +1,16 @@
 """Worker processes: one warm model each, one training thread each, the data shared.
 
 Workers are forked, so they start in milliseconds, need no second import of the user's script and share the
-data with the parent. The model goes out and the updates come back through shared memory; everything else is
-JSON over a pipe. Nothing is pickled.
+data with the parent. The model goes out, and updates and sums come back, through shared memory; everything
+else is JSON over a pipe. Nothing is pickled.
 
     with Pool(fleet, workers=2) as pool:
-        for device_id, answer in pool.ask(config, model, ["device-0", "device-1"]):
-            ...   # in the order asked, whatever the order of completion
+        pool.begin(plan, request)
+        for part in pool.train(["device-0", "device-1"]): ...
+        subtotal = pool.subtotal()
+
+A worker that dies takes its part of the sum with it: what it had trained is trained again by the others, and
+only a device that kills its worker when it trains alone counts as failed.
 """
 
 import json
@@ -15,41 +19,33 @@ import mmap
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, RunError, UpdateRejected
+from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.accumulator import Accumulator, Subtotal
 from lepton_fl.vector import Vector
-from lepton_fl.wire.messages import MODEL, UPDATE
+from lepton_fl.wire.messages import MODEL, UPDATE, Request
 from lepton_fl.wire.records import Records
+from lepton_simulations.backend import Outcome, Part, Shard, chunks, refusal_from_json, refusal_to_json
 
 log = logging.getLogger(__name__)
 
 AHEAD = 4  # answers per worker that may wait for an earlier one; bounds the parent's memory
+QUEUED = 2  # chunks given to a worker at a time, so that it need not wait for the next one
 PATIENCE_S = 30.0  # for a worker to notice that its round is over, before it is replaced
 PARENT_CHECK_S = 5.0  # how often an idle worker looks whether its parent is alive
 
-Outcome = Records | UpdateRejected
-
-
-class Fleet(Protocol):
-    """Virtual devices that live in one process."""
-
-    @property
-    def size(self) -> int:
-        """Number of coordinates P of the model."""
-        ...
-
-    def respond(self, device_id: str, request: Records, should_stop: Callable[[], bool]) -> Outcome:
-        """Let one device answer."""
-        ...
+Chunk = Sequence[str]
 
 
 class Board:
@@ -74,22 +70,48 @@ def _shared(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 @dataclass(eq=False)
+class Desk:
+    """Memory that the parent shares with one worker; pages that nothing touches cost nothing."""
+
+    update: NDArray[np.int32]  # (P,) of one device
+    total: NDArray[np.int64]  # (P,) of all devices that it has trained in this attempt
+
+    @classmethod
+    def of(cls, size: int) -> Self:
+        """For a model of ``size`` coordinates."""
+        return cls(_shared(size, np.dtype(np.int32)), _shared(size, np.dtype(np.int64)))
+
+
+@dataclass(eq=False)
 class Worker:
     """The parent's handle on one worker process."""
 
     process: BaseProcess
     pipe: Connection
-    update: NDArray[np.int32]  # (P,), written by the worker
-    place: int | None = None  # of the device it is busy with; None: idle
+    desk: Desk
+    attempt: int = -1  # the last one it was told of
+    place: int | None = None  # of the device that it lets answer
+    queue: deque[Chunk] = field(default_factory=deque)  # that it was given and has not returned
+    done: list[Chunk] = field(default_factory=list)  # that are in its sum
+    weight: int = 0  # of its sum
+    reports: int = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether it owes an answer."""
+        return self.place is not None or bool(self.queue)
 
 
 class Pool:
-    """A fixed number of workers; one that dies is replaced and its device counts as failed."""
+    """A fixed number of workers on this machine; implements ``backend.Backend``."""
 
-    def __init__(self, fleet: Fleet, workers: int) -> None:
-        self._fleet = fleet
-        self._board = Board(fleet.size)
+    def __init__(self, shard: Shard, workers: int) -> None:
+        self._shard = shard
+        self._board = Board(shard.size)
         self._fork = multiprocessing.get_context("fork")
+        self._attempt = 0
+        self._opening = b""
+        self._plan: RoundPlan | None = None
         self._workers: list[Worker] = []
         for _ in range(workers):
             self._workers.append(self._start())
@@ -111,73 +133,161 @@ class Pool:
             _end(worker.process, patience=2.0)
         self._workers = []
 
-    def ask(
-        self, config: Mapping[str, Any], model: Vector, devices: Sequence[str]
-    ) -> Generator[tuple[str, Outcome], None, None]:
-        """Let devices answer a request; yields in the order of ``devices``.
+    def begin(self, plan: RoundPlan, request: Request) -> None:
+        """See ``Backend``."""
+        records = request.to_records()
+        self._attempt += 1
+        self._plan = plan
+        self._board.model[:] = records.arrays[MODEL]
+        self._board.stop(False)
+        settings = plan.model_copy(
+            update={"cohort": ()}
+        ).to_json()  # who else takes part is nobody's business
+        opening = {"plan": settings, "config": dict(records.config)}
+        self._opening = json.dumps(opening).encode()
+        for worker in self._workers:
+            worker.done, worker.weight, worker.reports = [], 0, 0
 
-        Closing the generator early stops what still trains and waits until it has stopped.
-        """
-        self._board.model[:] = model
+    # --- training in chunks -------------------------------------------------------------------------
+
+    def train(self, devices: Sequence[str]) -> Generator[Part, None, None]:
+        """See ``Backend``; the parts come as they are ready."""
+        waiting = deque(chunks(devices, self._shard.chunk, len(self._workers)))
+        told: set[str] = set()  # devices whose part was yielded; they may be trained again after a death
+        self._board.stop(False)
+        try:
+            while waiting or any(worker.queue for worker in self._workers):
+                self._hand_out(waiting)
+                for worker in self._ready(None):
+                    part = self._take_part(worker, waiting)
+                    news = [t for t in part.trained if t.device_id not in told]
+                    refused = {d: r for d, r in part.refused.items() if d not in told}
+                    told.update(t.device_id for t in news)
+                    told.update(refused)
+                    yield Part(news, refused)
+        finally:
+            self._drain()
+
+    def subtotal(self) -> Subtotal:
+        """See ``Backend``."""
+        used = [worker for worker in self._workers if worker.reports]
+        total = used[0].desk.total if used else np.zeros(self._shard.size, np.int64)
+        for worker in used[1:]:
+            total = total + worker.desk.total
+        return Subtotal(total, sum(w.weight for w in used), sum(w.reports for w in used))
+
+    def _hand_out(self, waiting: deque[Chunk]) -> None:
+        for depth in range(QUEUED):
+            for worker in list(self._workers):
+                if waiting and len(worker.queue) <= depth:
+                    chunk = waiting.popleft()
+                    self._tell(worker, {"train": list(chunk)}).queue.append(chunk)
+
+    def _take_part(self, worker: Worker, waiting: deque[Chunk]) -> Part:
+        try:
+            reply = json.loads(worker.pipe.recv_bytes())
+        except (EOFError, OSError):
+            return self._lost(worker, waiting)
+        worker.done.append(worker.queue.popleft())
+        worker.weight, worker.reports = reply["weight"], reply["reports"]
+        return Part.from_json(reply)
+
+    def _lost(self, worker: Worker, waiting: deque[Chunk]) -> Part:
+        """Give a dead worker's chunks to the others; who was being trained then trains alone."""
+        code = self._bury(worker)
+        suspects, others = worker.queue.popleft(), [*worker.done, *worker.queue]
+        waiting.extend(others)
+        if len(suspects) > 1:
+            waiting.extend([device_id] for device_id in suspects)
+            return Part([])
+        return Part([], {suspects[0]: _died(code)})
+
+    # --- one by one ---------------------------------------------------------------------------------
+
+    def answer(self, devices: Sequence[str]) -> Generator[tuple[str, Outcome], None, None]:
+        """See ``Backend``."""
         self._board.stop(False)
         done: dict[int, Outcome] = {}
         sent = shown = 0
         try:
             while shown < len(devices):
-                for worker in [w for w in self._workers if w.place is None]:
+                for worker in [w for w in self._workers if not w.busy]:
                     if sent < min(len(devices), shown + AHEAD * len(self._workers)):
-                        self._send(worker, sent, devices[sent], config)
+                        self._tell(worker, {"device": devices[sent]}).place = sent
                         sent += 1
                 if shown not in done:
-                    self._receive(done, None)
+                    for worker in self._ready(None):
+                        self._take_answer(worker, done)
                 while shown in done:
                     yield devices[shown], done.pop(shown)
                     shown += 1
         finally:
             self._drain()
 
-    def _send(self, worker: Worker, place: int, device_id: str, config: Mapping[str, Any]) -> None:
-        body = json.dumps({"device": device_id, "config": dict(config)}).encode()
+    def _take_answer(self, worker: Worker, done: dict[int, Outcome]) -> None:
+        place, worker.place = worker.place, None
+        assert place is not None
         try:
-            worker.pipe.send_bytes(body)
+            done[place] = _decode(worker.pipe.recv_bytes(), worker.desk.update)
+        except (EOFError, OSError):
+            if worker.done:
+                raise RunError(
+                    "A worker process died with a part of the round's sum.", hint="Resume the run."
+                ) from None
+            done[place] = _died(self._bury(worker))
+
+    # --- processes ----------------------------------------------------------------------------------
+
+    def _tell(self, worker: Worker, message: dict[str, Any]) -> Worker:
+        """Send a message, after the attempt's settings if they are new to the worker."""
+        body = json.dumps(message).encode()
+        try:
+            self._send(worker, body)
         except OSError:  # it died while idle
             worker = self._replace(worker)
-            worker.pipe.send_bytes(body)
-        worker.place = place
+            self._send(worker, body)
+        return worker
 
-    def _receive(self, done: dict[int, Outcome], timeout: float | None) -> bool:
-        """Take what is ready, waiting for at least one; False if the time ran out."""
-        busy = {w.pipe: w for w in self._workers if w.place is not None}
+    def _send(self, worker: Worker, body: bytes) -> None:
+        if worker.attempt != self._attempt:
+            worker.pipe.send_bytes(self._opening)
+            worker.attempt = self._attempt
+        worker.pipe.send_bytes(body)
+
+    def _ready(self, timeout: float | None) -> list[Worker]:
+        """The workers that have something to say, or have died; waits for one."""
+        busy = {worker.pipe: worker for worker in self._workers if worker.busy}
         ready = wait(list(busy), timeout)
-        for pipe in ready:
-            worker = busy[pipe]  # type: ignore[index]  # wait() returns the connections it was given
-            place = worker.place
-            assert place is not None
-            try:
-                done[place] = _decode(worker.pipe.recv_bytes(), worker.update)
-                worker.place = None
-            except (EOFError, OSError):
-                done[place] = self._bury(worker)
-        return bool(ready)
+        return [worker for pipe, worker in busy.items() if pipe in ready]
 
-    def _bury(self, worker: Worker) -> UpdateRejected:
+    def _bury(self, worker: Worker) -> int | None:
         worker.process.join(1.0)
         code = worker.process.exitcode
         self._replace(worker)
         log.warning("a worker process died (exit code %s) and was replaced", code)
-        return UpdateRejected(
-            Rejection.FAILED,
-            f"The worker process died (exit code {code}) while this device trained.",
-            hint="Exit code -9 usually means that memory ran out; use fewer workers.",
-        )
+        return code
 
     def _drain(self) -> None:
         """Wait until no worker reads the board any more."""
         self._board.stop(True)
-        while any(w.place is not None for w in self._workers):
-            if not self._receive({}, PATIENCE_S):
-                for worker in [w for w in self._workers if w.place is not None]:
-                    self._replace(worker)
+        while late := [worker for worker in self._workers if worker.busy]:
+            ready = self._ready(PATIENCE_S)
+            for worker in late if not ready else []:
+                self._replace(worker)
+            for worker in ready:
+                self._hear(worker)
+
+    def _hear(self, worker: Worker) -> None:
+        """Take an answer that nobody wants any more."""
+        try:
+            worker.pipe.recv_bytes()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        if worker.place is not None:
+            worker.place = None
+        else:
+            worker.done.append(worker.queue.popleft())
 
     def _replace(self, worker: Worker) -> Worker:
         worker.pipe.close()
@@ -188,9 +298,9 @@ class Pool:
 
     def _start(self) -> Worker:
         ours, theirs = self._fork.Pipe()
-        update = _shared(self._fleet.size, np.dtype(np.int32))
+        desk = Desk.of(self._shard.size)
         inherited = [ours, *(w.pipe for w in self._workers)]  # a copy of these would keep a pipe from ending
-        arguments = (self._fleet, self._board, theirs, update, inherited, os.getpid())
+        arguments = (self._shard, self._board, theirs, desk, inherited, os.getpid())
         process = self._fork.Process(target=_serve, args=arguments, daemon=True)
         try:
             process.start()
@@ -200,7 +310,15 @@ class Pool:
                 hint="Use fewer workers, or 0 to train in this process.",
             ) from error
         theirs.close()
-        return Worker(process, ours, update)
+        return Worker(process, ours, desk)
+
+
+def _died(code: int | None) -> UpdateRejected:
+    return UpdateRejected(
+        Rejection.FAILED,
+        f"The worker process died (exit code {code}) while this device trained.",
+        hint="Exit code -9 usually means that memory ran out; use fewer workers.",
+    )
 
 
 def _end(process: BaseProcess, patience: float) -> None:
@@ -212,12 +330,7 @@ def _end(process: BaseProcess, patience: float) -> None:
 
 
 def _serve(
-    fleet: Fleet,
-    board: Board,
-    pipe: Connection,
-    update: NDArray[np.int32],
-    inherited: list[Connection],
-    parent: int,
+    shard: Shard, board: Board, pipe: Connection, desk: Desk, inherited: list[Connection], parent: int
 ) -> None:
     """A worker's life: answer until the pipe ends or the parent is gone."""
     for other in inherited:
@@ -225,15 +338,46 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _one_thread()
+    server = _Server(shard, board, desk)
     while os.getppid() == parent:
         try:
             if not pipe.poll(PARENT_CHECK_S):
                 continue
-            job = json.loads(pipe.recv_bytes())
-            request = Records({MODEL: board.model}, job["config"], {})
-            pipe.send_bytes(_encode(fleet.respond(job["device"], request, board.stopped), update))
+            answer = server.handle(json.loads(pipe.recv_bytes()))
+            if answer is not None:
+                pipe.send_bytes(json.dumps(answer).encode())
         except (EOFError, OSError):
             return
+
+
+@dataclass(eq=False)
+class _Server:
+    """What a worker knows of the attempt."""
+
+    shard: Shard
+    board: Board
+    desk: Desk
+    plan: RoundPlan | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    accumulator: Accumulator | None = None
+
+    def handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        if "plan" in message:
+            self.plan, self.config = RoundPlan.from_json(message["plan"]), message["config"]
+            self.accumulator = None
+            return None
+        if "train" in message:
+            return self._train(message["train"])
+        request = Records({MODEL: self.board.model}, self.config, {})
+        return _encode(self.shard.respond(message["device"], request, self.board.stopped), self.desk.update)
+
+    def _train(self, devices: Chunk) -> dict[str, Any]:
+        assert self.plan is not None
+        if self.accumulator is None:
+            self.desk.total[:] = 0
+            self.accumulator = Accumulator(self.plan, self.desk.total)
+        part = self.shard.train(self.plan, self.board.model, devices, self.accumulator, self.board.stopped)
+        return part.to_json() | {"weight": self.accumulator.weight, "reports": self.accumulator.reports}
 
 
 def _one_thread() -> None:
@@ -242,27 +386,21 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _encode(outcome: Outcome, update: NDArray[np.int32]) -> bytes:
+def _encode(outcome: Outcome, update: NDArray[np.int32]) -> dict[str, Any]:
     if isinstance(outcome, UpdateRejected):
-        body: dict[str, Any] = {
-            "refused": outcome.reason.value,
-            "message": str(outcome),
-            "hint": outcome.hint,
-        }
-        return json.dumps(body).encode()
+        return {"refused": refusal_to_json(outcome)}
     if UPDATE in outcome.arrays:
         update[:] = outcome.arrays[UPDATE]
-    body = {
+    return {
         "config": dict(outcome.config),
         "metrics": dict(outcome.metrics),
         "update": UPDATE in outcome.arrays,
     }
-    return json.dumps(body).encode()
 
 
 def _decode(body: bytes, update: NDArray[np.int32]) -> Outcome:
     reply = json.loads(body)
     if "refused" in reply:
-        return UpdateRejected(Rejection(reply["refused"]), reply["message"], hint=reply["hint"])
+        return refusal_from_json(reply["refused"])
     # Copied, so that the worker can go on with the next device.
     return Records({UPDATE: update.copy()} if reply["update"] else {}, reply["config"], reply["metrics"])

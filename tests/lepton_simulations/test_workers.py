@@ -12,11 +12,47 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.accumulator import UpdateBatch
 from lepton_fl.wire.records import Records
 from lepton_simulations import workers as module
-from lepton_simulations.workers import Outcome, Pool
+from lepton_simulations.backend import Alone, Outcome, Part, Trained, chunks
+from lepton_simulations.workers import Pool
 
 MODEL = np.array([1.0, 2.0, 3.0], np.float32)
+PLAN = RoundPlan.from_json(
+    {
+        "run_id": "run",
+        "round": 1,
+        "attempt": 1,
+        "kind": "train",
+        "task": "toy:task",
+        "task_version": "1",
+        "layout_digest": "",
+        "num_coordinates": 3,
+        "model_sha256": "",
+        "cohort": ["a"],
+        "wanted_reports": 1,
+        "min_reports": 1,
+        "deadline_s": 60.0,
+        "local": {},
+        "weighting": "examples",
+        "max_weight": 2**20,
+        "grid_step": 2.0**-24,
+        "nonce": "00",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Stands for a request: what a worker is told of it."""
+
+    model: np.ndarray
+    factor: int
+
+    def to_records(self) -> Records:
+        return Records({"model": self.model}, {"factor": self.factor}, {})
 
 
 @dataclass
@@ -24,13 +60,16 @@ class Toy:
     """Devices named by what they do."""
 
     size: int = 3
+    chunk: int = 3
+    on_gpu: bool = False
 
-    def respond(self, device_id: str, request: Records, should_stop: Callable[[], bool]) -> Outcome:
+    def act(self, device_id: str, should_stop: Callable[[], bool]) -> None:
         act, _, argument = device_id.partition(" ")
         if act == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if act == "refuse":
-            return UpdateRejected(Rejection.DATA_CONTRACT, "row 3 is NaN", hint="repair it")
+        if act == "once" and not Path(argument).exists():
+            Path(argument).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         if act == "loop":
             while not should_stop():
                 time.sleep(0.01)
@@ -38,6 +77,24 @@ class Toy:
             time.sleep(1000)
         if act == "wait":
             time.sleep(float(argument))
+
+    def train(self, plan, model, devices, accumulator, should_stop) -> Part:
+        """A device of name d<n> has the update n times the model, and the weight n."""
+        for device_id in devices:
+            self.act(device_id, should_stop)
+        refused = {
+            d: UpdateRejected(Rejection.FAILED, "it is " + d) for d in devices if d.startswith("refuse")
+        }
+        numbers = [number(d) for d in devices if d not in refused]
+        updates = np.array([model * n for n in numbers], np.int32).reshape(-1, 3)
+        accumulator.add(UpdateBatch(updates, np.array(numbers, np.int64)))
+        names = [d for d in devices if d not in refused]
+        return Part([Trained(d, n, n / 3, 7) for d, n in zip(names, numbers, strict=True)], refused)
+
+    def respond(self, device_id: str, request: Records, should_stop: Callable[[], bool]) -> Outcome:
+        if device_id == "refuse":
+            return UpdateRejected(Rejection.DATA_CONTRACT, "row 3 is NaN", hint="repair it")
+        self.act(device_id, should_stop)
         update = (request.arrays["model"] * request.config["factor"]).astype(np.int32)
         metrics = {"seconds": 0.1, "sum.x": [float("nan"), 1 / 3], "pid": os.getpid()}
         return Records({"update": update}, {"round": 1}, metrics)
@@ -49,8 +106,25 @@ def pool():
         yield it
 
 
-def ask(pool, *devices, factor=2, model=MODEL):
-    return list(pool.ask({"factor": factor}, model, devices))
+def number(device_id: str) -> int:
+    return int(device_id[1:]) if device_id[1:].isdigit() else 1
+
+
+def begin(pool, *devices, factor=2, model=MODEL):
+    pool.begin(PLAN, Question(model, factor))
+    return pool.answer(devices)
+
+
+def ask(pool, *devices, **question):
+    return list(begin(pool, *devices, **question))
+
+
+def train(pool, *devices, model=MODEL):
+    """The sum, and what became of each device."""
+    pool.begin(PLAN, Question(model, 1))
+    parts = list(pool.train(devices))
+    refused = {d: str(r) for part in parts for d, r in part.refused.items()}
+    return pool.subtotal(), [t for part in parts for t in part.trained], refused
 
 
 def reason(outcome: Outcome) -> str:
@@ -110,7 +184,7 @@ def test_a_worker_that_dies_while_idle_is_replaced(pool):
 
 
 def test_closing_early_stops_those_who_still_train(pool):
-    answers = pool.ask({"factor": 2}, MODEL, ["a", "loop 1", "loop 2"])
+    answers = begin(pool, "a", "loop 1", "loop 2")
     next(answers)
     answers.close()
     assert [reason(o) for _, o in ask(pool, "b")] == ["answered"]
@@ -118,7 +192,7 @@ def test_closing_early_stops_those_who_still_train(pool):
 
 def test_a_worker_that_does_not_stop_is_replaced(pool, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE_S", 0.1)
-    answers = pool.ask({"factor": 2}, MODEL, ["a", "hang"])
+    answers = begin(pool, "a", "hang")
     next(answers)
     answers.close()
     assert [reason(o) for _, o in ask(pool, "b", "c")] == ["answered"] * 2
@@ -126,11 +200,79 @@ def test_a_worker_that_does_not_stop_is_replaced(pool, monkeypatch):
 
 def test_answers_that_wait_for_an_earlier_one_are_bounded(pool):
     """While the first device is slow, no more than AHEAD answers per worker pile up."""
-    answers = pool.ask({"factor": 2}, MODEL, ["wait 0.3", *(f"d{i}" for i in range(50))])
+    answers = begin(pool, "wait 0.3", *(f"d{i}" for i in range(50)))
     next(answers)
     held = answers.gi_frame.f_locals["done"]
     assert len(held) <= module.AHEAD * 2
     assert len(list(answers)) == 50
+
+
+# --- training in chunks ---------------------------------------------------------------------------------
+
+
+def expected(numbers):
+    return sum(n * n for n in numbers) * np.array([1, 2, 3])
+
+
+def test_the_sum_is_exact_and_the_same_whoever_computes_it(pool):
+    devices = [f"d{n}" for n in range(1, 40)]
+    for backend in (pool, Alone(Toy())):
+        for _ in range(2):  # a second attempt starts at zero
+            subtotal, trained, refused = train(backend, *devices)
+            assert_array_equal(subtotal.total, expected(range(1, 40)))
+            assert (subtotal.weight, subtotal.reports) == (sum(range(1, 40)), 39)
+            assert sorted(t.num_examples for t in trained) == list(range(1, 40))
+            assert {t.loss_sum for t in trained} == {n / 3 for n in range(1, 40)}
+            assert refused == {}
+
+
+def test_devices_trained_later_in_the_attempt_are_added(pool):
+    train(pool, "d1", "d2", "d3", "d4")
+    assert len(list(pool.train(["d5"]))) == 1
+    assert_array_equal(pool.subtotal().total, expected([1, 2, 3, 4, 5]))
+    assert_array_equal(pool.subtotal().total, expected([1, 2, 3, 4, 5]))  # asking changes nothing
+
+
+def test_a_refused_device_is_not_in_the_sum(pool):
+    subtotal, trained, refused = train(pool, "d1", "refuse 1", "d2")
+    assert_array_equal(subtotal.total, expected([1, 2]))
+    assert (subtotal.reports, len(trained)) == (2, 2)
+    assert refused == {"refuse 1": "it is refuse 1"}
+
+
+def test_what_a_dead_worker_had_added_is_trained_again(pool, tmp_path):
+    """Devices of its earlier chunks are reported once, and counted once."""
+    devices = [f"d{n}" for n in range(1, 30)]
+    devices[20] = f"once {tmp_path / 'died'}"
+    subtotal, trained, refused = train(pool, *devices)
+    numbers = [number(d) for d in devices]
+    assert_array_equal(subtotal.total, expected(numbers))
+    assert sorted(t.device_id for t in trained) == sorted(devices)
+    assert refused == {}
+
+
+def test_only_the_device_that_kills_its_worker_fails(pool):
+    subtotal, trained, refused = train(pool, *(f"d{n}" for n in range(1, 9)), "die", "d9", "d10")
+    assert_array_equal(subtotal.total, expected(range(1, 11)))
+    assert (subtotal.reports, len(trained)) == (10, 10)
+    assert list(refused) == ["die"]
+    assert "exit code -9" in refused["die"]
+
+
+def test_closing_early_stops_the_training(pool):
+    pool.begin(PLAN, Question(MODEL, 1))
+    parts = pool.train(["d1", "d2", "d3", "d4", "d5", "d6", "loop 1", "loop 2", "loop 3"])
+    next(parts)
+    parts.close()
+    subtotal, _, _ = train(pool, "d3")
+    assert_array_equal(subtotal.total, expected([3]))
+
+
+def test_no_part_is_larger_than_the_chunk_and_every_worker_gets_one():
+    assert chunks(["a", "b", "c", "d"], 10, 2) == [["a", "b"], ["c", "d"]]
+    assert chunks(["a", "b", "c", "d", "e"], 2, 2) == [["a", "b"], ["c", "d"], ["e"]]
+    assert chunks([], 10, 2) == []
+    assert chunks(["a"], 10, 2) == [["a"]]
 
 
 def test_no_process_stays_behind():

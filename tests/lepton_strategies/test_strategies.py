@@ -25,7 +25,9 @@ from lepton_fl.tasks.sources import DeviceData
 from lepton_fl.tasks.task import load_task, resolve
 from lepton_fl.wire.messages import Request
 from lepton_simulations.book import MemoryBook
-from lepton_simulations.fleet import InMemoryExchange, VirtualFleet, VirtualRoster
+from lepton_simulations.backend import Alone
+from lepton_simulations.exchange import InMemoryExchange
+from lepton_simulations.fleet import VirtualFleet, VirtualRoster
 from lepton_strategies import FedAvg, FedProx, client_app, initial_arrays, run_campaign, to_state_dict
 from lepton_strategies.grid import GridExchange
 from lepton_strategies.model import from_arrays, to_arrays, trainer_of, work_of
@@ -117,7 +119,7 @@ def train(strategy, nodes: dict[int, Node], rounds: int = 1):
 
 def simulate(fleet: VirtualFleet, spec: RunSpec) -> tuple[RunState, MemoryBook]:
     book = MemoryBook()
-    with InMemoryExchange(fleet, workers=0) as exchange:
+    with InMemoryExchange(fleet, Alone(fleet)) as exchange:
         work = fleet.work(exchange, on_devices=True)
         campaign = Campaign(spec, "simulated", work, exchange, VirtualRoster(fleet), book, Random(1))
         model = fleet.trainer.initial(spec.seed)

@@ -1,0 +1,194 @@
+"""Who computes: this process, worker processes of this machine, or several machines.
+
+A backend trains the ordinary devices of a cohort in chunks and keeps nothing but their exact sum; devices
+that must be looked at one by one answer with records, as on a real fleet. Sums are integers, so the result
+is the same whichever backend computes it.
+
+    backend.begin(plan, request)
+    for part in backend.train(devices): ...          # in any order
+    subtotal = backend.subtotal()                    # of all that was trained since begin
+    for device, outcome in backend.answer(others): ...   # in the order asked
+"""
+
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.accumulator import Accumulator, Subtotal
+from lepton_fl.vector import Vector
+from lepton_fl.wire.messages import MODEL, Request
+from lepton_fl.wire.records import Records
+
+Outcome = Records | UpdateRejected
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one ordinary device reported; its update is in the sum."""
+
+    device_id: str
+    num_examples: int  # its weight
+    loss_sum: float
+    seen: int  # examples that went through the steps
+
+
+@dataclass(frozen=True)
+class Part:
+    """A chunk of devices, trained."""
+
+    trained: Sequence[Trained]
+    refused: Mapping[str, UpdateRejected] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a pipe or a network."""
+        return {
+            "trained": [(t.device_id, t.num_examples, t.loss_sum, t.seen) for t in self.trained],
+            "refused": {d: refusal_to_json(r) for d, r in self.refused.items()},
+        }
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Read back what ``to_json`` wrote."""
+        refused = {d: refusal_from_json(r) for d, r in body["refused"].items()}
+        return cls([Trained(*row) for row in body["trained"]], refused)
+
+
+def refusal_to_json(refusal: UpdateRejected) -> dict[str, str]:
+    """A refusal as plain strings."""
+    return {"reason": refusal.reason.value, "message": str(refusal), "hint": refusal.hint}
+
+
+def refusal_from_json(body: Mapping[str, str]) -> UpdateRejected:
+    """Read back what ``refusal_to_json`` wrote."""
+    return UpdateRejected(Rejection(body["reason"]), body["message"], hint=body["hint"])
+
+
+class Shard(Protocol):
+    """The virtual devices as one process holds them; implemented by ``fleet.VirtualFleet``."""
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates P of the model."""
+        ...
+
+    @property
+    def chunk(self) -> int:
+        """How many devices are best trained in one call."""
+        ...
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether training runs on a GPU, which processes would only fight over."""
+        ...
+
+    def respond(self, device_id: str, request: Records, should_stop: Callable[[], bool]) -> Outcome:
+        """Let one device answer with records."""
+        ...
+
+    def train(
+        self,
+        plan: RoundPlan,
+        model: Vector,
+        devices: Sequence[str],
+        accumulator: Accumulator,
+        should_stop: Callable[[], bool],
+    ) -> Part:
+        """Train devices and add their updates into the accumulator."""
+        ...
+
+
+class Backend(Protocol):
+    """See the module."""
+
+    def begin(self, plan: RoundPlan, request: Request) -> None:
+        """Tell everybody the model and the settings of an attempt; the sum starts at zero."""
+        ...
+
+    def train(self, devices: Sequence[str]) -> Generator[Part, None, None]:
+        """Train ordinary devices; closing the generator stops what still trains."""
+        ...
+
+    def answer(self, devices: Sequence[str]) -> Generator[tuple[str, Outcome], None, None]:
+        """Let devices answer one by one, in this order; closing the generator stops what still trains."""
+        ...
+
+    def subtotal(self) -> Subtotal:
+        """The sum over all devices trained since ``begin``."""
+        ...
+
+    def close(self) -> None:
+        """End whatever was started; may be called again."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Alone:
+    """Everything in this process: for a GPU, for one core, for debugging."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._accumulator: Accumulator | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def begin(self, plan: RoundPlan, request: Request) -> None:
+        """See ``Backend``."""
+        self._plan, self._records = plan, request.to_records()
+        self._accumulator = None
+
+    def train(self, devices: Sequence[str]) -> Generator[Part, None, None]:
+        """See ``Backend``."""
+        self._accumulator = self._accumulator or Accumulator(self._plan)
+        for chunk in chunks(devices, self._shard.chunk, 1):
+            yield self._shard.train(
+                self._plan, self._records.arrays[MODEL], chunk, self._accumulator, lambda: False
+            )
+
+    def answer(self, devices: Sequence[str]) -> Generator[tuple[str, Outcome], None, None]:
+        """See ``Backend``."""
+        for device_id in devices:
+            yield device_id, self._shard.respond(device_id, self._records, lambda: False)
+
+    def subtotal(self) -> Subtotal:
+        """See ``Backend``."""
+        return (self._accumulator or Accumulator(self._plan)).subtotal()
+
+
+def chunks(devices: Sequence[str], size: int, workers: int) -> list[Sequence[str]]:
+    """Cut a cohort into pieces of at most ``size``, and small enough that every worker gets some."""
+    size = max(1, min(size, -(-len(devices) // workers)))
+    return [devices[start : start + size] for start in range(0, len(devices), size)]
+
+
+def make_backend(shard: Shard, workers: int) -> Backend:
+    """What the settings ask for.
+
+    Args:
+        shard: the devices.
+        workers: processes; 0 = train in this process; -1 = one per core of this machine, or this process if
+            it has one core only or the devices train on a GPU.
+    """
+    from lepton_simulations.workers import Pool
+
+    if workers < 0:
+        cores = len(os.sched_getaffinity(0))
+        workers = cores if cores > 1 and not shard.on_gpu else 0
+    return Pool(shard, workers) if workers else Alone(shard)

@@ -1,0 +1,196 @@
+"""The exchange of a simulation: a round in virtual time, computed by a backend.
+
+The world says, before anything is trained, when each device's answer arrives and what is wrong with it.
+Answers are taken in that order until enough have come; whoever would arrive later is not trained at all.
+Ordinary devices are trained in chunks and only their exact sum comes back; a device whose reply must be
+looked at singly answers with records, as on a real fleet.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from lepton_fl.errors import UpdateRejected
+from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.exchange import AddedUp, Answer, Report
+from lepton_fl.tasks.metrics import Sums
+from lepton_fl.wire.messages import Request
+from lepton_fl.wire.records import Records
+from lepton_simulations.backend import Backend, Outcome, Trained
+from lepton_simulations.fleet import CENTRAL, VirtualFleet
+from lepton_simulations.world import Fate
+
+ENVELOPE = 512  # bytes of a reply besides its update, about
+
+Progress = Callable[[int, int], None]  # devices done, devices wanted
+
+
+class Interrupted(Exception):
+    """Somebody wants the simulation to stop in the midst of a round; nothing of the round is kept."""
+
+
+class CoordinatorCrash(Exception):
+    """The coordinator of the scenario dies in the midst of a round."""
+
+    def __init__(self, plan: RoundPlan) -> None:
+        super().__init__(f"The coordinator dies in round {plan.round}, as the scenario says.")
+        self.plan = plan
+
+
+class InMemoryExchange:
+    """Lets the cohort's devices answer; implements ``rounds.exchange.Exchange``."""
+
+    def __init__(
+        self,
+        fleet: VirtualFleet,
+        backend: Backend,
+        *,
+        on_progress: Progress = lambda done, wanted: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Open an exchange.
+
+        Args:
+            fleet: the devices.
+            backend: computes; closed with the exchange.
+            on_progress: called as devices of a training round are done.
+            should_stop: asked after each chunk; True ends the round with ``Interrupted``.
+        """
+        self._fleet = fleet
+        self._backend = backend
+        self._on_progress = on_progress
+        self._should_stop = should_stop
+        self._accepted = 0  # singly, in the attempt in hand
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the backend; may be called again."""
+        self._backend.close()
+
+    def ask(self, plan: RoundPlan, request: Request) -> Generator[Answer | AddedUp, None, None]:
+        """Answers in the order of arrival, and at last the sum of all ordinary ones.
+
+        Raises:
+            Interrupted: as asked for.
+            CoordinatorCrash: as the scenario says.
+        """
+        self._backend.begin(plan, request)
+        if plan.cohort[0].startswith(CENTRAL):
+            for device_id, outcome in self._backend.answer(plan.cohort):
+                yield Answer(device_id, outcome)
+            return
+        world, began = self._fleet.world, self._fleet.world.clock()
+        if world.crashes(plan):
+            world.clock.advance(world.downtime_s(plan))
+            raise CoordinatorCrash(plan)
+        fates = self._fates(plan)
+        many = plan.kind == "train" and plan.aggregation.is_sum
+        counted = dict[str, Report]()
+        self._accepted, at = 0, 0
+        while at < len(fates) and (wanted := plan.wanted_reports - self._accepted - len(counted)) > 0:
+            # No more than could be accepted: should some be refused, the next ones take their place.
+            now, at = _first(fates, at, wanted)
+            yield from self._singly(now, began, many)
+            if many:
+                yield from self._together(plan, now, counted)
+            world.clock.advance_to(began + now[-1].arrives_s)
+        if self._accepted + len(counted) < plan.wanted_reports and not self._all_heard(plan, fates):
+            world.clock.advance_to(began + plan.deadline_s)
+        if counted:
+            reports = tuple(counted[device_id] for device_id in plan.cohort if device_id in counted)
+            yield AddedUp(reports, self._backend.subtotal())
+
+    def tell(self, plan: RoundPlan, device_id: str, refusal: UpdateRejected | None) -> None:
+        """Count who was accepted; virtual devices do not mind."""
+        self._accepted += refusal is None
+
+    def _fates(self, plan: RoundPlan) -> list[Fate]:
+        """Of those who are heard of before the deadline, in the order of arrival."""
+        size, train = 4 * plan.num_coordinates + ENVELOPE, plan.kind == "train"
+        fates = self._fleet.world.fates(
+            plan,
+            lambda device_id: self._fleet.examples(plan, device_id),
+            size,
+            size if train else ENVELOPE,
+        )
+        return [fate for fate in fates if fate.arrives_s <= plan.deadline_s]
+
+    def _all_heard(self, plan: RoundPlan, fates: Sequence[Fate]) -> bool:
+        return len(fates) == len(plan.cohort)
+
+    def _singly(self, fates: Sequence[Fate], began: float, many: bool) -> Generator[Answer, None, None]:
+        """Those who answer with records, and those of whom the coordinator hears that they do not."""
+        singles = [fate for fate in fates if not (many and fate.answers and fate.ordinary)]
+        world = self._fleet.world
+        with closing(self._backend.answer([f.device_id for f in singles if f.answers])) as answers:
+            for fate in singles:
+                outcome: Outcome = next(answers)[1] if fate.answers else fate.word()
+                self._check_stop()
+                world.clock.advance_to(began + fate.arrives_s)
+                if isinstance(outcome, Records):
+                    outcome = world.spoil(fate, _timed(outcome, fate.seconds))
+                yield Answer(fate.device_id, outcome, _num_bytes(outcome))
+
+    def _together(
+        self, plan: RoundPlan, fates: Sequence[Fate], counted: dict[str, Report]
+    ) -> Generator[Answer, None, None]:
+        """Train the ordinary ones; yields those who are refused after all, in the order of arrival."""
+        seconds = {fate.device_id: fate.seconds for fate in fates if fate.answers and fate.ordinary}
+        size = {d: self._fleet.examples(plan, d) for d in seconds}
+        # Devices of like size together: a chunk takes as long as its longest. The longest first.
+        devices = sorted(seconds, key=lambda d: (-size[d], d))
+        refused: dict[str, UpdateRejected] = {}
+        with closing(self._backend.train(devices)) as parts:
+            for part in parts:
+                refused |= part.refused
+                counted |= {t.device_id: _report(plan, t, seconds[t.device_id]) for t in part.trained}
+                self._on_progress(self._accepted + len(counted), plan.wanted_reports)
+                self._check_stop()
+        for device_id in (fate.device_id for fate in fates if fate.device_id in refused):
+            yield Answer(device_id, refused[device_id])
+
+    def _check_stop(self) -> None:
+        if self._should_stop():
+            raise Interrupted
+
+
+def _first(fates: Sequence[Fate], at: int, wanted: int) -> tuple[Sequence[Fate], int]:
+    """The next fates, up to ``wanted`` that answer, and where they end."""
+    end, answers = at, 0
+    while end < len(fates) and answers < wanted:
+        answers += fates[end].answers
+        end += 1
+    return fates[at:end], end
+
+
+def _report(plan: RoundPlan, trained: Trained, seconds: float) -> Report:
+    sums: Sums = {
+        "loss_sum": np.array([trained.loss_sum]),
+        "examples": np.array([trained.seen], np.int64),
+    }
+    size = 4 * plan.num_coordinates + ENVELOPE
+    return Report(trained.device_id, trained.num_examples, sums, seconds, size)
+
+
+def _timed(reply: Records, seconds: float) -> Records:
+    """A reply that reports virtual seconds; a failure reports none."""
+    if "seconds" not in reply.metrics:
+        return reply
+    return Records(reply.arrays, reply.config, {**reply.metrics, "seconds": seconds})
+
+
+def _num_bytes(outcome: Outcome) -> int:
+    """What a reply takes on the wire, without a transport's own framing."""
+    if isinstance(outcome, UpdateRejected):
+        return 0
+    return sum(array.nbytes for array in outcome.arrays.values()) + ENVELOPE
