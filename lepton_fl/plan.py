@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PROTOCOL_VERSION = 1  # of the messages of a round
+STALENESS_SCALE = 2**8  # weights of buffered updates are integers: multiples of 1/256
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]  # of tensor names, as a shell's: "head.*"
 
 
 class Frozen(BaseModel):
@@ -47,6 +49,28 @@ class LocalPlan(Frozen):
     max_steps: Annotated[int, Field(ge=0)] = 0  # stop after so many mini-batches; 0 = no bound
     proximal_mu: NonNegative = 0.0  # FedProx (Li et al. 2020): + mu/2 * |w - w_global|^2
     clip_grad_norm: NonNegative = 0.0  # per step; 0 = off
+    control_variates: bool = False  # SCAFFOLD (Karimireddy et al. 2020, option II); plain SGD only
+    personal: Annotated[tuple[Pattern, ...], Field(max_length=32)] = ()  # tensors that stay on the device
+
+    @model_validator(mode="after")
+    def _plain_sgd(self) -> Self:
+        """SCAFFOLD reads the mean gradient off the way a device went: that must be a sum of gradients."""
+        others = {
+            "optimizer": self.optimizer != "sgd",
+            "momentum": self.momentum,
+            "proximal_mu": self.proximal_mu,
+            "clip_grad_norm": self.clip_grad_norm,
+        }
+        if self.control_variates and (wrong := [name for name, is_set in others.items() if is_set]):
+            raise ValueError(
+                f"control_variates work with plain SGD only; remove {', '.join(wrong)} or control_variates"
+            )
+        return self
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a device remembers something of a run from one of its rounds to the next."""
+        return self.control_variates or bool(self.personal)
 
 
 class Schedule(Frozen):
@@ -127,6 +151,14 @@ class AggregationSpec(Frozen):
         return enough
 
 
+class BufferSpec(Frozen):
+    """Buffered asynchronous aggregation, FedBuff (Nguyen et al. 2022)."""
+
+    size: Annotated[int, Field(ge=1, le=20_000)] = 10  # updates that make one step of the server: K
+    concurrency: Annotated[int, Field(ge=1, le=20_000)] = 20  # devices at work at any time
+    staleness: Annotated[float, Field(ge=0, le=10)] = 0.5  # an update s steps old counts (1 + s)**-staleness
+
+
 class EarlyStop(Frozen):
     """Stop when the watched metric has not improved for ``patience`` evaluations; 0 = never."""
 
@@ -144,7 +176,9 @@ class RunSpec(Frozen):
     task_version: str = ""  # empty = the version the coordinator has installed
     name: str = ""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    mode: Literal["synchronous", "buffered"] = "synchronous"
     cohort: CohortSpec = CohortSpec()
+    buffer: BufferSpec = BufferSpec()  # buffered only; there, cohort.size is that of an evaluation
     local: LocalPlan = LocalPlan()
     schedule: Schedule = Schedule()
     server: ServerOptimizerSpec = ServerOptimizerSpec()
@@ -168,11 +202,25 @@ class RunSpec(Frozen):
         # cohort * weight * int32 must fit the int64 accumulator with its sign.
         reports = int(self.cohort.size * self.cohort.over_selection) + 1
         weight = self.max_weight if self.weighting == "examples" else 1
+        if self.mode == "buffered":
+            reports = self.buffer.size * STALENESS_SCALE
         if reports * weight > 2**32:
             raise ValueError(
                 f"cohort of up to {reports} times max_weight={weight} exceeds 2**32: the exact sum could "
                 f"overflow; lower max_weight to {2**32 // reports}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _synchronous_only(self) -> Self:
+        """What needs the devices of one round together, or to know which attempt has counted."""
+        others = {
+            "local.control_variates": self.local.control_variates,
+            "local.personal": self.local.personal,
+            "aggregation.name": not self.aggregation.is_sum,
+        }
+        if self.mode == "buffered" and (wrong := [name for name, is_set in others.items() if is_set]):
+            raise ValueError(f"mode = 'buffered' cannot be combined with {', '.join(wrong)}")
         return self
 
     @model_validator(mode="after")
@@ -184,7 +232,9 @@ class RunSpec(Frozen):
                 "count is a device's own claim, and who may lie about an update may lie about it)"
             )
         if self.cohort.size < least:
-            raise ValueError(f"aggregation.name={rule!r} needs {least} reports, cohort.size={self.cohort.size}")
+            raise ValueError(
+                f"aggregation.name={rule!r} needs {least} reports, cohort.size={self.cohort.size}"
+            )
         return self
 
     @property
@@ -235,7 +285,16 @@ class RoundPlan(Frozen):
     grid_step: float
     clip_norm: float = 0.0
     aggregation: AggregationSpec = AggregationSpec()
+    auxiliary: int = 0  # further coordinates of an update, after those of the model: SCAFFOLD's controls
+    auxiliary_sha256: str = ""  # of the server's control, where there is one
+    population: int = 0  # devices that could ever be asked; 0 = not known, and not needed
+    retried: tuple[tuple[int, int], ...] = ()  # (round, attempt) of rounds whose first attempt did not count
     nonce: str  # hex; tells two attempts apart even after a crash between them
+
+    @property
+    def update_size(self) -> int:
+        """Coordinates of an update, and of what is sent for it: the model's and the auxiliary ones."""
+        return self.num_coordinates + self.auxiliary
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Self:

@@ -10,8 +10,9 @@ buffers (step counters and the like) are state of one device and are never avera
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
 from math import isfinite, isqrt, prod
@@ -19,7 +20,7 @@ from math import isfinite, isqrt, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.errors import ConfigError, Rejection, UpdateRejected
 
 Vector = NDArray[np.float32]
 
@@ -86,6 +87,32 @@ class Layout:
         if flat.shape != (self.size,):
             raise ValueError(f"Expected a vector of shape ({self.size},), got {flat.shape}.")
         return {s.name: flat[s.start : s.stop].reshape(s.shape) for s in self.slots}
+
+    def select(self, patterns: Sequence[str]) -> NDArray[np.bool_]:
+        """Which coordinates belong to tensors whose names match one of the patterns: (P,) bool.
+
+        Patterns are those of a shell: ``head.*``, ``*.bias``, ``layer[12].weight``.
+
+        Raises:
+            ConfigError: a pattern matches no tensor, or together they match all.
+        """
+        chosen = np.zeros(self.size, bool)
+        for pattern in patterns:
+            slots = [slot for slot in self.slots if fnmatchcase(slot.name, pattern)]
+            if not slots:
+                known = ", ".join(slot.name for slot in self.slots[:20])
+                raise ConfigError(
+                    f"The pattern {pattern!r} matches no tensor of the model.",
+                    hint=f"Its tensors are {known}{', ...' if len(self.slots) > 20 else ''}.",
+                )
+            for slot in slots:
+                chosen[slot.start : slot.stop] = True
+        if self.size and chosen.all():
+            raise ConfigError(
+                f"The patterns {', '.join(map(repr, patterns))} match every tensor of the model.",
+                hint="Something must be left to train together.",
+            )
+        return chosen
 
 
 def vector_digest(flat: Vector) -> str:

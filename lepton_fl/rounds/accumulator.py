@@ -64,10 +64,10 @@ class Accumulator:
 
         Args:
             plan: of the attempt.
-            total: (P,) zeros to add into; None = new memory.
+            total: (P + A,) zeros to add into; None = new memory.
         """
         self._plan = plan
-        self._sum = np.zeros(plan.num_coordinates, np.int64) if total is None else total
+        self._sum = np.zeros(plan.update_size, np.int64) if total is None else total
         self.reports = 0
         self.weight = 0
 
@@ -83,7 +83,7 @@ class Accumulator:
         # int32 times so little stays exact in float64, where a product with a matrix is fastest.
         exact = weight <= EXACT >> 31
         factors = weights.astype(np.float64) if exact else weights
-        for start in range(0, self._plan.num_coordinates, BLOCK):
+        for start in range(0, self._plan.update_size, BLOCK):
             part = slice(start, start + BLOCK)
             if exact:
                 self._sum[part] += (factors @ updates[:, part].astype(np.float64)).astype(np.int64)
@@ -143,7 +143,7 @@ def check_batch(plan: RoundPlan, batch: UpdateBatch) -> None:
         UpdateRejected: wrong shape or type, or an example count below 1.
     """
     updates, counts = batch.updates, batch.num_examples
-    expected = (len(counts), plan.num_coordinates)
+    expected = (len(counts), plan.update_size)
     if updates.shape != expected or updates.dtype != np.int32:
         raise UpdateRejected(
             Rejection.WRONG_SHAPE,

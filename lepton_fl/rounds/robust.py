@@ -62,7 +62,7 @@ class RobustAggregator:
         _check_memory(plan, machine_memory())
         self._plan = plan
         try:  # taken from the system only as rows are written
-            self._rows: Rows = np.empty((plan.wanted_reports, plan.num_coordinates), np.int32)
+            self._rows: Rows = np.empty((plan.wanted_reports, plan.update_size), np.int32)
         except MemoryError as error:
             raise _too_large(plan, memory_needed(plan), "the system does not give so much") from error
         self.reports = 0
@@ -271,9 +271,9 @@ def _parts(size: int, count: int) -> Sequence[slice]:
 
 def memory_needed(plan: RoundPlan) -> int:
     """Bytes that the plan's rule needs at its peak."""
-    rows = 4 * plan.wanted_reports * plan.num_coordinates
+    rows = 4 * plan.wanted_reports * plan.update_size
     pairs = 3 * 8 * plan.wanted_reports**2 if plan.aggregation.name in _PAIRWISE else 0
-    return rows + pairs + 8 * plan.num_coordinates
+    return rows + pairs + 8 * plan.update_size
 
 
 def machine_memory() -> int:
@@ -298,7 +298,7 @@ def _check_memory(plan: RoundPlan, memory: int) -> None:
 
 def _too_large(plan: RoundPlan, needed: int, bound: str) -> RunError:
     return RunError(
-        f"{plan.aggregation.name!r} keeps {plan.wanted_reports} updates of {plan.num_coordinates} coordinates: "
+        f"{plan.aggregation.name!r} keeps {plan.wanted_reports} updates of {plan.update_size} coordinates: "
         f"{needed / 2**20:,.0f} MiB; {bound}.",
         hint="Lower cohort.size, or use aggregation.name = 'mean' with a clip_norm, which keeps no update.",
     )

@@ -28,9 +28,11 @@ from lepton_fl.wire.records import Records
 Sums = dict[str, NDArray[Any]]  # additive counts: (n,) int64 or float64 each
 
 MODEL: Final = "model"
+AUXILIARY: Final = "auxiliary"  # SCAFFOLD's control of the server
 UPDATE: Final = "update"
 SUM_PREFIX: Final = "sum."
 MAX_DETAIL: Final = 500  # characters
+MAX_RETRIED: Final = 256  # rounds whose attempts are told; those before the oldest are then not known
 MAX_SUMS: Final = 32  # named sums in one reply
 MAX_SUM_LENGTH: Final = 1_000_000  # numbers in one of them
 MAX_EXAMPLES: Final = 2**53  # used for one answer; what a journal and its readers can hold exactly
@@ -102,9 +104,12 @@ class Request:
     grid_step: float
     clip_norm: float  # 0 = no clipping
     model: Vector  # (P,)
+    auxiliary: Vector | None = None  # (A,) what else is needed: SCAFFOLD's control of the server
+    auxiliary_sha256: str = ""
+    retried: tuple[tuple[int, int], ...] = ()  # see RoundPlan
 
     @classmethod
-    def of(cls, plan: RoundPlan, model: Vector) -> "Request":
+    def of(cls, plan: RoundPlan, model: Vector, auxiliary: Vector | None = None) -> "Request":
         """The request of a plan; the cohort stays with the coordinator."""
         return cls(
             Ticket.of(plan),
@@ -118,7 +123,18 @@ class Request:
             plan.grid_step,
             plan.clip_norm,
             model,
+            auxiliary,
+            plan.auxiliary_sha256,
+            plan.retried,
         )
+
+    def counted(self, round_number: int, attempt: int) -> bool:
+        """Whether that training attempt of this run has become part of the model."""
+        done = self.ticket.round if self.ticket.kind == "evaluate" else self.ticket.round - 1
+        if not 1 <= round_number <= done:
+            return False
+        oldest = self.retried[0][0] if len(self.retried) == MAX_RETRIED else 0
+        return round_number >= oldest and dict(self.retried).get(round_number, 1) == attempt
 
     def to_records(self) -> Records:
         """As a transport carries it; the model is not copied."""
@@ -132,12 +148,17 @@ class Request:
             "max-weight": self.max_weight,
             "grid-step": self.grid_step,
             "clip-norm": self.clip_norm,
+            "auxiliary-sha256": self.auxiliary_sha256,
+            "retried": json.dumps(self.retried),
         }
-        return Records(arrays={MODEL: self.model}, config=config, metrics={})
+        arrays = {MODEL: self.model}
+        if self.auxiliary is not None:
+            arrays[AUXILIARY] = self.auxiliary
+        return Records(arrays=arrays, config=config, metrics={})
 
     @classmethod
     def read(cls, records: Records) -> "Request":
-        """Decode on the device, and verify that the model is the one that was named.
+        """Decode on the device, and verify that the arrays are those that were named.
 
         Raises:
             UpdateRejected: MALFORMED, WRONG_VERSION or WRONG_SHAPE.
@@ -155,18 +176,37 @@ class Request:
             raise malformed(f"weighting is {weighting!r}")
         max_weight, grid_step = fields.integer("max-weight"), fields.number("grid-step")
         clip_norm = fields.number("clip-norm")
+        auxiliary_sha256, retried = fields.text("auxiliary-sha256"), _read_retried(fields.text("retried"))
         fields.finish()
         if not (grid_step > 0 and frexp(grid_step)[0] == 0.5 and max_weight >= 1 and clip_norm >= 0):
             raise malformed(
                 f"grid-step is {grid_step} (a power of two), max-weight {max_weight} (>= 1), "
                 f"clip-norm {clip_norm} (>= 0)"
             )
-        model = _only_array(records, MODEL, np.dtype(np.float32))
+        names = (MODEL, AUXILIARY) if auxiliary_sha256 else (MODEL,)
+        model, *more = _arrays(records, names, np.dtype(np.float32))
         if vector_digest(model) != sha256:
             raise malformed("the model's SHA-256 is not the one announced")
+        if more and vector_digest(more[0]) != auxiliary_sha256:
+            raise malformed("the auxiliary array's SHA-256 is not the one announced")
+        if local.control_variates and ticket.kind == "train" and not more:
+            raise malformed("control variates are asked for, and the server's control is missing")
         weight = cast(Literal["examples", "equal"], weighting)
         return cls(
-            ticket, task, version, layout, sha256, local, weight, max_weight, grid_step, clip_norm, model
+            ticket,
+            task,
+            version,
+            layout,
+            sha256,
+            local,
+            weight,
+            max_weight,
+            grid_step,
+            clip_norm,
+            model,
+            more[0] if more else None,
+            auxiliary_sha256,
+            retried,
         )
 
 
@@ -177,7 +217,7 @@ class TrainReply:
     ticket: Ticket
     task_version: str
     num_examples: int
-    update: NDArray[np.int32]  # (P,)
+    update: NDArray[np.int32]  # (P + A,)
     sums: Sums  # training loss and what else the task counts
     seconds: float  # the device's own time for the work
 
@@ -193,11 +233,11 @@ class TrainReply:
             UpdateRejected: the reason says what is wrong; a device's own report of failure is raised, too.
         """
         version, num_examples, sums, seconds, ticket = _read_reply(records, plan)
-        update = _only_array(records, UPDATE, np.dtype(np.int32))
-        if update.shape != (plan.num_coordinates,):
+        (update,) = _arrays(records, (UPDATE,), np.dtype(np.int32))
+        if update.shape != (plan.update_size,):
             raise UpdateRejected(
                 Rejection.WRONG_SHAPE,
-                f"The update has shape {update.shape}, the plan says ({plan.num_coordinates},).",
+                f"The update has shape {update.shape}, the plan says ({plan.update_size},).",
             )
         if plan.clip_norm:
             check_norm(update, plan.grid_step, plan.clip_norm)
@@ -296,16 +336,29 @@ class Fields:
             raise malformed(f"unknown fields {sorted(self._left)}")
 
 
-def _only_array(records: Records, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if set(records.arrays) != {name}:
-        raise malformed(f"expected the one array {name!r}, got {sorted(records.arrays)}")
-    array = records.arrays[name]
-    if array.dtype != dtype or array.ndim != 1:
-        raise UpdateRejected(
-            Rejection.WRONG_SHAPE,
-            f"Array {name!r} has type {array.dtype} and {array.ndim} dimensions, expected {dtype} and 1.",
-        )
-    return array
+def _arrays(records: Records, names: tuple[str, ...], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
+    """The arrays of these names; no other may be there."""
+    if set(records.arrays) != set(names):
+        raise malformed(f"expected the arrays {sorted(names)}, got {sorted(records.arrays)}")
+    for name in names:
+        array = records.arrays[name]
+        if array.dtype != dtype or array.ndim != 1:
+            raise UpdateRejected(
+                Rejection.WRONG_SHAPE,
+                f"Array {name!r} has type {array.dtype} and {array.ndim} dimensions, expected {dtype} and 1.",
+            )
+    return [records.arrays[name] for name in names]
+
+
+def _read_retried(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        pairs = json.loads(text)
+        retried = tuple((round_number, attempt) for round_number, attempt in pairs)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise malformed("'retried' is not a list of pairs") from error
+    if len(retried) > MAX_RETRIED or not all(type(n) is int and n >= 1 for pair in retried for n in pair):
+        raise malformed(f"'retried' is not a list of at most {MAX_RETRIED} pairs of positive integers")
+    return retried
 
 
 def _reply_config(reply: TrainReply | EvaluateReply) -> dict[str, int | str]:
