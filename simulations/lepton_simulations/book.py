@@ -287,7 +287,7 @@ class FolderBook(MemoryBook):
             StateCorrupt: a file was damaged.
         """
         self._check_scenario(scenario)
-        saved = _read_json(self.folder / "state.json")
+        saved = read_json(self.folder / "state.json")
         try:
             version, numbers, gauss = saved["random"]
             self._rng.setstate((version, tuple(numbers), gauss))
@@ -443,7 +443,7 @@ def read_scenario(folder: Path) -> SimulationConfig:
     Raises:
         StateCorrupt: it cannot be read.
     """
-    body = _read_json(folder / "scenario.json")
+    body = read_json(folder / "scenario.json")
     body.pop(SIMULATED, None)
     try:
         return SimulationConfig.model_validate_json(json.dumps(body))
@@ -471,7 +471,8 @@ def _attempt(plan: RoundPlan) -> dict[str, Any]:
     return {"run_id": plan.run_id, "round": plan.round, "attempt": plan.attempt}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a run's folder; StateCorrupt where it is none."""
     try:
         body = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""``lepton simulate`` and ``lepton demo``. Light to import: the engine is loaded when a command runs."""
+"""``lepton simulate``, ``lepton compare``, ``lepton demo``. Light: the engine is loaded when it is needed."""
 
-import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from lepton_fl.cli.output import INTERRUPTED, Format, FormatOption, console, is_
 
 if TYPE_CHECKING:
     from lepton_simulations.api import Result
+    from lepton_simulations.compare import Comparison
     from lepton_simulations.config import SimulationConfig
     from lepton_simulations.rows import Row
 
@@ -21,7 +22,12 @@ app = typer.Typer()
 
 # The figures a task may report, as columns; the others are in the JSON output and in metrics.csv.
 FIGURES = ("accuracy", "r2", "rmse", "perplexity", "loss")
-WIDTH = 100  # of the table where the terminal does not say
+REDRAW_S = 0.1  # a bar moves not more often than this
+MARGIN = 9  # lines of a terminal that are not rows of the table
+TABLE = (  # of a comparison
+    *("run", "rounds", "final", "best", "best_round"),
+    *("rounds_to_target", "time_s_to_target", "MB_to_target", "seconds", "weights", "journal"),
+)
 
 
 @app.command()
@@ -34,16 +40,52 @@ def simulate(
     output: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/SCENARIO.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue at the last committed round.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; 0 = none besides this one.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, lean, vectorised, compiled or fused; see engine.tier.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the model, the split, cohorts and faults.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key: run.local.epochs=2. May be repeated."),
+    ] = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Train on virtual devices, on this machine, with the code of a real fleet."""
-    config = _load(scenario, data, rounds, output, workers)
+    """Train on virtual devices, on this machine, with the code of a real fleet.
+
+    Ctrl-C stops after the client step in hand, and --resume goes on to the same bits.
+    """
+    seeds = dict.fromkeys(("run.seed", "data.seed", "engine.seed"), seed)
+    options = {"data.folder": data, "run.rounds": rounds, "engine.workers": workers, "output.folder": output}
+    config = _load(scenario, {**options, "engine.tier": engine, **seeds, **_settings(set_ or [])})
     folder = Path(config.output.folder)
     result = _run(config, format, resume=resume)
-    plot = result.plot(folder / "plot.png") if result.rows else None
     if format == Format.TEXT:
-        say(f"Recorded in {folder}: metrics.csv, plot.png, model.safetensors, journal.jsonl.")
-    _finish(result, format, plot=plot, hint=f"`lepton simulate --resume {folder}` continues the run.")
+        _say_what(result)
+        plots = ", plots/" if config.output.plots and result.rows else ""
+        say(f"Recorded in {folder}: metrics.csv, model.safetensors, journal.jsonl{plots}.")
+    _finish(result, format, hint=f"`lepton simulate --resume {folder}` continues the run.")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of recorded runs.")],
+    metric: Annotated[str, typer.Option(help="Of the evaluations, or train_loss; default: the score.")] = "",
+    target: Annotated[
+        float | None, typer.Option(help="Default: the scenarios' own, or what all runs reach.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The plot: .png, .pdf or .svg.")] = Path("compare.png"),
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Hold recorded runs against each other, in one table and one plot. Their journals are checked."""
+    from lepton_simulations import compare as comparing
+
+    found = comparing.read_runs(runs)
+    comparison = comparing.compare(found, metric, target)
+    plot = comparing.draw(found, comparison, output)
+    if format == Format.JSON:
+        print_data({**vars(comparison), "plot": plot}, format=format)
+    else:
+        _print_comparison(comparison, plot)
 
 
 @app.command()
@@ -62,27 +104,35 @@ def demo(
     plot = result.plot(output / "demo.png") if result.rows else None
     if format == Format.TEXT and result.rows:
         last = result.rows[-1]
-        total = sum(row.bytes_up + row.bytes_down for row in result.rows)
+        total = sum(row.traffic for row in result.rows)
         say(
             f"Accuracy on held-out digits: {last.metric('accuracy') or 0:.1%} after {last.round} rounds; "
             f"{total / 1e6:.1f} MB sent, no image among them."
         )
+        _say_what(result)
         say(f"Plot: {plot}")
     _finish(result, format, plot=plot)
 
 
-def _load(
-    scenario: Path, data: Path | None, rounds: int | None, output: Path | None, workers: int | None
-) -> "SimulationConfig":
+# --- the scenario -----------------------------------------------------------------------------------
+
+
+def _settings(pairs: list[str]) -> dict[str, str]:
+    from lepton_fl.errors import ConfigError
+
+    found = dict[str, str]()
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {pair}: expected KEY=VALUE.", hint="For example --set run.rounds=20.")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def _load(scenario: Path, overrides: dict[str, Any]) -> "SimulationConfig":
     from lepton_fl.config import load
     from lepton_simulations.config import SimulationConfig
 
-    overrides = {
-        "data.folder": data,
-        "run.rounds": rounds,
-        "engine.workers": workers,
-        "output.folder": output,
-    }
     texts = {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
     if scenario.is_dir():
         return _recorded(scenario, texts)
@@ -95,35 +145,49 @@ def _load(
 
 def _recorded(folder: Path, overrides: dict[str, Any]) -> "SimulationConfig":
     """The scenario of a run that is to be continued where it lies."""
+    from lepton_fl.config import load
     from lepton_simulations.book import read_scenario
+    from lepton_simulations.config import SimulationConfig
 
-    config = read_scenario(folder)
-    body = config.to_json()
-    body["output"]["folder"] = str(folder)
-    for key, value in overrides.items():
-        if value is not None:
-            section, name = key.split(".")
-            body[section][name] = value
-    return type(config).model_validate_json(json.dumps(body))
+    recorded = read_scenario(folder).to_json()
+    sections = {
+        f"{section}.{key}": value for section, keys in recorded.items() for key, value in keys.items()
+    }
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return load(SimulationConfig, None, overrides={**sections, "output.folder": str(folder), **given}).value
 
 
 def _run(config: "SimulationConfig", format: Format, *, resume: bool = False) -> "Result":
     from lepton_simulations.api import run_scenario
 
-    with _table(format) as show, _stop_on_interrupt() as asked:
-        return run_scenario(config, resume=resume, on_round=show, should_stop=lambda: bool(asked))
+    with _screen(config, format) as screen, _stop_on_interrupt() as asked:
+        return run_scenario(
+            config,
+            resume=resume,
+            on_round=screen.show,
+            on_progress=screen.move,
+            should_stop=lambda: bool(asked),
+        )
+
+
+# --- the end ----------------------------------------------------------------------------------------
+
+
+def _say_what(result: "Result") -> None:
+    say(f"Simulated: {'; '.join(result.simulated)}.")
+    say(f"Weights {result.weights_sha256[:16]}, journal {result.journal_sha256[:16]} (SHA-256).")
 
 
 def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | None = None) -> None:
     from lepton_fl.errors import RunError
 
     if format == Format.JSON:
-        rows = [{**vars(row), "traffic_bytes": row.bytes_up + row.bytes_down} for row in result.rows]
+        rows = [{**vars(row), "traffic_bytes": row.traffic} for row in result.rows]
         verdict = {"outcome": result.verdict.outcome, "reason": result.verdict.reason}
-        places = {"folder": result.folder, "plot": plot}
-        print_data(
-            {"task": result.task, **verdict, **places, "best": result.best, "rounds": rows}, format=format
-        )
+        hashes = {"weights_sha256": result.weights_sha256, "journal_sha256": result.journal_sha256}
+        places = {"folder": result.folder, "plot": plot, "simulated": result.simulated}
+        body = {"task": result.task, **verdict, **places, **hashes, "best": result.best, "rounds": rows}
+        print_data(body, format=format)
     if result.verdict.outcome == "failed":
         raise RunError(result.verdict.reason)
     if format == Format.TEXT:
@@ -134,16 +198,37 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
         raise typer.Exit(INTERRUPTED)
 
 
+def _print_comparison(comparison: "Comparison", plot: Path) -> None:
+    lines = [
+        {
+            **vars(line),
+            "MB_to_target": None if line.bytes_to_target is None else line.bytes_to_target / 1e6,
+            "weights": line.weights_sha256[:8],
+            "journal": line.journal_sha256[:8],
+        }
+        for line in comparison.lines
+    ]
+    shown = [key for key in TABLE if any(line.get(key) not in (None, "", 0.0) for line in lines)]
+    target = "" if comparison.target is None else f", target {comparison.target:.4g}"
+    best = "highest" if comparison.mode == "max" else "lowest"
+    print_data(lines, title=f"{comparison.metric} (best = {best}{target})", columns=shown)
+    if len(lines) > 1:
+        weights = "the same weights" if comparison.same_weights else "different weights"
+        journal = "the same journal" if comparison.same_journal else "different journals"
+        say(f"The runs have {weights} and {journal}, bit for bit.")
+    say(f"Plot: {plot}")
+
+
 @contextmanager
 def _stop_on_interrupt() -> Iterator[list[bool]]:
-    """The first Ctrl-C asks to stop after the round, the second interrupts; the list is empty until asked."""
+    """The first Ctrl-C asks to stop after the client step, the second interrupts; empty until asked."""
     asked: list[bool] = []
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
-        say("Stopping after this round; press Ctrl-C again to stop at once.")
+        say("Stopping after this client step; press Ctrl-C again to stop at once.")
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
@@ -152,61 +237,172 @@ def _stop_on_interrupt() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+# --- while it runs ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Screen:
+    """What is shown while a run goes on; this one shows nothing."""
+
+    rounds: int = 0  # that the run may take
+
+    def show(self, row: "Row") -> None:
+        """A round was committed, or evaluated."""
+
+    def move(self, done: int, total: int) -> None:
+        """So many devices of the round have been dealt with."""
+
+
 @contextmanager
-def _table(format: Format) -> Iterator[Any]:
-    """A function that shows a round: in a table that grows on a terminal, line by line elsewhere."""
+def _screen(config: "SimulationConfig", format: Format) -> Iterator[Screen]:
+    """A table that grows and two bars on a terminal, a line for each round elsewhere, nothing for JSON."""
+    rounds = config.run.rounds
     if format == Format.JSON:
-        yield lambda row: None
+        yield Screen(rounds)
     elif is_terminal(stderr=False):
-        yield from _live_table()
+        yield from _live(rounds)
     else:
-        yield from _plain_table()
+        lines = Lines(rounds)
+        yield lines
+        lines.flush()
 
 
-def _live_table() -> "Iterator[Any]":
+@dataclass
+class Lines(Screen):
+    """One plain line for each round, as soon as it is known to be whole."""
+
+    _last: "Row | None" = None
+
+    def show(self, row: "Row") -> None:
+        """Print the round before, if this is another one."""
+        if self._last and self._last.round != row.round:
+            self.flush()
+        self._last = row
+
+    def flush(self) -> None:
+        """Print what is held back."""
+        if self._last:
+            print_data(_sentence(self._last, self.rounds))
+        self._last = None
+
+
+def _sentence(row: "Row", rounds: int) -> str:
+    digits = len(str(rounds))
+    parts = [f"round {row.round:>{digits}}/{rounds}", f"devices {row.reports}/{row.asked}"]
+    parts += [f"{name} {_figure(row, name)}" for name in FIGURES if row.metric(name) is not None]
+    parts += [f"train loss {row.train_loss:.4f}", f"{row.traffic / 1e6:.2f} MB"]
+    if row.time_s:
+        parts.append(f"at {_duration(row.time_s)}")
+    if row.epsilon is not None:
+        parts.append(f"epsilon {row.epsilon:.3g}")
+    parts.append(f"{row.seconds:.2f} s")
+    if refused := _refused(row):
+        parts.append(f"not counted: {refused}")
+    return "  ".join(parts)
+
+
+@dataclass
+class Table(Screen):
+    """A table that grows, and bars below it, drawn by ``draw``."""
+
+    draw: Callable[[Any], None] = lambda what: None
+    height: int = 24  # lines of the terminal
+    rows: "dict[int, Row]" = field(default_factory=dict)
+    _bars: Any = None  # rich.progress.Progress, which is never started: it would start a thread
+    _tasks: tuple[Any, ...] = ()
+    _drawn: float = 0.0
+
+    def show(self, row: "Row") -> None:
+        """Add a row, or replace the last one."""
+        self.rows[row.round] = row
+        self._redraw(row.round, 0, 1)
+
+    def move(self, done: int, total: int) -> None:
+        """Move the bar of the devices."""
+        from time import monotonic
+
+        if monotonic() - self._drawn >= REDRAW_S:
+            self._redraw(max(self.rows, default=0), done, total)
+
+    def _redraw(self, rounds: int, done: int, total: int) -> None:
+        from time import monotonic
+
+        from rich.console import Group
+
+        if self._bars is None:
+            self._bars, self._tasks = _make_bars(self.rounds)
+        self._bars.update(self._tasks[0], completed=rounds)
+        self._bars.update(self._tasks[1], completed=done, total=total)
+        table = _render(list(self.rows.values()), self.height - MARGIN)
+        self.draw(Group(table, self._bars.get_renderable()))
+        self._drawn = monotonic()
+
+
+def _live(rounds: int) -> Iterator[Screen]:
     from rich.live import Live
 
-    rows: dict[int, Row] = {}
     with Live(console=console(), auto_refresh=False) as live:  # no thread: the workers are forked
-
-        def show(row: "Row") -> None:
-            rows[row.round] = row
-            live.update(_render(list(rows.values()), live.console.height - 6), refresh=True)
-
-        yield show
-        live.update(_render(list(rows.values()), len(rows)), refresh=True)
+        table = Table(rounds, lambda what: live.update(what, refresh=True), live.console.height)
+        yield table
+        if table.rows:  # what stays on the screen is the whole table
+            live.update(_render(list(table.rows.values()), len(table.rows)), refresh=True)
 
 
-def _plain_table() -> "Iterator[Any]":
-    rows: dict[int, Row] = {}
-    yield lambda row: rows.__setitem__(row.round, row)
-    if rows:
-        out = console()
-        out.width = max(out.width, WIDTH)
-        out.print(_render(list(rows.values()), len(rows)), soft_wrap=False, crop=False)
+def _make_bars(rounds: int) -> tuple[Any, tuple[Any, ...]]:
+    from rich import progress
+
+    bars = progress.Progress(
+        progress.TextColumn("{task.description:>8}"),
+        progress.BarColumn(40),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        auto_refresh=False,
+    )
+    return bars, (bars.add_task("rounds", total=rounds), bars.add_task("devices", total=1))
 
 
 def _render(rows: "list[Row]", height: int) -> Any:  # noqa: ANN401 - rich is imported late
     from rich import box
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    shown = [name for name in FIGURES if any(row.metric(name) is not None for row in rows)]
-    names = ["round", "devices", *shown, "train loss", "MB", "seconds"]
-    if any(_refused(row) for row in rows):
-        names.append("not counted")
-    for name in names:
-        last = name == "not counted"
-        table.add_column(name.replace("_", " "), justify="left" if last else "right", no_wrap=not last)
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    columns = _columns(rows)
+    for name, _ in columns:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    refusing = any(_refused(row) for row in rows)
+    if refusing:
+        table.add_column("not counted", overflow="fold")
     for row in rows[-max(1, height) :]:
-        cells = [str(row.round), f"{row.reports}/{row.asked}", *(_figure(row, n) for n in shown)]
-        cells += [
-            f"{row.train_loss:.4f}",
-            f"{(row.bytes_up + row.bytes_down) / 1e6:.2f}",
-            f"{row.seconds:.2f}",
-        ]
-        table.add_row(*cells, *([_refused(row)] if names[-1] == "not counted" else []))
+        table.add_row(*(text(row) for _, text in columns), *([_refused(row)] if refusing else []))
     return table
+
+
+def _columns(rows: "list[Row]") -> "list[tuple[str, Callable[[Row], str]]]":
+    def figure(name: str) -> "tuple[str, Callable[[Row], str]]":
+        return name, lambda row: _figure(row, name)
+
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("round", lambda row: str(row.round)),
+        ("devices", lambda row: f"{row.reports}/{row.asked}"),
+        *(figure(name) for name in FIGURES if any(row.metric(name) is not None for row in rows)),
+        ("train loss", lambda row: f"{row.train_loss:.4f}"),
+        ("MB", lambda row: f"{row.traffic / 1e6:.2f}"),
+        ("seconds", lambda row: f"{row.seconds:.2f}"),
+    ]
+    if any(row.time_s for row in rows):
+        columns.insert(-1, ("virtual", lambda row: _duration(row.time_s)))
+    if any(row.epsilon is not None for row in rows):
+        columns.insert(-1, ("epsilon", lambda row: "" if row.epsilon is None else f"{row.epsilon:.3g}"))
+    return columns
+
+
+def _duration(seconds: float) -> str:
+    """Virtual time, in the largest unit of which it has two."""
+    for unit, size in (("d", 86_400.0), ("h", 3_600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _figure(row: "Row", name: str) -> str:

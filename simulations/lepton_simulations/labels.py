@@ -33,12 +33,13 @@ _SHARES = {
 _PRIVATE = ("privacy", "secure_aggregation", "secagg")  # settings that protect devices in a real fleet
 
 
-def simulated(config: SimulationConfig, devices: int) -> tuple[str, ...]:
+def simulated(config: SimulationConfig, devices: int, engine: str = "") -> tuple[str, ...]:
     """One short phrase for each thing that is simulated.
 
     Args:
         config: the scenario.
         devices: how many there are.
+        engine: the tier that trains; '' = as configured.
     """
     body = config.to_json()
     split = config.data.partition
@@ -46,7 +47,7 @@ def simulated(config: SimulationConfig, devices: int) -> tuple[str, ...]:
     labels = [f"{devices} virtual devices: {how}"]
     labels += _time(body.get("devices") or {})
     labels += _faults(body.get("faults") or {})
-    labels += _engine(body["engine"])
+    labels.append(f"engine {engine or config.engine.tier}")
     labels += _privacy(body)
     return tuple(labels)
 
@@ -74,12 +75,6 @@ def _faults(faults: Mapping[str, Any]) -> Iterator[str]:
     if faults.get("crash_rounds"):
         found.append(f"{len(faults['crash_rounds'])} coordinator crashes")
     yield from found or ["no faults"]
-
-
-def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
-    name = next((engine[key] for key in ("engine", "kind", "name", "tier") if engine.get(key)), "")
-    if name:
-        yield f"engine {name}"
 
 
 def _privacy(body: Mapping[str, Any]) -> Iterator[str]:

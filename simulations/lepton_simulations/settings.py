@@ -86,7 +86,7 @@ def _of_strategy(strategy: Strategy, task: str) -> dict[str, Any]:
             f"The strategy was made for {spec.task}, the simulation is of {task}.",
             hint="Make the strategy for the same task.",
         )
-    return _explicit(spec)
+    return explicit(spec)
 
 
 def _of_name(name: str) -> dict[str, Any]:
@@ -100,17 +100,19 @@ def _of_name(name: str) -> dict[str, Any]:
     return {"server": {"name": name, **adaptive}}
 
 
-def _explicit(model: BaseModel) -> dict[str, Any]:
+def explicit(model: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
     """The fields that somebody has set, so that defaults do not win over what is said elsewhere."""
+    if isinstance(model, Mapping):
+        return dict(model)
     values = {name: getattr(model, name) for name in model.model_fields_set}
-    return {k: _explicit(v) if isinstance(v, BaseModel) else v for k, v in values.items()}
+    return {k: explicit(v) if isinstance(v, BaseModel) else v for k, v in values.items()}
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Both, and ``second`` where they differ; tables key by key."""
     result = dict(first)
     for key, value in second.items():
-        value = _explicit(value) if isinstance(value, BaseModel) else value
+        value = explicit(value) if isinstance(value, BaseModel) else value
         before = result.get(key)
         both = isinstance(value, Mapping) and isinstance(before, Mapping)
         result[key] = _merged(before, value) if both else value  # type: ignore[arg-type]  # both are mappings
