@@ -18,12 +18,14 @@ Other libraries' exceptions are translated where they enter. ``code`` is stable 
     │   ├── StateConflict           7  a change does not follow from what is recorded
     │   └── DiskFull                7  no space was left; nothing was changed
     ├── RunError                    8  a run stopped with a verdict other than success
-    │   └── QuorumError             8  too few devices could take part in time
+    │   ├── QuorumError             8  too few devices could take part in time
+    │   └── BudgetRefused           8  a privacy budget does not allow the release
     ├── NotFound                    9  no run, device, task or model of that name
     └── UpdateRejected              1  one message of one device is refused, by reason
 """
 
 from enum import StrEnum
+from math import nan
 from typing import ClassVar
 
 
@@ -127,6 +129,30 @@ class QuorumError(RunError):
     """Too few devices could take part within the time allowed."""
 
     code = "quorum"
+
+
+class BudgetRefused(RunError):
+    """A privacy budget does not allow a release; nothing was charged and nothing left."""
+
+    code = "budget-refused"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget: str = "",
+        spent: float = nan,
+        asked: float = nan,
+        remaining: float = nan,
+        largest_affordable: int = 0,
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.budget = budget
+        self.spent = spent  # epsilon so far
+        self.asked = asked  # epsilon with the release
+        self.remaining = remaining  # epsilon below the cap
+        self.largest_affordable = largest_affordable  # how many such releases would fit
 
 
 class NotFound(LeptonError):

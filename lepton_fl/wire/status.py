@@ -12,6 +12,7 @@ Nothing here imports grpc: statuses are their names.
 from collections.abc import Iterable, Iterator
 
 from lepton_fl.errors import (
+    BudgetRefused,
     ConfigError,
     ConnectionFailed,
     DataContractError,
@@ -53,6 +54,7 @@ _STATUS: tuple[tuple[type[LeptonError], str], ...] = (
     (StateCorrupt, "DATA_LOSS"),
     (RunError, "ABORTED"),
     (QuorumError, "ABORTED"),
+    (BudgetRefused, "FAILED_PRECONDITION"),
     (UpdateRejected, "INVALID_ARGUMENT"),
     (LeptonError, "INTERNAL"),
 )
