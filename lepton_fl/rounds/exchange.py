@@ -34,6 +34,7 @@ class Report:
     sums: Sums
     seconds: float  # the device's own
     num_bytes: int
+    arrived_s: float | None = None  # since the attempt began
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,26 @@ def run_export(
     print_data({"file": str(output), "bytes": size, "model_sha256": sha256, "run": found.id}, format=format)
 
 
+@run_app.command("journal")
+def run_journal(
+    run: RunArgument = "last",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; default: print it.")] = None,
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Export what happened in a run, as JSON lines; `lepton simulate --replay` plays it again."""
+    from lepton_fl.files import write_atomic
+    from lepton_server.requests import journal_lines
+
+    with _store(_load(config, {"server.state_dir": state_dir})) as store:
+        lines = journal_lines(store, _find_run(store, run))
+        if output is not None:
+            write_atomic(output, b"".join(lines))
+            return
+        for line in lines:
+            typer.echo(line, nl=False)
+
+
 # --- helpers ----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
-"""What the operator's commands need beyond the store: reading a run's file, writing a model out."""
+"""What the operator's commands need beyond the store: reading a run's file, writing models and journals."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ from pydantic import BaseModel, ConfigDict
 
 from lepton_fl.config import load
 from lepton_fl.errors import ConfigError, TaskError
-from lepton_fl.files import BlobStore, write_atomic
+from lepton_fl.files import BlobStore, canonical_json, write_atomic
 from lepton_fl.plan import RunSpec
-from lepton_server.store import Run
+from lepton_server.store import Run, Store
+
+JOURNAL_FORMAT = "lepton run journal 1"
+_PAGE = 500  # events read at a time
 
 
 class RunFile(BaseModel):
@@ -19,6 +23,8 @@ class RunFile(BaseModel):
     run: RunSpec
     data: dict[str, Any] = {}
     engine: dict[str, Any] = {}
+    devices: dict[str, Any] = {}
+    faults: dict[str, Any] = {}
     output: dict[str, Any] = {}
 
 
@@ -62,3 +68,27 @@ def export_model(blobs: BlobStore, run: Run, sha256: str, output: Path) -> int:
     data = save(layout.unflatten(weights), metadata=lineage)
     write_atomic(output, data)
     return len(data)
+
+
+def journal_lines(store: Store, run: Run) -> Iterator[bytes]:
+    """A run's events as JSON lines, the oldest first; the first line says what the file is.
+
+    Each event has its place in the coordinator's journal (``seq``), its time (seconds since 1970) and the two
+    hashes that chain it to its predecessor there: an altered event no longer fits its own hash. Events of
+    other runs and devices are left out; there are no keys, tokens, names or addresses of devices in it.
+    """
+    yield canonical_json({"format": JOURNAL_FORMAT, "run_id": run.id, "state": run.state}) + b"\n"
+    seen = 0
+    while page := store.events(seen, subject=run.id, limit=_PAGE):
+        seen = page[-1].seq
+        for event in page:
+            line = {
+                "seq": event.seq,
+                "time": event.time,
+                "kind": event.kind,
+                "subject": event.subject,
+                "body": dict(event.body),
+                "prev": event.prev,
+                "hash": event.hash,
+            }
+            yield canonical_json(line) + b"\n"

@@ -145,15 +145,15 @@ class InMemoryExchange:
         self, plan: RoundPlan, fates: Sequence[Fate], counted: dict[str, Report]
     ) -> Generator[Answer, None, None]:
         """Train the ordinary ones; yields those who are refused after all, in the order of arrival."""
-        seconds = {fate.device_id: fate.seconds for fate in fates if fate.answers and fate.ordinary}
-        size = {d: self._fleet.examples(plan, d) for d in seconds}
+        ordinary = {fate.device_id: fate for fate in fates if fate.answers and fate.ordinary}
+        size = {d: self._fleet.examples(plan, d) for d in ordinary}
         # Devices of like size together: a chunk takes as long as its longest. The longest first.
-        devices = sorted(seconds, key=lambda d: (-size[d], d))
+        devices = sorted(ordinary, key=lambda d: (-size[d], d))
         refused: dict[str, UpdateRejected] = {}
         with closing(self._backend.train(devices)) as parts:
             for part in parts:
                 refused |= part.refused
-                counted |= {t.device_id: _report(plan, t, seconds[t.device_id]) for t in part.trained}
+                counted |= {t.device_id: _report(plan, t, ordinary[t.device_id]) for t in part.trained}
                 self._on_progress(self._accepted + len(counted), plan.wanted_reports)
                 self._check_stop()
         for device_id in (fate.device_id for fate in fates if fate.device_id in refused):
@@ -173,13 +173,13 @@ def _first(fates: Sequence[Fate], at: int, wanted: int) -> tuple[Sequence[Fate],
     return fates[at:end], end
 
 
-def _report(plan: RoundPlan, trained: Trained, seconds: float) -> Report:
+def _report(plan: RoundPlan, trained: Trained, fate: Fate) -> Report:
     sums: Sums = {
         "loss_sum": np.array([trained.loss_sum]),
         "examples": np.array([trained.seen], np.int64),
     }
     size = 4 * plan.num_coordinates + ENVELOPE
-    return Report(trained.device_id, trained.num_examples, sums, seconds, size)
+    return Report(trained.device_id, trained.num_examples, sums, fate.seconds, size, fate.arrives_s)
 
 
 def _timed(reply: Records, seconds: float) -> Records:

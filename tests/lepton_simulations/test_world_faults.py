@@ -287,7 +287,7 @@ def test_settings_from_a_file_and_back(tmp_path):
     assert config.faults.crash_rounds == (3,)
     assert WorldConfig.model_validate_json(json.dumps(config.to_json())) == config
     path.write_text("[faults]\ndrop_trainin = 0.1\n")
-    with pytest.raises(ConfigError, match="did you mean 'faults.drop_training'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'faults\.drop_training'"):
         WorldConfig.load(path)
     path.write_text("[[devices.classes]]\nspeed = { kind = 'lognormal', median = 5.0, value = 4.0 }\n")
     with pytest.raises(ConfigError, match=r"world\.toml:2.*takes median and sigma, not value"):

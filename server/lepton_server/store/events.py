@@ -211,6 +211,7 @@ class Participation(BaseModel):
         examples: Training examples used.
         bytes_up: Payload bytes from the device.
         bytes_down: Payload bytes to the device.
+        arrived_s: When the coordinator heard of it, since the attempt began; None where it did not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -221,6 +222,7 @@ class Participation(BaseModel):
     examples: Count = 0
     bytes_up: Count = 0
     bytes_down: Count = 0
+    arrived_s: Seconds | None = None
 
 
 def _each_once(entries: list[Participation]) -> list[Participation]:

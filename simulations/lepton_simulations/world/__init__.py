@@ -9,14 +9,19 @@ from lepton_simulations.world.config import (
     Spread,
     WorldConfig,
 )
+from lepton_simulations.world.replay import Attempt, Part, RecordedWorld, Replay
 from lepton_simulations.world.world import Fate, World
 
 __all__ = [
+    "Attempt",
     "Availability",
     "DeviceClass",
     "DevicesConfig",
     "Fate",
     "FaultsConfig",
+    "Part",
+    "RecordedWorld",
+    "Replay",
     "Spread",
     "VirtualClock",
     "World",

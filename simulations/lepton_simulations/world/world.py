@@ -119,7 +119,7 @@ class World:
         Raises:
             ConfigError: a trace cannot be used.
         """
-        return cls(config, _draw_devices(config, tuple(device_ids), seed), seed)
+        return cls(config, draw_devices(config, tuple(device_ids), seed), seed)
 
     @property
     def faults(self) -> FaultsConfig:
@@ -329,7 +329,8 @@ def _counts(cohort: Sequence[str], examples: Examples) -> Floats:
 # --- drawing the fleet ------------------------------------------------------------------------------
 
 
-def _draw_devices(config: WorldConfig, ids: tuple[str, ...], seed: int) -> _Devices:
+def draw_devices(config: WorldConfig, ids: tuple[str, ...], seed: int) -> _Devices:
+    """Draw what is fixed about every device."""
     faults, keys = config.faults, device_keys(seed, ids)
     classes = config.devices.classes or (DeviceClass(),)
     kind = dealt(keys, [c.share for c in classes], "class")
