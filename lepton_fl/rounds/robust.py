@@ -147,7 +147,8 @@ def krum(rows: Rows, spec: AggregationSpec, step: float) -> Update:
 
     Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent".
     """
-    return rows[_by_score(rows, spec)[0]].astype(np.float64)
+    best: Update = rows[_by_score(rows, spec)[0]].astype(np.float64)
+    return best
 
 
 def multi_krum(rows: Rows, spec: AggregationSpec, step: float) -> Update:

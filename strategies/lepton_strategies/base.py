@@ -1,4 +1,4 @@
-"""Strategies for any Flower ``ServerApp``: exact sums, named rejections, five server optimisers.
+"""What our strategies for any Flower ``ServerApp`` share: exact sums, named rejections.
 
     strategy = FedAdam("digits", learning_rate=0.01, cohort={"size": 10}, local={"epochs": 2})
     result = strategy.start(grid=grid, initial_arrays=initial_arrays("digits"), num_rounds=10)
@@ -9,8 +9,10 @@ reply is refused by name and never ends a run; a round that brings too few repor
 
 import logging
 import time
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
+from dataclasses import replace
 from random import Random, SystemRandom
 from typing import Any
 
@@ -19,46 +21,61 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from lepton_fl.errors import ConfigError, QuorumError, UpdateRejected
-from lepton_fl.plan import RoundPlan, RunSpec, ServerOptimizerSpec
-from lepton_fl.rounds.campaign import Kind, RunState, plan_round
+from lepton_fl.plan import RoundPlan, RunSpec
+from lepton_fl.rounds.campaign import Kind, RunState, advance, after_attempt, plan_round
 from lepton_fl.rounds.cohort import draw
 from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_evaluation, collect_training
-from lepton_fl.rounds.exchange import Answer
-from lepton_fl.rounds.optimizers import ServerState, step
+from lepton_fl.rounds.exchange import Answer, Exchange
+from lepton_fl.rounds.local import control_of
+from lepton_fl.rounds.optimizers import ServerState
+from lepton_fl.vector import Vector
 from lepton_fl.wire.messages import Request
-from lepton_strategies.grid import to_answer, to_messages
+from lepton_strategies.grid import to_answer
 from lepton_strategies.model import from_arrays, to_arrays, work_of
+from lepton_strategies.planned import PlannedMessages, PlannedReplies
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # between two looks for connected nodes
 
+Settings = dict[str, Any]  # fields of RunSpec
+
 
 class LeptonStrategy(Strategy):
-    """What all of them share; the server optimiser is the only difference."""
+    """What all of them share; they differ in ``settings`` only, what a ``RunSpec`` says."""
 
     def __init__(
-        self, task: str, server: ServerOptimizerSpec, seed: int | None, run: Mapping[str, Any]
+        self,
+        task: str,
+        *,
+        seed: int | None = None,
+        **settings: Any,  # noqa: ANN401 - checked by ``settings`` and RunSpec
     ) -> None:
         """Prepare a strategy.
 
         Args:
             task: its name, short or full; it must be installed on both sides.
-            server: the server optimiser.
             seed: of the cohorts; None = the operating system's generator, which nobody can predict.
-            run: further fields of ``RunSpec``: cohort, local, schedule, weighting, max_weight, grid_step,
-                evaluate_every, evaluate_cohort, rounds (used by the cosine schedule only).
+            **settings: see the strategy's ``settings``, and the fields of ``RunSpec``: cohort, local,
+                schedule, weighting, max_weight, grid_step, clip_norm, evaluate_every, evaluate_cohort,
+                rounds (used by the cosine schedule only).
 
         Raises:
             TaskError: the task is unknown or cannot be used.
             ValidationError: a setting is wrong.
         """
         self._work = work_of(task)
-        self._spec = RunSpec.model_validate({**run, "task": self._work.task, "server": server})
+        self._spec = RunSpec.model_validate({**self.settings(**settings), "task": self._work.task})
         self._rng = SystemRandom() if seed is None else Random(seed)  # noqa: S311 - asked to be repeatable
-        self._run_id = f"{self._rng.getrandbits(64):016x}"
+        # Apart from the cohorts' generator, so that a seed draws those that it draws in a simulation.
+        self._run_id = f"{SystemRandom().getrandbits(64):016x}" if seed is None else self._spec.digest()[:16]
         self._state: RunState | None = None
-        self._asked: _Asked | None = None
+        self._asked: PlannedMessages | None = None
+
+    @staticmethod
+    @abstractmethod
+    def settings(**run: Any) -> Settings:  # noqa: ANN401 - as given
+        """The fields of ``RunSpec`` that make this strategy, from its own parameters and further fields."""
 
     @property
     def spec(self) -> RunSpec:
@@ -82,14 +99,15 @@ class LeptonStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the replies exactly and make one step of the server optimiser."""
         asked, state = self._take_asked(), self._known_state()
-        collected, mean = collect_training(asked.plan, state.model, _Replies(asked, replies))
+        control = self._control(asked.plan.kind)
+        collected, mean = collect_training(asked.plan, state.model, _exchange(asked, replies), control)
         if mean is None:
             log.warning("round %d does not count: %s", server_round, collected.summary())
+            self._state = replace(state, retried=after_attempt(state.retried, server_round, 0))
             return None, _metrics({}, collected)
-        model, server = step(self._spec.server, state.model, mean, state.server)
-        self._state = RunState(model, server, round=server_round)
+        self._state = advance(self._spec, self._work, asked.plan, state, mean, collected.reports)
         figures = TRAINING.summarise(collected.sums)
-        return to_arrays(model), _metrics(figures, collected)
+        return to_arrays(self._state.model), _metrics(figures, collected)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -108,7 +126,7 @@ class LeptonStrategy(Strategy):
             return None
         asked, metrics = self._take_asked(), self._work.metrics
         collected = collect_evaluation(
-            asked.plan, self._known_state().model, _Replies(asked, replies), metrics
+            asked.plan, self._known_state().model, _exchange(asked, replies), metrics
         )
         figures = metrics.summarise(collected.sums) if collected.reports else {}
         return _metrics(figures, collected)
@@ -124,64 +142,62 @@ class LeptonStrategy(Strategy):
             )
         if self._state is None or server_round == 1:
             return RunState(model, ServerState.initial(self._spec.server, model.size))
-        return RunState(model, self._state.server, round=server_round - 1)
+        return replace(self._state, model=model, round=server_round - 1)
 
     def _known_state(self) -> RunState:
         if self._state is None:
             raise ConfigError("Nothing was configured before it was aggregated.", hint="Call start().")
         return self._state
 
-    def _ask(self, kind: Kind, number: int, size: int, grid: Grid) -> list[Message]:
-        cohort = draw(self._nodes(grid, size), size, self._rng)
+    def _ask(self, kind: Kind, number: int, size: int, grid: Grid) -> Iterable[Message]:
+        nodes = self._nodes(grid, size)
+        cohort = draw(nodes, size, self._rng)
         state, nonce = self._known_state(), f"{self._rng.getrandbits(128):032x}"
         # All replies arrive together, so there is nothing to gain from closing a round early.
         plan = plan_round(
             self._spec, self._run_id, self._work, kind, number, state, cohort, len(cohort), nonce
         )
-        messages = to_messages(plan, Request.of(plan, state.model))
-        self._asked = _Asked(plan, messages)
-        return messages
+        plan = plan.model_copy(update={"population": len(nodes) if plan.auxiliary else 0})
+        self._asked = PlannedMessages(plan, Request.of(plan, state.model, self._control(kind)))
+        return self._asked
+
+    def _control(self, kind: Kind) -> Vector | None:
+        """The server's control, where the devices need one."""
+        state = self._known_state()
+        if kind == "evaluate":
+            return None
+        return control_of(self._spec.local, state.server, len(state.model))
 
     def _nodes(self, grid: Grid, size: int) -> list[str]:
         """Connected nodes, sorted: all wanted ones, or after a while as many as are needed."""
-        spec, began = self._spec.cohort, time.monotonic()
+        spec, needed, began = self._spec.cohort, self._spec.min_reports, time.monotonic()
         while True:
             nodes, waited = sorted(map(str, grid.get_node_ids())), time.monotonic() - began
-            if len(nodes) >= size or (len(nodes) >= spec.min_reports and waited >= spec.fill_wait_s):
+            if len(nodes) >= size or (len(nodes) >= needed and waited >= spec.fill_wait_s):
                 return nodes
             if waited >= spec.quorum_wait_s:
                 raise QuorumError(
-                    f"{len(nodes)} nodes connected within {spec.quorum_wait_s:g} s, "
-                    f"{spec.min_reports} are needed.",
+                    f"{len(nodes)} nodes connected within {spec.quorum_wait_s:g} s, {needed} are needed.",
                     hint="Start more nodes, or lower cohort.min_reports.",
                 )
             time.sleep(POLL_S)
 
-    def _take_asked(self) -> "_Asked":
+    def _take_asked(self) -> PlannedMessages:
         if self._asked is None:
             raise ConfigError("Replies came to a question that was not asked.", hint="Call start().")
         asked, self._asked = self._asked, None
         return asked
 
 
-class _Asked:
-    """What was asked of whom; kept until the replies are in."""
-
-    def __init__(self, plan: RoundPlan, messages: Iterable[Message]) -> None:
-        self.plan = plan
-        # A message gets its id when the grid sends it; its content need not be kept for that.
-        self._sent = [message.metadata for message in messages]
-
-    def devices(self) -> dict[str, str]:
-        """The node that was asked, by the id of the message: an error's sender may be the server itself."""
-        ids = [sent.message_id for sent in self._sent]
-        return {i: device_id for i, device_id in zip(ids, self.plan.cohort, strict=True) if i}
+def _exchange(asked: PlannedMessages, replies: Iterable[Message]) -> Exchange:
+    """Where the answers come from: nodes in this process, or replies that Flower collected."""
+    return replies.exchange if isinstance(replies, PlannedReplies) else _Replies(asked, replies)
 
 
 class _Replies:
     """Replies that Flower collected, as an exchange."""
 
-    def __init__(self, asked: _Asked, replies: Iterable[Message]) -> None:
+    def __init__(self, asked: PlannedMessages, replies: Iterable[Message]) -> None:
         self._asked = asked
         self._replies = replies
 
@@ -213,121 +229,3 @@ def _refuse_config(config: ConfigRecord, name: str) -> None:
             f"{name} sets {', '.join(sorted(config))}, which no node would read.",
             hint="Give such settings to the strategy: FedAvg(task, local={...}, cohort={...}).",
         )
-
-
-class FedAvg(LeptonStrategy):
-    """Federated averaging (McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks")."""
-
-    def __init__(
-        self,
-        task: str,
-        *,
-        learning_rate: float = 1.0,
-        seed: int | None = None,
-        **run: Any,  # noqa: ANN401 - RunSpec checks it
-    ) -> None:
-        """See ``LeptonStrategy``; ``learning_rate`` is the server's."""
-        super().__init__(task, ServerOptimizerSpec(name="fedavg", learning_rate=learning_rate), seed, run)
-
-
-class FedProx(FedAvg):
-    """Federated averaging with a proximal term on the device.
-
-    Li et al. 2020, "Federated Optimization in Heterogeneous Networks".
-    """
-
-    def __init__(
-        self,
-        task: str,
-        *,
-        proximal_mu: float,
-        seed: int | None = None,
-        **run: Any,  # noqa: ANN401 - RunSpec checks it
-    ) -> None:
-        """See ``LeptonStrategy``; ``proximal_mu`` pulls local models towards the global one."""
-        local = run.pop("local", {})
-        fields = local if isinstance(local, Mapping) else local.model_dump()
-        super().__init__(task, seed=seed, local={**fields, "proximal_mu": proximal_mu}, **run)
-
-
-class FedAvgM(LeptonStrategy):
-    """Federated averaging with server momentum.
-
-    Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-    Classification".
-    """
-
-    def __init__(
-        self,
-        task: str,
-        *,
-        learning_rate: float = 1.0,
-        momentum: float = 0.9,
-        seed: int | None = None,
-        **run: Any,  # noqa: ANN401 - the fields of RunSpec, which checks them
-    ) -> None:
-        """See ``LeptonStrategy``; ``learning_rate`` is the server's, ``momentum`` is beta of the paper."""
-        server = ServerOptimizerSpec(name="fedavgm", learning_rate=learning_rate, momentum=momentum)
-        super().__init__(task, server, seed, run)
-
-
-class FedAdagrad(LeptonStrategy):
-    """Adagrad on the server (Reddi et al. 2021, "Adaptive Federated Optimization")."""
-
-    def __init__(
-        self,
-        task: str,
-        *,
-        learning_rate: float = 0.01,
-        momentum: float = 0.9,
-        tau: float = 1e-3,
-        seed: int | None = None,
-        **run: Any,  # noqa: ANN401 - the fields of RunSpec, which checks them
-    ) -> None:
-        """See ``LeptonStrategy``; ``learning_rate`` is the server's, ``momentum`` is beta_1 of the paper."""
-        server = ServerOptimizerSpec(
-            name="fedadagrad", learning_rate=learning_rate, momentum=momentum, tau=tau
-        )
-        super().__init__(task, server, seed, run)
-
-
-class FedAdam(LeptonStrategy):
-    """Adam on the server, without bias correction (Reddi et al. 2021, "Adaptive Federated Optimization")."""
-
-    def __init__(
-        self,
-        task: str,
-        *,
-        learning_rate: float = 0.01,
-        momentum: float = 0.9,
-        beta_2: float = 0.99,
-        tau: float = 1e-3,
-        seed: int | None = None,
-        **run: Any,  # noqa: ANN401 - the fields of RunSpec, which checks them
-    ) -> None:
-        """See ``LeptonStrategy``; ``learning_rate`` is the server's, ``momentum`` is beta_1 of the paper."""
-        server = ServerOptimizerSpec(
-            name="fedadam", learning_rate=learning_rate, momentum=momentum, beta_2=beta_2, tau=tau
-        )
-        super().__init__(task, server, seed, run)
-
-
-class FedYogi(LeptonStrategy):
-    """Yogi on the server (Reddi et al. 2021, "Adaptive Federated Optimization")."""
-
-    def __init__(
-        self,
-        task: str,
-        *,
-        learning_rate: float = 0.01,
-        momentum: float = 0.9,
-        beta_2: float = 0.99,
-        tau: float = 1e-3,
-        seed: int | None = None,
-        **run: Any,  # noqa: ANN401 - the fields of RunSpec, which checks them
-    ) -> None:
-        """See ``LeptonStrategy``; ``learning_rate`` is the server's, ``momentum`` is beta_1 of the paper."""
-        server = ServerOptimizerSpec(
-            name="fedyogi", learning_rate=learning_rate, momentum=momentum, beta_2=beta_2, tau=tau
-        )
-        super().__init__(task, server, seed, run)
