@@ -94,6 +94,27 @@ def write_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o644) -
         temporary.unlink(missing_ok=True)  # gone already when the rename happened
 
 
+def rename(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Give a file another name in its folder, durably; it replaces what had that name.
+
+    Raises:
+        StateError: it is missing, or the folder may not be written.
+    """
+    try:
+        os.replace(path, target)
+        _sync_folder(Path(target).parent)
+    except OSError as error:
+        _raise_translated(error, Path(path))
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Delete a file that may be gone already; raises StateError if the folder may not be written."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        _raise_translated(error, Path(path))
+
+
 def write_private(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a secret: like :func:`write_atomic` with mode 0600; a missing folder is made with 0700.
 

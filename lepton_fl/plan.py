@@ -137,7 +137,8 @@ class AggregationSpec(Frozen):
     def least_reports(self) -> int:
         """With so many reports, or any larger number of them, the rule holds what it promises.
 
-        Trimming needs n > 2f, Krum n > 2f + 2 (Blanchard et al. 2017), a median of one or two outvotes nobody.
+        Trimming needs n > 2f, Krum n > 2f + 2 (Blanchard et al. 2017); a median of one or two outvotes
+        nobody.
         """
         if self.name == "mean":
             return 1
@@ -288,7 +289,7 @@ class RoundPlan(Frozen):
     auxiliary: int = 0  # further coordinates of an update, after those of the model: SCAFFOLD's controls
     auxiliary_sha256: str = ""  # of the server's control, where there is one
     population: int = 0  # devices that could ever be asked; 0 = not known, and not needed
-    retried: tuple[tuple[int, int], ...] = ()  # (round, attempt) of rounds whose first attempt did not count
+    retried: tuple[tuple[int, int], ...] = ()  # rounds of which not the first attempt counted; 0: none
     nonce: str  # hex; tells two attempts apart even after a crash between them
 
     @property

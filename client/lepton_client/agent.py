@@ -34,6 +34,7 @@ from lepton_client.inspection import Finding, Inspector, inspect
 from lepton_client.ledger import Ledger
 from lepton_client.limits import apply_limits
 from lepton_client.link import PROTOCOL, Cancelled, HungUp, Link, Listener, Refused
+from lepton_client.memory import FileMemory
 from lepton_client.state import Identity, StateDir
 from lepton_client.worker import Answerer, Node, Selection, Worker
 from lepton_fl.errors import LeptonError, StateError, TrustError
@@ -95,7 +96,10 @@ class Agent:
         self._state = StateDir(config.client.state_dir)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()  # put() is safe in a signal handler
         self._inspector = Inspector(config.tasks, self._poke, check)
-        self._answer: Answerer = answer or Office(config.tasks, config.limits, self._inspector.distrust)
+        self._memory = FileMemory(self._state.memory)
+        self._answer: Answerer = answer or Office(
+            config.tasks, config.limits, self._inspector.distrust, self._memory
+        )
         self._watch = Watch(self._clock)
         bounds = config.connection.backoff_min_s, config.connection.backoff_max_s
         self._backoff, self._stream_backoff = Backoff(*bounds), Backoff(*bounds)
@@ -140,6 +144,7 @@ class Agent:
                 poll_s=self._config.connection.poll_s,
                 changed=self._poke,
                 trouble=self._diary.hit,
+                settle=self._settle,
             )
             self._give_back(ledger)
             try:
@@ -382,10 +387,19 @@ class Agent:
         elif kind == "verdict":
             said = instruction.verdict
             self._diary.verdict(said.run_id, said.round, said.accepted, said.reason, said.detail)
+            if said.kind == "train" and not said.accepted:
+                self._settle(said.run_id, said.round, said.attempt, False)
         elif kind == "leave":
             told = instruction.leave
             if self._worker.leave((told.run_id, told.round, told.nonce)):
                 log.info("round %d of run %s closed without us", told.round, told.run_id)
+
+    def _settle(self, run_id: str, round_number: int, attempt: int, taken: bool) -> None:
+        """What an attempt left behind may become effective, or never will; called from both threads."""
+        try:
+            self._memory.settle(run_id, round_number, attempt, taken)
+        except StateError as error:
+            self._diary.hit(error)
 
     def _participate(self, call: pb.Participate) -> None:
         reason = self._objection()

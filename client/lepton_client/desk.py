@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lepton_client.config import LimitsSection, TaskSection
 from lepton_client.fingerprint import fingerprint
+from lepton_client.memory import FileMemory
 from lepton_fl.errors import DataError, LeptonError, TaskError
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ class Office:
     """Answers requests; used by one thread at a time."""
 
     def __init__(
-        self, sections: tuple[TaskSection, ...], limits: LimitsSection, distrust: Callable[[], None]
+        self,
+        sections: tuple[TaskSection, ...],
+        limits: LimitsSection,
+        distrust: Callable[[], None],
+        memory: FileMemory | None = None,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -35,8 +40,10 @@ class Office:
             sections: The allow-list.
             limits: How many threads compute.
             distrust: Called when data turn out to be bad, so that they are inspected again.
+            memory: What this device remembers of its runs; None = nothing.
         """
         self._sections, self._limits, self._distrust = sections, limits, distrust
+        self.memory = memory
         self._trainers: dict[str, Trainer] = {}
         self._materials: dict[str, Material] = {}
 
@@ -102,6 +109,9 @@ class _Desk:
 
     def data(self, task: str, kind: str) -> "Dataset":
         return self._office.data(task, kind)
+
+    def memory(self) -> FileMemory | None:
+        return self._office.memory
 
     def seed(self, ticket: "Ticket") -> int:
         """Nobody may predict the order of the batches: part of what hides a single row."""

@@ -1,4 +1,4 @@
-"""What a device keeps on disk: its key, its identity, its status and a lock.
+"""What a device keeps on disk: its key, its identity, its status, a lock, and what it remembers of runs.
 
 Rules:
 
@@ -52,6 +52,7 @@ class StateDir:
         self.folder = folder
         self.key = folder / "device.key"
         self.ledger = folder / "ledger.json"
+        self.memory = folder / "memory"
         self._identity = folder / "identity.json"
         self._status = folder / "status.json"
         self._lock = folder / "agent.lock"
@@ -95,7 +96,7 @@ class StateDir:
     def _sweep(self) -> None:
         """Remove what a killed process left half-written; nobody else writes while we hold the lock."""
         with contextlib.suppress(OSError):
-            for leftover in self.folder.glob(".*.tmp"):
+            for leftover in (*self.folder.glob(".*.tmp"), *self.memory.glob(".*.tmp")):
                 leftover.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------ identity

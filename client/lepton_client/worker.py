@@ -95,6 +95,7 @@ class Worker:
         poll_s: float,
         changed: Callable[[], None],
         trouble: Callable[[LeptonError], None],
+        settle: Callable[[str, int, int, bool], None] = lambda run_id, round_number, attempt, taken: None,
     ) -> None:
         """Nothing starts yet.
 
@@ -106,10 +107,11 @@ class Worker:
             poll_s: Pause between two looks for a message.
             changed: Called from the thread when it gets busy or idle.
             trouble: Called from the thread when this machine's own state fails (full disk).
+            settle: Called from the thread with (run, round, attempt, whether the answer was taken).
         """
         self._node_factory, self._answer, self._ledger = node_factory, answer, ledger
         self._clock, self._poll_s = clock, poll_s
-        self._changed, self._trouble = changed, trouble
+        self._changed, self._trouble, self._settle = changed, trouble, settle
         self._lock = threading.Condition()
         self._open: dict[Key, Selection] = {}
         self._left: set[Key] = set()
@@ -279,7 +281,10 @@ class Worker:
         else:
             log.info("%s round %d of run %s begins", ticket.kind, ticket.round, ticket.run_id)
             push = self._do(node, handle, records, key)
-            if not self._gone(key) and self._push(push, node, key):
+            taken = not self._gone(key) and self._push(push, node, key)
+            if ticket.kind == "train":
+                self._settle(ticket.run_id, ticket.round, ticket.attempt, taken)
+            if taken:
                 self._note(ticket)
         self._done(key)
 

@@ -15,14 +15,19 @@ from math import ceil
 from random import Random
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lepton_fl.errors import ConfigError, LeptonError, QuorumError, RunError
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
 from lepton_fl.rounds.collect import TRAINING, Collected, collect_evaluation, collect_training
 from lepton_fl.rounds.exchange import Exchange
+from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
 from lepton_fl.tasks.metrics import Metrics, Sums
-from lepton_fl.vector import Vector, vector_digest
+from lepton_fl.vector import Layout, Vector, vector_digest
+from lepton_fl.wire.messages import MAX_RETRIED
 
 Kind = Literal["train", "evaluate"]
 SHOW_EVERY_S = 5.0  # a cause of waiting that keeps changing is shown at most so often
@@ -39,6 +44,7 @@ class Work:
     metrics: Metrics
     evaluate_centrally: Callable[[Vector], Sums] | None = None
     evaluate_on_devices: bool = True  # off: the watched metric is the central one
+    layout: Layout | None = None  # needed where local.personal names tensors
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class RunState:
     evaluated: int = 0  # last evaluated round
     best: Best | None = None
     stale: int = 0  # evaluations since the best one
+    retried: tuple[tuple[int, int], ...] = ()  # (round, attempt) of rounds whose first attempt did not count
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ class Campaign:
     def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
         """Train until the last round, an early stop, a request to stop, or a failure."""
         try:
+            personal_of(self.spec.local, self.work.layout)  # a wrong pattern ends the run now
             while True:
                 if self._evaluation_due(state):
                     state = self._evaluate(state)
@@ -182,7 +190,8 @@ class Campaign:
             plan = self._plan("train", number, state, cohort, self.spec.cohort.size)
             self.book.planned(plan)
             began = self.clock()
-            collected, mean = collect_training(plan, state.model, self.exchange)
+            control = control_of(self.spec.local, state.server, len(state.model))
+            collected, mean = collect_training(plan, state.model, self.exchange, control, self.clock)
             if mean is None:
                 stopped = should_stop()
                 cause, failures = collected.summary(), failures + 1
@@ -190,9 +199,8 @@ class Campaign:
                 if stopped:
                     return None
                 continue
-            model, server = step(self.spec.server, state.model, mean, state.server)
+            after = advance(self.spec, self.work, plan, state, mean, collected.reports)
             del mean
-            after = replace(state, model=model, server=server, round=number, attempt=0)
             seconds = self.clock() - began
             metrics = TRAINING.summarise(collected.sums)
             self.book.committed(Committed(after, collected, metrics, seconds, _bytes_down(plan)))
@@ -235,12 +243,15 @@ class Campaign:
     def _could_come(self, candidates: Sequence[Candidate]) -> int:
         """For how many devices a short wait makes sense: first the whole fleet, then those that are there."""
         if not self._gathered:
-            return sum(c.standing not in ("revoked", "other-group") for c in candidates)
+            return population(candidates)
         return sum(c.standing in ("eligible", "busy") for c in candidates)
 
     def _plan(self, kind: Kind, number: int, state: RunState, cohort: Sequence[str], size: int) -> RoundPlan:
         nonce = f"{self.rng.getrandbits(128):032x}"
-        return plan_round(self.spec, self.run_id, self.work, kind, number, state, cohort, size, nonce)
+        plan = plan_round(self.spec, self.run_id, self.work, kind, number, state, cohort, size, nonce)
+        if not plan.auxiliary:
+            return plan
+        return plan.model_copy(update={"population": population(self.roster.candidates())})
 
     # --- evaluation ---------------------------------------------------------------------------------
 
@@ -267,7 +278,7 @@ class Campaign:
         if not ids:
             return None
         plan = self._plan("evaluate", state.round, state, draw(ids, size, self.rng), size)
-        return collect_evaluation(plan, state.model, self.exchange, self.work.metrics)
+        return collect_evaluation(plan, state.model, self.exchange, self.work.metrics, self.clock)
 
     def _heard(self, collected: Collected | None) -> bool:
         """Whether the watched metric can be expected; a silent fleet does not end a run."""
@@ -305,6 +316,7 @@ def plan_round(
     nonce: str,
 ) -> RoundPlan:
     """Freeze one attempt: round ``number``, asking ``cohort`` and closing at ``size`` reports."""
+    control = control_of(spec.local, state.server, work.num_coordinates) if kind == "train" else None
     return RoundPlan(
         run_id=run_id,
         round=number,
@@ -325,8 +337,53 @@ def plan_round(
         grid_step=spec.grid_step,
         clip_norm=spec.clip_norm,
         aggregation=spec.aggregation,
+        auxiliary=0 if control is None else len(control),
+        auxiliary_sha256="" if control is None else vector_digest(control),
+        retried=state.retried if spec.local.keeps_state else (),
         nonce=nonce,
     )
+
+
+def population(candidates: Sequence[Candidate]) -> int:
+    """How many devices could ever be asked: N of SCAFFOLD."""
+    return sum(c.standing not in ("revoked", "other-group") for c in candidates)
+
+
+def advance(
+    spec: RunSpec, work: Work, plan: RoundPlan, state: RunState, mean: NDArray[np.float64], reports: int
+) -> RunState:
+    """One step of the server: the state after a round, which is committed once it is recorded.
+
+    Args:
+        spec: of the run.
+        work: what is trained.
+        plan: of the attempt.
+        state: before it.
+        mean: (P + A,) float64, the devices' aggregate update; it is overwritten.
+        reports: how many it was made of.
+
+    Raises:
+        RunError: the new model or control is not finite.
+    """
+    size = plan.num_coordinates
+    personal = personal_of(spec.local, work.layout)
+    if personal is not None:
+        mean[:size][personal] = 0.0  # nobody sends anything there; nor shall an attacker's update be kept
+    model, server = step(spec.server, state.model, mean[:size], state.server)
+    control = control_of(spec.local, state.server, size)
+    if control is not None:
+        server = ServerState({**server.slots, CONTROL: next_control(plan, control, mean[size:], reports)})
+    retried = after_attempt(state.retried, plan.round, plan.attempt)
+    return replace(state, model=model, server=server, round=plan.round, attempt=0, retried=retried)
+
+
+def after_attempt(
+    retried: tuple[tuple[int, int], ...], round_number: int, attempt: int
+) -> tuple[tuple[int, int], ...]:
+    """``RunState.retried`` after a round was committed with this attempt; 0 = it was given up."""
+    if attempt == 1:
+        return retried
+    return (*retried, (round_number, attempt))[-MAX_RETRIED:]
 
 
 def _min_reports(spec: RunSpec, kind: Kind, asked: int) -> int:
@@ -342,5 +399,5 @@ def _better(value: float, than: float, mode: str, margin: float, or_equal: bool)
 
 
 def _bytes_down(plan: RoundPlan) -> int:
-    """Model bytes sent: every device of the cohort is sent the model once."""
-    return 4 * plan.num_coordinates * len(plan.cohort)
+    """Model bytes sent: every device of the cohort is sent the model, and the auxiliary vector, once."""
+    return 4 * plan.update_size * len(plan.cohort)

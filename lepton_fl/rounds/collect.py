@@ -4,6 +4,7 @@ Each answer is decoded, held against the plan, added and forgotten. A refused an
 told, and the round goes on. The attempt closes when the wanted number of reports is in, or at the deadline.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from lepton_fl.wire.records import Records
 
 ACCEPTED = "accepted"
 SURPLUS = "surplus"  # asked, but the round closed with enough others before it answered
+Clock = Callable[[], float]  # seconds since some moment
 TRAINING = TrainingLoss()  # what every training reports, whatever the task
 
 
@@ -36,6 +38,7 @@ class Participation:
     num_examples: int = 0
     seconds: float = 0.0  # the device's own
     num_bytes: int = 0  # of its answer
+    arrived_s: float | None = None  # since the attempt began, by the coordinator's clock; None: nothing came
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Collected:
     sums: Sums = field(default_factory=dict)
     reports: int = 0
     bytes_up: int = 0
+    elapsed_s: Callable[[], float] = lambda: 0.0  # since the attempt began
 
     @property
     def enough(self) -> bool:
@@ -67,12 +71,23 @@ class Collected:
 
 
 def collect_training(
-    plan: RoundPlan, model: Vector, exchange: Exchange
+    plan: RoundPlan,
+    model: Vector,
+    exchange: Exchange,
+    auxiliary: Vector | None = None,
+    clock: Clock = time.monotonic,
 ) -> tuple[Collected, NDArray[np.float64] | None]:
     """One attempt at a training round.
 
+    Args:
+        plan: of the attempt.
+        model: (P,) the global one.
+        exchange: carries the request and the answers.
+        auxiliary: (A,) what else devices need; None where ``plan.auxiliary`` is 0.
+        clock: says when each answer came.
+
     Returns:
-        What happened, and the (P,) mean update, or None if fewer than ``plan.min_reports`` came.
+        What happened, and the (P + A,) mean update, or None if fewer than ``plan.min_reports`` came.
     """
     aggregator = make_aggregator(plan)
 
@@ -87,7 +102,8 @@ def collect_training(
             TRAINING.validate(report.sums)
         aggregator.merge(part.subtotal)
 
-    collected = _collect(plan, model, exchange, TRAINING, take, take_many)
+    request = Request.of(plan, model, auxiliary)
+    collected = _collect(plan, request, exchange, TRAINING, take, take_many, clock)
     return collected, (aggregator.finalize() if collected.enough else None)
 
 
@@ -100,7 +116,9 @@ def make_aggregator(plan: RoundPlan) -> Aggregator:
     return Accumulator(plan) if plan.aggregation.is_sum else RobustAggregator(plan)
 
 
-def collect_evaluation(plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics) -> Collected:
+def collect_evaluation(
+    plan: RoundPlan, model: Vector, exchange: Exchange, metrics: Metrics, clock: Clock = time.monotonic
+) -> Collected:
     """One federated evaluation: the devices' counts are added, nothing else leaves them."""
 
     def take(answer: Answer) -> EvaluateReply:
@@ -108,7 +126,7 @@ def collect_evaluation(plan: RoundPlan, model: Vector, exchange: Exchange, metri
         metrics.validate(reply.sums)
         return reply
 
-    return _collect(plan, model, exchange, metrics, take, _refuse_sum)
+    return _collect(plan, Request.of(plan, model), exchange, metrics, take, _refuse_sum, clock)
 
 
 def _refuse_sum(part: AddedUp) -> None:
@@ -126,14 +144,16 @@ Take = Callable[[Answer], TrainReply | EvaluateReply]
 
 def _collect(
     plan: RoundPlan,
-    model: Vector,
+    request: Request,
     exchange: Exchange,
     metrics: Metrics,
     take: Take,
     take_many: Callable[[AddedUp], None],
+    clock: Clock,
 ) -> Collected:
-    collected = Collected(plan)
-    with closing(exchange.ask(plan, Request.of(plan, model))) as answers:
+    began = clock()
+    collected = Collected(plan, elapsed_s=lambda: max(0.0, clock() - began))
+    with closing(exchange.ask(plan, request)) as answers:
         for answer in answers:
             if isinstance(answer, AddedUp):
                 _handle_many(collected, answer, metrics, take_many)
@@ -162,6 +182,7 @@ def _handle_many(
             num_examples=report.num_examples,
             seconds=report.seconds,
             num_bytes=report.num_bytes,
+            arrived_s=report.arrived_s,
         )
         collected.bytes_up += report.num_bytes
         collected.sums = metrics.add(collected.sums, report.sums) if collected.sums else dict(report.sums)
@@ -184,8 +205,13 @@ def _handle(
     except UpdateRejected as refusal:
         exchange.tell(plan, device_id, refusal)
         if refusal.reason not in (Rejection.DUPLICATE, Rejection.NOT_SELECTED):
-            entry = Participation(device_id, refusal.reason.value, str(refusal), num_bytes=answer.num_bytes)
-            collected.participation[device_id] = entry
+            collected.participation[device_id] = Participation(
+                device_id,
+                refusal.reason.value,
+                str(refusal),
+                num_bytes=answer.num_bytes,
+                arrived_s=collected.elapsed_s(),
+            )
         return
     collected.reports += 1
     collected.sums = metrics.add(collected.sums, reply.sums) if collected.sums else dict(reply.sums)
@@ -195,6 +221,7 @@ def _handle(
         num_examples=reply.num_examples,
         seconds=reply.seconds,
         num_bytes=answer.num_bytes,
+        arrived_s=collected.elapsed_s(),
     )
     exchange.tell(plan, device_id, None)
 

@@ -19,6 +19,7 @@ from lepton_fl.rounds.accumulator import BLOCK
 from lepton_fl.vector import Vector
 
 ADAPTIVE = ("fedadagrad", "fedadam", "fedyogi")
+SLOTS = ("momentum", "variance")  # of the optimisers
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def step(
         spec: the optimiser and its hyper-parameters.
         model: (P,) float32, the global model of the round.
         mean: (P,) float64, the weighted mean of the devices' updates.
-        state: what the last step returned.
+        state: what the last step returned; slots that are not this optimiser's are handed on.
 
     Returns:
         The new model and state.
@@ -56,10 +57,11 @@ def step(
         RunError: the new model is not finite.
     """
     new = np.empty_like(model)
-    slots = {name: np.empty_like(old) for name, old in state.slots.items()}
+    own = {name: slot for name, slot in state.slots.items() if name in SLOTS}
+    slots = {name: np.empty_like(old) for name, old in own.items()}
     for start in range(0, len(model), BLOCK):
         part = slice(start, start + BLOCK)
-        move, kept = _move(spec, mean[part], {k: v[part].astype(np.float64) for k, v in state.slots.items()})
+        move, kept = _move(spec, mean[part], {k: v[part].astype(np.float64) for k, v in own.items()})
         with np.errstate(over="ignore", invalid="ignore"):  # what leaves float32 is refused below
             new[part] = model[part] + spec.learning_rate * move
             for name, value in kept.items():
@@ -69,7 +71,7 @@ def step(
             "The server step produced a model with non-finite weights; it is not kept.",
             hint=f"Lower server.learning_rate (now {spec.learning_rate}) or local.learning_rate.",
         )
-    return new, ServerState(slots)
+    return new, ServerState({**state.slots, **slots})
 
 
 Block = NDArray[np.float64]

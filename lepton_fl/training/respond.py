@@ -15,6 +15,8 @@ import numpy as np
 
 from lepton_fl.errors import DataContractError, DataError, LeptonError, Rejection, TaskError, UpdateRejected
 from lepton_fl.tasks.data import Dataset
+from lepton_fl.training.local import LocalState
+from lepton_fl.training.memory import Memory
 from lepton_fl.training.trainer import Trainer
 from lepton_fl.vector import to_grid
 from lepton_fl.wire.messages import EvaluateReply, Failure, Fields, Request, Ticket, TrainReply, malformed
@@ -36,6 +38,10 @@ class Desk(Protocol):
 
     def seed(self, ticket: Ticket) -> int:
         """Seeds the order of the batches."""
+        ...
+
+    def memory(self) -> Memory | None:
+        """What this device remembers of its runs; None = it cannot, and sits out rounds that need it."""
         ...
 
     def should_stop(self) -> bool:
@@ -91,14 +97,49 @@ def _trainer(request: Request, desk: Desk) -> Trainer:
     return trainer
 
 
+def _memory(request: Request, desk: Desk) -> Memory | None:
+    """The device's memory, if this run needs one."""
+    if not request.local.keeps_state:
+        return None
+    memory = desk.memory()
+    if memory is None:
+        raise UpdateRejected(
+            Rejection.FAILED,
+            "This run needs devices that remember something between rounds, and this one cannot.",
+            hint="Train without local.control_variates and local.personal.",
+        )
+    return memory
+
+
+def _state(request: Request, trainer: Trainer, memory: Memory | None) -> LocalState:
+    held = {} if memory is None else memory.recall(request.ticket.run_id, request.counted)
+    if request.auxiliary is not None and request.auxiliary.shape != request.model.shape:
+        raise malformed(f"the control has {request.auxiliary.size} coordinates, not {request.model.size}")
+    if request.auxiliary is not None and not np.isfinite(request.auxiliary).all():
+        raise UpdateRejected(Rejection.NON_FINITE, "The control that was sent is not finite.")
+    return LocalState.of(
+        request.local, trainer.layout, trainer.num_trained, request.model, request.auxiliary, held
+    )
+
+
 def _train(request: Request, desk: Desk) -> TrainReply:
     began = time.monotonic()
     trainer = _trainer(request, desk)
-    data = desk.data(request.task, "train")
+    data, memory = desk.data(request.task, "train"), _memory(request, desk)
+    state = _state(request, trainer, memory)
     result = trainer.train(
-        request.model, data, request.local, seed=desk.seed(request.ticket), should_stop=desk.should_stop
+        state.start,
+        data,
+        request.local,
+        seed=desk.seed(request.ticket),
+        correction=state.correction,
+        should_stop=desk.should_stop,
     )
-    update = to_grid(result.delta, request.grid_step, request.clip_norm)
+    sent = state.outgoing(result.delta, result.steps, request.local.learning_rate)
+    update = to_grid(sent, request.grid_step, request.clip_norm)
+    if memory is not None:
+        left = state.leaves(result.delta, update, request.grid_step)
+        memory.keep(request.ticket.run_id, request.ticket.round, request.ticket.attempt, left)
     return TrainReply(
         request.ticket,
         request.task_version,
@@ -112,6 +153,8 @@ def _train(request: Request, desk: Desk) -> TrainReply:
 def _evaluate(request: Request, desk: Desk) -> EvaluateReply:
     began = time.monotonic()
     trainer = _trainer(request, desk)
-    data = desk.data(request.task, "evaluate")
-    sums = trainer.evaluate(request.model, data)
+    data, model = desk.data(request.task, "evaluate"), request.model
+    if request.local.personal:
+        model = _state(request, trainer, _memory(request, desk)).start
+    sums = trainer.evaluate(model, data)
     return EvaluateReply(request.ticket, request.task_version, len(data), sums, time.monotonic() - began)

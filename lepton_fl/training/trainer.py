@@ -72,6 +72,11 @@ class Trainer:
         self._weights = [p.detach() for p in self._trained]  # the same memory, without a gradient
         self._held: tuple[Dataset, Tensor, Tensor] | None = None  # the rows of the last call, on the device
 
+    @property
+    def num_trained(self) -> int:
+        """Coordinates P' that are trained; they come first."""
+        return len(self._grad)
+
     def initial(self, seed: int) -> Vector:
         """The task's initial model of this seed, (P,) float32."""
         module = initial_model(self.task, seed)
@@ -188,11 +193,7 @@ class Trainer:
     def _check_loss(self, losses: Tensor, steps: int) -> float:
         total = float(losses)
         if not np.isfinite(total):
-            raise UpdateRejected(
-                Rejection.NON_FINITE,
-                f"The training loss is {total} within {steps} steps.",
-                hint="Training diverged; lower the learning rate, set clip_grad_norm, or look at the data.",
-            )
+            raise non_finite(total, steps)
         return total
 
     def _load(self, flat: Vector) -> None:
@@ -213,6 +214,15 @@ class Trainer:
     def _to_device(self, array: Array) -> Tensor:
         tensor = _tensor(array)
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+
+def non_finite(loss: float, steps: int) -> UpdateRejected:
+    """The refusal of a training whose loss is no number any more."""
+    return UpdateRejected(
+        Rejection.NON_FINITE,
+        f"The training loss is {loss} within {steps} steps.",
+        hint="Training diverged; lower the learning rate, set clip_grad_norm, or look at the data.",
+    )
 
 
 def _pick_device(device: Device) -> torch.device:

@@ -356,8 +356,8 @@ def _read_retried(text: str) -> tuple[tuple[int, int], ...]:
         retried = tuple((round_number, attempt) for round_number, attempt in pairs)
     except (ValueError, TypeError, RecursionError) as error:
         raise malformed("'retried' is not a list of pairs") from error
-    if len(retried) > MAX_RETRIED or not all(type(n) is int and n >= 1 for pair in retried for n in pair):
-        raise malformed(f"'retried' is not a list of at most {MAX_RETRIED} pairs of positive integers")
+    if len(retried) > MAX_RETRIED or not all(type(n) is int and n >= 0 for pair in retried for n in pair):
+        raise malformed(f"'retried' is not a list of at most {MAX_RETRIED} pairs of non-negative integers")
     return retried
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from lepton_fl.errors import LeptonError, Rejection, StateConflict, StateCorrupt
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RoundPlan, RunSpec
-from lepton_fl.rounds.campaign import Best, Committed, Evaluated
+from lepton_fl.rounds.campaign import Best, Committed, Evaluated, after_attempt
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Collected
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.vector import Vector, vector_digest
@@ -77,6 +77,7 @@ class Progress:
     evaluated: int = 0
     best: Best | None = None
     stale: int = 0
+    retried: tuple[tuple[int, int], ...] = ()  # see RunState
 
 
 def fold(progress: Progress, event: Event) -> Progress:
@@ -90,7 +91,8 @@ def fold(progress: Progress, event: Event) -> Progress:
         case "round.abandoned":
             return replace(progress, open=False)
         case "round.committed":
-            done = replace(progress, round=body["round"], attempt=0, open=False)
+            retried = after_attempt(progress.retried, body["round"], body.get("attempt", 1))
+            done = replace(progress, round=body["round"], attempt=0, open=False, retried=retried)
             return replace(done, model_sha256=body["model_sha256"], state_sha256=body["state_sha256"])
         case "round.evaluated":
             return replace(progress, evaluated=body["round"], stale=body["stale"])
@@ -307,7 +309,7 @@ _OUTCOMES = {
 
 
 def _participation(collected: Collected) -> list[dict[str, Any]]:
-    bytes_down = 4 * collected.plan.num_coordinates
+    bytes_down = 4 * collected.plan.update_size
     return [
         {
             "device_id": entry.device_id,
@@ -317,6 +319,7 @@ def _participation(collected: Collected) -> list[dict[str, Any]]:
             "examples": entry.num_examples,
             "bytes_up": entry.num_bytes,
             "bytes_down": bytes_down,
+            "arrived_s": entry.arrived_s,
         }
         for entry in collected.participation.values()
     ]

@@ -245,7 +245,9 @@ class RunDriver:
         evaluate = (lambda model: self._workshop.evaluate(reference, model, central)) if central else None
         if evaluate is not None:
             evaluate(initial)  # data that cannot be used end the run now, not after its first round
-        work = Work(reference, task.version, layout.digest, layout.size, task.metrics, evaluate)
+        work = Work(
+            reference, task.version, layout.digest, layout.size, task.metrics, evaluate, layout=layout
+        )
         if spec.initial_model:
             initial = load_model(self._blobs, spec.initial_model)
             if initial.size != layout.size:
@@ -276,6 +278,7 @@ class RunDriver:
             evaluated=progress.evaluated,
             best=progress.best,
             stale=progress.stale,
+            retried=progress.retried,
         )
 
     def _save_first(self, run_id: str, spec: RunSpec, initial: Vector) -> None:

@@ -26,6 +26,7 @@ from lepton_fl.tasks.sources import DataSourceSpec, DeviceData, open_source
 from lepton_fl.tasks.task import load_task, resolve
 from lepton_fl.wire.messages import Ticket
 from lepton_strategies.desk import batch_seed
+from lepton_strategies.memory import ContextMemory
 from lepton_strategies.model import trainer_of
 from lepton_strategies.records import from_record_dict, to_record_dict
 
@@ -95,6 +96,9 @@ class _Desk:
 
     def seed(self, ticket: Ticket) -> int:
         return batch_seed(self.base_seed, node_name(self.context), ticket.round, ticket.attempt)
+
+    def memory(self) -> ContextMemory:
+        return ContextMemory(self.context)
 
     def should_stop(self) -> bool:
         return False  # Flower's public API does not tell a node that its round has closed

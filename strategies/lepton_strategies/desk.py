@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lepton_fl.errors import TaskError
 from lepton_fl.tasks.data import Dataset
+from lepton_fl.training.memory import Memory
 from lepton_fl.wire.messages import Ticket
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class PartitionDesk:
         *,
         seed: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
+        memory: Memory | None = None,
     ) -> None:
         """Seat a device.
 
@@ -43,6 +45,7 @@ class PartitionDesk:
             data_of: finds a device's rows; may raise DataError or DataContractError.
             seed: of the whole simulation.
             should_stop: asked before every training step.
+            memory: what the device remembers of its runs; None = nothing.
         """
         self._device_id = device_id
         self._task = task
@@ -50,6 +53,7 @@ class PartitionDesk:
         self._data_of = data_of
         self._seed = seed
         self._should_stop = should_stop
+        self._memory = memory
 
     def trainer(self, task: str) -> "Trainer":
         """The trainer, if the task is the allowed one."""
@@ -67,6 +71,10 @@ class PartitionDesk:
     def seed(self, ticket: Ticket) -> int:
         """The same for the same device, round and attempt, wherever it runs."""
         return batch_seed(self._seed, self._device_id, ticket.round, ticket.attempt)
+
+    def memory(self) -> Memory | None:
+        """What the device remembers of its runs."""
+        return self._memory
 
     def should_stop(self) -> bool:
         """Whether the round is over."""

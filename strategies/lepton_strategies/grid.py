@@ -25,7 +25,7 @@ from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.exchange import Answer
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.vector import Vector
-from lepton_fl.wire.messages import MODEL, Request
+from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
 from lepton_strategies.model import trainer_of, work_of
 from lepton_strategies.records import from_record_dict, to_array_record, to_record_dict
@@ -42,14 +42,14 @@ MAX_REASON: Final = 500  # characters of a node's own words that are kept
 
 
 def to_messages(plan: RoundPlan, request: Request) -> "list[Message]":
-    """One message per node of the cohort; they share one copy of the model."""
+    """One message per node of the cohort; they share one copy of the arrays."""
     from flwr.app import Message
 
     records = request.to_records()
-    model = to_array_record({MODEL: request.model})
+    arrays = to_array_record(records.arrays)
     return [
         Message(
-            content=to_record_dict(records, arrays=model),
+            content=to_record_dict(records, arrays=arrays),
             dst_node_id=int(device_id),
             message_type=plan.kind,
             group_id=str(plan.round),

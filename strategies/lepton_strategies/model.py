@@ -46,7 +46,8 @@ def work_of(task: str, trainer: "Trainer | None" = None) -> Work:
     reference = resolve(task)
     trainer = trainer or trainer_of(reference)
     layout = trainer.layout
-    return Work(reference, trainer.task.version, layout.digest, layout.size, trainer.task.metrics)
+    version, metrics = trainer.task.version, trainer.task.metrics
+    return Work(reference, version, layout.digest, layout.size, metrics, layout=layout)
 
 
 def initial_arrays(task: str, seed: int = 0) -> "ArrayRecord":
