@@ -1,0 +1,90 @@
+"""What an engine takes and gives: a chunk of virtual devices trained in one call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.plan import LocalPlan
+from lepton_fl.tasks.data import Dataset
+from lepton_fl.vector import Vector
+
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class ClientWork:
+    """One virtual device's share of a round."""
+
+    data: Dataset  # prepared rows
+    seed: int  # of its batch order
+    correction: Vector | None = None  # (P',) added to every gradient (SCAFFOLD: c - c_i)
+    start: Vector | None = None  # (P,) its own starting point instead of the common one (personal heads)
+
+
+@dataclass(eq=False)
+class Trained:
+    """What K devices gave, in the caller's order; a device that failed has zeros."""
+
+    deltas: Vector  # (K, P) trained minus start; may be the engine's own buffer, valid until the next call
+    steps: NDArray[np.int64]  # (K,) mini-batches
+    seen: NDArray[np.int64]  # (K,) examples that went through the steps
+    loss_sum: NDArray[np.float64]  # (K,) mean loss before each step times its examples
+    failures: dict[int, UpdateRejected] = field(default_factory=dict)  # position -> why
+
+    @classmethod
+    def of(cls, deltas: Vector) -> "Trained":
+        """Room for the results of these rows."""
+        count = len(deltas)
+        steps, seen = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        return cls(deltas, steps, seen, np.zeros(count, np.float64))
+
+    def fail(self, position: int, refusal: UpdateRejected) -> None:
+        """This device gives nothing."""
+        self.failures[position] = refusal
+        self.deltas[position] = 0
+        self.steps[position] = self.seen[position] = 0
+        self.loss_sum[position] = 0
+
+
+class Unsupported(Exception):
+    """Why an engine cannot train something; the message ends without a full stop."""
+
+
+class Engine(Protocol):
+    """Trains virtual devices, each exactly as ``Trainer.train`` would; not safe for several threads."""
+
+    name: str  # "lean", "vectorised", "compiled" or "fused"
+    chunk: int  # the number of devices per call it works best with
+
+    def train(
+        self,
+        start: Vector,
+        clients: Sequence[ClientWork],
+        local: LocalPlan,
+        *,
+        should_stop: Stop | None = None,
+    ) -> Trained:
+        """Train every device from ``start``, or from its own starting point.
+
+        A device's result depends on its own arguments only, not on the others of the call. What goes
+        wrong with one device is in ``failures`` and leaves the others alone.
+
+        Args:
+            start: (P,) float32, the global model.
+            clients: at least one.
+            local: how to train.
+            should_stop: asked before every step; True ends the call, and devices not done yet have failed.
+
+        Raises:
+            UpdateRejected: WRONG_SHAPE, ``start`` is not a model of this task.
+        """
+        ...
+
+
+def stopped(steps: int) -> UpdateRejected:
+    """The refusal of a device whose training was told to stop."""
+    return UpdateRejected(Rejection.FAILED, f"Training was stopped after {steps} steps.")

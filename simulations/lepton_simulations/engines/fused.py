@@ -1,0 +1,458 @@
+"""Chains of Linear, Conv2d, GroupNorm, ReLU and MaxPool2d with an explicit backward pass.
+
+No autograd, no gradient tensors: the weight-gradient product adds straight to the weights, with SGD's rate
+and weight decay as its factors. Dense chains take K devices per call, so that the few operations of a step
+are shared by all of them; convolutions take one device, which fills the core by itself. Work memory is kept
+and stays in the cache. Measured reasons are in docs/simulation.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lepton_fl.plan import LocalPlan
+from lepton_fl.tasks.data import Dataset
+from lepton_fl.training.bridge import check_vector
+from lepton_fl.training.trainer import Trainer, non_finite
+from lepton_fl.vector import Slot, Vector
+from lepton_simulations.engines.chain import (
+    ConvSpec,
+    FlattenSpec,
+    LinearSpec,
+    NormSpec,
+    PoolSpec,
+    ReluSpec,
+    Spec,
+    SqueezeSpec,
+    chain_of,
+)
+from lepton_simulations.engines.contract import ClientWork, Stop, Trained, Unsupported, stopped
+from lepton_simulations.engines.dual import DualDense, pays
+from lepton_simulations.engines.layers import (
+    Conv,
+    Dense,
+    Flatten,
+    Layer,
+    Norm,
+    Pool,
+    Relu,
+    Room,
+    Rule,
+    channels_last,
+    padded,
+)
+from lepton_simulations.engines.lean import LeanEngine
+from lepton_simulations.engines.losses import CrossEntropy, Difference, Loss
+from lepton_simulations.engines.schedule import Schedule, chunks, schedule
+
+CACHE = 4 * 2**20  # bytes of weights that stay near a core
+_PROGRAMS = 8  # kinds of chunk whose memory is kept
+_FEED = 2 * 2**20  # bytes of rows laid out at a time
+
+
+class FusedEngine:
+    """See the module; made for one task and rows of one shape."""
+
+    name = "fused"
+
+    def __init__(self, trainer: Trainer, sample: Dataset, *, chunk: int = 0, dual: bool = True) -> None:
+        """Read the chain.
+
+        Args:
+            trainer: whose task; trains what does not fit here.
+            sample: some device's rows; all have this shape.
+            chunk: devices per call; 0 = as many as the cache holds.
+            dual: whether the first layer may do without its weights where that is faster.
+
+        Raises:
+            Unsupported: the model, the loss, the device or the rows are none of those known here.
+        """
+        if trainer.device.type != "cpu":
+            raise Unsupported(f"the model is on {trainer.device.type!r}")
+        if trainer.task.augment is not None:
+            raise Unsupported("the task augments its batches")
+        self._lean, self._may_be_dual = LeanEngine(trainer), dual
+        self._trainer, self._room = trainer, Room(trainer.dtype)
+        self._specs = chain_of(trainer.module)
+        self._slots = {slot.name: slot for slot in trainer.layout.slots}
+        self._shape, self._target_shape = sample.x.shape[1:], sample.y.shape[1:]
+        self.dense = not any(isinstance(spec, ConvSpec | NormSpec | PoolSpec) for spec in self._specs)
+        self._shapes = _shapes(self._specs, self._slots, self._shape)
+        self._outputs = self._check_loss()
+        weights = 4 * trainer.layout.size
+        self.chunk = chunk or (max(1, min(64, CACHE // weights)) if self.dense else 1)
+        self._programs: dict[tuple[int, bool, int], _Program] = {}
+        self._fits: WeakKeyDictionary[Dataset, bool] = WeakKeyDictionary()
+        self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
+
+    def train(
+        self,
+        start: Vector,
+        clients: Sequence[ClientWork],
+        local: LocalPlan,
+        *,
+        should_stop: Stop | None = None,
+    ) -> Trained:
+        """See ``Engine.train``."""
+        check_vector(self._trainer.layout, start)
+        rule = _rule(local)
+        if len(self._memory) < len(clients):
+            self._memory = self._memory.new_zeros(len(clients), self._memory.shape[1])
+        deltas = self._memory[: len(clients), : len(start)]
+        trained = Trained.of(deltas.numpy())
+        fitting = [i for i, client in enumerate(clients) if self._fit(client)]
+        for position in set(range(len(clients))).difference(fitting):
+            self._lean.train_one(start, clients[position], local, trained, position, should_stop)
+        plans = [schedule(len(clients[i].data), clients[i].seed, local) for i in fitting]
+        dual = [
+            self._is_dual(plan, len(clients[i].data), rule) for i, plan in zip(fitting, plans, strict=True)
+        ]
+        common = self._flat(start)[None]
+        for chunk in chunks(plans, dual, self.chunk):
+            at = [fitting[i] for i in chunk]
+            program = self._program(plans[chunk[0]].width, dual[chunk[0]], len(chunk))
+            work = _Chunk([clients[i] for i in at], [plans[i] for i in chunk], at)
+            program.train(common, work, rule, deltas, trained, should_stop)
+        return trained
+
+    def _fit(self, client: ClientWork) -> bool:
+        """Whether a device's rows and vectors are what the chain takes; the others are the trainer's."""
+        data, size = client.data, self._trainer.layout.size
+        fits = self._fits.get(data)
+        if fits is None:
+            fits = self._fits[data] = self._rows_fit(data)
+        vectors = [v for v in (client.start, client.correction) if v is not None]
+        return fits and all(v.shape == (size,) and v.dtype == np.float32 for v in vectors)
+
+    def _rows_fit(self, data: Dataset) -> bool:
+        if not len(data) or data.x.shape[1:] != self._shape or data.y.shape[1:] != self._target_shape:
+            return False
+        if data.x.dtype != np.float32:
+            return False
+        if self._trainer.task.loss == "cross_entropy":
+            return data.y.dtype == np.int64 and bool(data.y.min() >= 0 and data.y.max() < self._outputs)
+        return data.y.dtype == np.float32
+
+    def _is_dual(self, plan: Schedule, rows: int, rule: Rule) -> bool:
+        first = next(spec for spec in self._specs if not isinstance(spec, FlattenSpec))
+        if not (self._may_be_dual and self.dense and isinstance(first, LinearSpec)):
+            return False
+        return pays(self._slots[first.weight], plan, rows, rule)
+
+    def _program(self, width: int, dual: bool, count: int) -> "_Program":
+        devices = self.chunk if count > 1 else 1
+        key = (width, dual, devices)
+        if key not in self._programs:
+            if len(self._programs) == _PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+            self._programs[key] = _Program(self, width, dual, devices)
+        return self._programs[key]
+
+    def _flat(self, vector: Vector) -> Tensor:
+        return torch.from_numpy(np.require(vector, requirements=["C", "W"])).to(self._trainer.dtype)
+
+    def _check_loss(self) -> int:
+        """Numbers the model gives per row; refuses a loss that compares them otherwise than row by row."""
+        outputs = self._shapes[-1]
+        loss = self._trainer.task.loss
+        if loss == "cross_entropy":
+            if len(outputs) != 1 or self._target_shape != ():
+                raise Unsupported(
+                    f"outputs {outputs} and labels {self._target_shape} are not one label per row"
+                )
+            return outputs[0]
+        if loss not in ("squared_error", "huber"):
+            raise Unsupported("its loss is a function of its own")
+        if outputs != self._target_shape:
+            raise Unsupported(f"outputs {outputs} and targets {self._target_shape} per row differ in shape")
+        return outputs[0] if outputs else 1
+
+    def make_loss(self) -> Loss:
+        """A fresh loss of the task."""
+        if self._trainer.task.loss == "cross_entropy":
+            return CrossEntropy(self._room, self._outputs)
+        return Difference(self._room, self._outputs, huber=self._trainer.task.loss == "huber")
+
+    def make_layers(self, width: int, devices: int) -> list[Layer]:
+        """Fresh layers for K devices with so many places in a mini-batch."""
+        layers: list[Layer] = []
+        linear = [spec for spec in self._specs if isinstance(spec, LinearSpec)]
+        for spec, shape in zip(self._specs, self._shapes, strict=True):
+            if isinstance(spec, LinearSpec):
+                logits = spec is linear[-1] and self._trainer.task.loss == "cross_entropy"
+                slots = self._slots[spec.weight], self._slots.get(spec.bias or "")
+                layers.append(Dense(*slots, devices, width, self._room, logits))
+            elif isinstance(spec, ConvSpec):
+                layers.append(
+                    Conv(spec, self._slots[spec.weight], self._slots.get(spec.bias or ""), self._room)
+                )
+            elif isinstance(spec, NormSpec):
+                layers.append(Norm(spec, self._slots[spec.weight], self._slots[spec.bias], self._room))
+            elif isinstance(spec, PoolSpec):
+                layers.append(Pool(spec))
+            elif isinstance(spec, ReluSpec):
+                layers.append(Relu())
+            elif isinstance(spec, FlattenSpec) and not self.dense:
+                layers.append(Flatten(shape[0], width, self._room))
+        return layers
+
+    @property
+    def context(self) -> "_Context":
+        """What programs need to know."""
+        first = next((s for s in self._specs if isinstance(s, LinearSpec)), None)
+        slots = None
+        if first is not None:
+            slots = self._slots[first.weight], self._slots.get(first.bias or "")
+        return _Context(self._trainer.dtype, self._room, self.dense, self._shape, slots)
+
+
+@dataclass(frozen=True, eq=False)
+class _Context:
+    dtype: torch.dtype
+    room: Room
+    dense: bool  # K devices per call, rows flat
+    shape: tuple[int, ...]  # of a row
+    first: tuple[Slot, Slot | None] | None  # the first linear layer's
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    clients: Sequence[ClientWork]
+    plans: Sequence[Schedule]  # the longest first
+    at: Sequence[int]  # their rows in the results
+
+
+class _Program:
+    """The chain with its weights and work memory, for chunks of one kind."""
+
+    def __init__(self, engine: FusedEngine, width: int, dual: bool, devices: int) -> None:
+        self._context = engine.context
+        self._width, self._devices = width, devices
+        self._loss = engine.make_loss()
+        self._layers = engine.make_layers(width, devices)
+        self._dual: DualDense | None = None
+        if dual:
+            assert self._context.first is not None
+            self._layers = self._layers[1:]
+            self._dual = DualDense(*self._context.first, devices, width, self._context.room)
+        lowest = next(i for i, layer in enumerate([*self._layers]) if layer.weights)
+        self._reverse = [(layer, dual or i > lowest) for i, layer in reversed(list(enumerate(self._layers)))]
+
+    def train(
+        self,
+        common: Tensor,
+        chunk: _Chunk,
+        rule: Rule,
+        deltas: Tensor,
+        trained: Trained,
+        should_stop: Stop | None,
+    ) -> None:
+        """Train these devices into their rows of the results."""
+        steps = np.array([plan.steps for plan in chunk.plans])
+        try:
+            means = self._run(common, chunk, rule, steps, should_stop)
+        except _Stopped as stop:
+            for at in chunk.at:
+                trained.fail(at, stopped(stop.steps))
+            return
+        self._write(deltas, chunk.at)
+        for k, (at, plan) in enumerate(zip(chunk.at, chunk.plans, strict=True)):
+            trained.steps[at], trained.seen[at] = plan.steps, plan.sizes.sum()
+            trained.loss_sum[at] = means[: plan.steps, k] @ plan.sizes
+            if not np.isfinite(trained.loss_sum[at]):
+                trained.fail(at, non_finite(trained.loss_sum[at], plan.steps))
+
+    def _run(
+        self,
+        common: Tensor,
+        chunk: _Chunk,
+        rule: Rule,
+        steps: NDArray[np.int64],
+        should_stop: Stop | None,
+    ) -> NDArray[np.float64]:
+        """All steps of all devices; returns the mean loss before each of them, (T, k)."""
+        starts, corrections = _vectors(common, chunk.clients)
+        for layer in self._layers:
+            for weight in layer.weights:
+                weight.begin(rule, starts, corrections)
+        if self._dual is not None:
+            rows = [self._flat_rows(client.data) for client in chunk.clients]
+            self._dual.begin(rule, starts, corrections, rows, chunk.plans)
+        total, means = int(steps[0]), []
+        stride = total if self._dual is not None else self._stride()
+        for low in range(0, total, stride):
+            high = min(total, low + stride)
+            self._loss.prepare(*_targets(chunk, low, high, self._context.dtype))
+            feed = None if self._dual is not None else self._feed(chunk, low, high)
+            for step in range(low, high):
+                if should_stop is not None and should_stop():
+                    raise _Stopped(step)
+                active = int((steps > step).sum())
+                self._step(step, low, active, feed, int(chunk.plans[0].sizes[step]))
+            means.append(self._loss.means())
+        return np.concatenate(means)
+
+    def _step(self, step: int, low: int, active: int, feed: Tensor | None, size: int) -> None:
+        """One mini-batch of the first so many devices."""
+        first, width = step - low, self._width
+        if feed is None:
+            assert self._dual is not None
+            hidden = self._dual.forward(step, active)
+        elif self._context.dense:
+            hidden = feed[:active, first * width : (first + 1) * width]
+        else:
+            hidden = feed[first * width : first * width + size]
+        for layer in self._layers:
+            hidden = layer.forward(hidden)
+        grad: Tensor | None = self._loss.gradient(first, hidden)
+        for layer, needs_input in self._reverse:
+            assert grad is not None
+            grad = layer.backward(grad, needs_input=needs_input)
+        if self._dual is not None:
+            assert grad is not None
+            self._dual.backward(step, grad)
+
+    def _write(self, deltas: Tensor, at: Sequence[int]) -> None:
+        weights = [weight for layer in self._layers for weight in layer.weights]
+        if list(at) == list(range(at[0], at[0] + len(at))):
+            for weight in weights:
+                weight.write(deltas[at[0] : at[0] + len(at)], 0)
+        else:
+            for k, row in enumerate(at):
+                for weight in weights:
+                    weight.write(deltas[row : row + 1], k)
+        if self._dual is not None:
+            self._dual.write([deltas[row] for row in at])
+
+    def _stride(self) -> int:
+        """Steps whose rows are laid out at a time."""
+        numbers = self._width * self._devices * padded(prod(self._context.shape))
+        return max(1, _FEED // (4 * numbers))
+
+    def _flat_rows(self, data: Dataset) -> Tensor:
+        x = torch.from_numpy(np.require(data.x, requirements=["C", "W"]))
+        return x.view(len(x), -1).to(self._context.dtype)
+
+    def _feed(self, chunk: _Chunk, low: int, high: int) -> Tensor:
+        """The rows of these steps: (K, T * B, F), or images (T * B, C, H, W) of one device."""
+        places, room = (high - low) * self._width, self._context.room
+        features = prod(self._context.shape)
+        wide = padded(features) if self._context.dense else features
+        feed = room.get("feed", len(chunk.clients), places, wide)
+        if wide > features:
+            feed[..., features:].zero_()
+        for k, (client, plan) in enumerate(zip(chunk.clients, chunk.plans, strict=True)):
+            index = torch.from_numpy(plan.rows[low:high].reshape(-1))
+            out, rows = feed[k, : len(index)], self._flat_rows(client.data)
+            if wide > features:
+                out[:, :features].copy_(rows.index_select(0, index))
+            else:
+                torch.index_select(rows, 0, index, out=out)
+        return feed if self._context.dense else channels_last(feed[0].view(-1, *self._context.shape))
+
+
+class _Stopped(Exception):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+
+def _rule(local: LocalPlan) -> Rule:
+    """The plan as numbers.
+
+    Raises:
+        Unsupported: it asks for more than SGD.
+    """
+    if reason := unsupported(local):
+        raise Unsupported(reason)
+    return Rule.of(local)
+
+
+def unsupported(local: LocalPlan) -> str:
+    """What of a plan is not built in here; empty = nothing."""
+    if local.optimizer != "sgd":
+        return f"the optimiser is {local.optimizer!r}"
+    if local.clip_grad_norm:
+        return "gradients are clipped at every step"
+    if not local.momentum and Rule.of(local).keep <= 0:
+        return "learning rate times weight decay is 1 or more"
+    return ""
+
+
+def _vectors(common: Tensor, clients: Sequence[ClientWork]) -> tuple[Tensor, Tensor | None]:
+    """Starting points (1, P) or (k, P), and corrections (k, P) where there are any."""
+    starts, corrections = common, None
+    if any(client.start is not None for client in clients):
+        starts = torch.cat([common if c.start is None else _row(c.start, common) for c in clients])
+    if any(client.correction is not None for client in clients):
+        zero = torch.zeros_like(common)
+        corrections = torch.cat(
+            [zero if c.correction is None else _row(c.correction, common) for c in clients]
+        )
+    return starts, corrections
+
+
+def _row(vector: Vector, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.require(vector, requirements=["C", "W"])).to(like.dtype)[None]
+
+
+def _targets(chunk: _Chunk, low: int, high: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Targets (T, K, B, ...) and weights (T, K, B) of these steps; see ``Loss.prepare``."""
+    y = chunk.clients[0].data.y
+    shape = (high - low, len(chunk.clients), chunk.plans[0].width)
+    targets, weights = np.zeros((*shape, *y.shape[1:]), y.dtype), np.zeros(shape)
+    places = np.arange(shape[2])
+    for k, (client, plan) in enumerate(zip(chunk.clients, chunk.plans, strict=True)):
+        sizes = plan.sizes[low:high, None]
+        targets[: len(sizes), k] = client.data.y[plan.rows[low:high]]
+        weights[: len(sizes), k] = (places < sizes) / sizes
+    tensor = torch.from_numpy(targets)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor, torch.from_numpy(weights).to(dtype)
+
+
+def _shapes(specs: Sequence[Spec], slots: dict[str, Slot], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shape of a row after each layer.
+
+    Raises:
+        Unsupported: a layer acts on rows of a shape that is not built in here.
+    """
+    shapes = []
+    for spec in specs:
+        shape = _shape_after(spec, slots, shape)
+        shapes.append(shape)
+    return shapes
+
+
+def _shape_after(spec: Spec, slots: dict[str, Slot], shape: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(spec, ReluSpec):
+        return shape
+    if isinstance(spec, FlattenSpec):
+        return (prod(shape),)
+    if isinstance(spec, SqueezeSpec):
+        return shape[:-1] if shape[-1:] == (1,) else shape
+    if isinstance(spec, LinearSpec):
+        weight = slots[spec.weight].shape
+        if shape != weight[1:]:
+            raise Unsupported(f"a linear layer for {weight[1]} inputs gets rows of shape {shape}")
+        return weight[:1]
+    if len(shape) != 3:
+        raise Unsupported(f"a layer for images gets rows of shape {shape}")
+    channels, *sides = shape
+    if isinstance(spec, NormSpec):
+        return shape
+    if isinstance(spec, PoolSpec):
+        sides = [(n - k) // s + 1 for n, k, s in zip(sides, spec.kernel, spec.stride, strict=True)]
+    else:
+        weight = slots[spec.weight].shape
+        kernel = weight[2:]
+        steps = zip(sides, kernel, spec.padding, spec.stride, strict=True)
+        channels, sides = weight[0], [(n + 2 * p - k) // s + 1 for n, k, p, s in steps]
+    if min(sides) < 1:
+        raise Unsupported(f"images of shape {shape} are too small")
+    return (channels, *sides)
