@@ -11,9 +11,10 @@ with another cohort, a bounded number of times; then the run ends with a verdict
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil
 from random import Random
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,18 @@ class RunState:
     best: Best | None = None
     stale: int = 0  # evaluations since the best one
     retried: tuple[tuple[int, int], ...] = ()  # (round, attempt) of rounds whose first attempt did not count
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """The name of the model; computed once, for a hash of a large model takes a while."""
+        return vector_digest(self.model)
+
+    def on(self, **changes: Any) -> Self:  # noqa: ANN401 - the fields of this class, but the model
+        """The same model with other numbers around it."""
+        other = replace(self, **changes)
+        if other.model is self.model:
+            other.__dict__["model_sha256"] = self.model_sha256
+        return other
 
 
 @dataclass(frozen=True)
@@ -186,7 +199,7 @@ class Campaign:
             cohort = self._quorum(should_stop)
             if cohort is None:
                 return None
-            state = replace(state, attempt=state.attempt + 1)
+            state = state.on(attempt=state.attempt + 1)
             plan = self._plan("train", number, state, cohort, self.spec.cohort.size)
             self.book.planned(plan)
             began = self.clock()
@@ -212,8 +225,7 @@ class Campaign:
 
     def _quorum(self, should_stop: Callable[[], bool]) -> tuple[str, ...] | None:
         """Wait for enough eligible devices and draw from them; None: asked to stop."""
-        spec, needed = self.spec.cohort, self.spec.min_reports
-        asked = ceil(spec.size * spec.over_selection)
+        spec, needed, asked = self.spec.cohort, self._needed(), self._asked()
         began, shown, shown_at = self.clock(), "", 0.0
         while not should_stop():
             candidates = self.roster.candidates()
@@ -239,6 +251,12 @@ class Campaign:
             fill = spec.fill_wait_s - waited
             self.roster.wait(min(left, fill if fill > 0 else 1.0, 1.0))
         return None
+
+    def _asked(self) -> int:
+        return ceil(self.spec.cohort.size * self.spec.cohort.over_selection)
+
+    def _needed(self) -> int:
+        return self.spec.min_reports
 
     def _could_come(self, candidates: Sequence[Candidate]) -> int:
         """For how many devices a short wait makes sense: first the whole fleet, then those that are there."""
@@ -266,7 +284,7 @@ class Campaign:
         if self.work.evaluate_centrally is not None:
             central = self.work.metrics.summarise(self.work.evaluate_centrally(state.model))
             metrics |= {f"central_{name}": value for name, value in central.items()}
-        after, improved = replace(state, evaluated=state.round), False
+        after, improved = state.on(evaluated=state.round), False
         if self._heard(collected):
             after, improved = self._judge(after, metrics)
         self.book.evaluated(Evaluated(after, collected, metrics, improved))
@@ -300,8 +318,8 @@ class Campaign:
             )
         value = metrics[self._watched()]
         if best and not _better(value, best.value, watch.mode, watch.min_delta, False):
-            return replace(state, stale=state.stale + 1), False
-        return replace(state, best=Best(state.round, vector_digest(state.model), value), stale=0), True
+            return state.on(stale=state.stale + 1), False
+        return state.on(best=Best(state.round, state.model_sha256, value), stale=0), True
 
 
 def plan_round(
@@ -326,7 +344,7 @@ def plan_round(
         task_version=work.version,
         layout_digest=work.layout_digest,
         num_coordinates=work.num_coordinates,
-        model_sha256=vector_digest(state.model),
+        model_sha256=state.model_sha256,
         cohort=tuple(cohort),
         wanted_reports=min(size, len(cohort)),
         min_reports=_min_reports(spec, kind, len(cohort)),

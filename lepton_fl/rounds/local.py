@@ -1,8 +1,8 @@
 """The server's side of what is special about local training: SCAFFOLD's control, personal tensors.
 
-SCAFFOLD (Karimireddy et al. 2020): c <- c + |S| / N * mean of the devices' c_i+ - c_i, if |S| of N devices
-reported. With ``weighting = "examples"`` the mean is weighted as the model's is: c is then the mean of the c_i
-weighted by examples, exactly so when all take part.
+SCAFFOLD (Karimireddy et al. 2020): c <- c + |S| / N * mean of the devices' c_i+ - c_i, if |S| of N reported.
+With ``weighting = "examples"`` the mean is weighted as the model's is: c is then the mean of the c_i weighted
+by examples, exactly so when all take part.
 """
 
 import numpy as np

@@ -32,7 +32,7 @@ def run_spec(path: Path | None, given: dict[str, Any], model: type[RunFile] = Ru
     """The run that a file and the command line describe together.
 
     Raises:
-        ConfigError: no task, an unknown key, or a value out of bounds.
+        ConfigError: no task, an unknown key, a value out of bounds, or a mode that this process cannot run.
     """
     overrides = {key: value for key, value in given.items() if value is not None}
     if path is None and "run.task" not in overrides:
@@ -40,7 +40,19 @@ def run_spec(path: Path | None, given: dict[str, Any], model: type[RunFile] = Ru
     size = overrides.get("run.cohort.size")
     if size is not None and "run.cohort.min_reports" not in overrides and path is None:
         overrides["run.cohort.min_reports"] = max(1, size // 2)
-    return load(model, path, env={}, overrides=overrides).value.run
+    spec = load(model, path, env={}, overrides=overrides).value.run
+    refuse_buffered(spec)
+    return spec
+
+
+def refuse_buffered(spec: RunSpec) -> None:
+    """This process drives rounds; raises ConfigError for a run that needs none."""
+    if spec.mode == "buffered":
+        raise ConfigError(
+            "The coordinator drives synchronous rounds only; run.mode is 'buffered'.",
+            hint="Buffered runs work in `lepton simulate` and over a stock Flower deployment "
+            "(lepton_strategies.run_campaign).",
+        )
 
 
 def export_model(blobs: BlobStore, run: Run, sha256: str, output: Path) -> int:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lepton_strategies.fedadam import FedAdam
     from lepton_strategies.fedavg import FedAvg
     from lepton_strategies.fedavgm import FedAvgM
+    from lepton_strategies.fedbuff import FedBuff
     from lepton_strategies.fedprox import FedProx
     from lepton_strategies.fedyogi import FedYogi
     from lepton_strategies.geometric_median import GeometricMedian
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lepton_strategies.median import Median
     from lepton_strategies.model import initial_arrays, to_state_dict
     from lepton_strategies.norm_bounding import NormBounding
+    from lepton_strategies.personal import FedPer
+    from lepton_strategies.scaffold import Scaffold
     from lepton_strategies.trimmed_mean import TrimmedMean
 
 __all__ = [
@@ -30,6 +33,8 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
+    "FedPer",
     "FedProx",
     "FedYogi",
     "GeometricMedian",
@@ -39,6 +44,7 @@ __all__ = [
     "Median",
     "MultiKrum",
     "NormBounding",
+    "Scaffold",
     "TrimmedMean",
     "client_app",
     "initial_arrays",
@@ -49,6 +55,7 @@ __all__ = [
 _HOMES = {
     "AppNodes": "local_grid",
     "EngineNodes": "local_grid",
+    "FedPer": "personal",
     "GeometricMedian": "geometric_median",
     "GridExchange": "grid",
     "LocalGrid": "local_grid",

@@ -26,7 +26,7 @@ from lepton_fl.rounds.campaign import Kind, RunState, advance, after_attempt, pl
 from lepton_fl.rounds.cohort import draw
 from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_evaluation, collect_training
 from lepton_fl.rounds.exchange import Answer, Exchange
-from lepton_fl.rounds.local import control_of
+from lepton_fl.rounds.local import control_of, personal_of
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.vector import Vector
 from lepton_fl.wire.messages import Request
@@ -62,10 +62,12 @@ class LeptonStrategy(Strategy):
 
         Raises:
             TaskError: the task is unknown or cannot be used.
+            ConfigError: ``local.personal`` does not fit the task's model.
             ValidationError: a setting is wrong.
         """
         self._work = work_of(task)
         self._spec = RunSpec.model_validate({**self.settings(**settings), "task": self._work.task})
+        personal_of(self._spec.local, self._work.layout)
         self._rng = SystemRandom() if seed is None else Random(seed)  # noqa: S311 - asked to be repeatable
         # Apart from the cohorts' generator, so that a seed draws those that it draws in a simulation.
         self._run_id = f"{SystemRandom().getrandbits(64):016x}" if seed is None else self._spec.digest()[:16]
@@ -91,6 +93,11 @@ class LeptonStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draw a cohort and ask it to train."""
         _refuse_config(config, "train_config")
+        if self._spec.mode == "buffered":
+            raise ConfigError(
+                "Flower's loop waits for all replies of a round; it cannot run mode = 'buffered'.",
+                hint="Use lepton_strategies.run_campaign in the server app, or a simulation.",
+            )
         self._state = self._next_state(server_round, arrays)
         return self._ask("train", server_round, self._spec.cohort.size, grid)
 

@@ -12,6 +12,7 @@ a round once enough have come, and tries an abandoned round again.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random, SystemRandom
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import RoundPlan, RunSpec
+from lepton_fl.rounds.buffered import BufferedCampaign
 from lepton_fl.rounds.campaign import Campaign, Committed, Evaluated, RunState, Verdict
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import Collected
@@ -140,6 +142,72 @@ class GridExchange:
                 yield to_answer(device_id, reply)
 
 
+class GridDispatcher:
+    """Asks single nodes over a Grid and pulls replies as they come (``rounds.buffered.Dispatcher``)."""
+
+    def __init__(
+        self,
+        grid: "Grid",
+        *,
+        poll_s: float = 0.25,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """See ``GridExchange``."""
+        self._grid = grid
+        self._poll_s = poll_s
+        self._clock = clock
+        self._sleep = sleep
+        self._waiting: dict[str, tuple[str, float]] = {}  # message id -> node, and when it is given up
+        self._come: deque[Answer] = deque()
+
+    def start(self, plan: RoundPlan, request: Request, device_id: str) -> None:
+        """Push one message."""
+        alone = plan.model_copy(update={"cohort": (device_id,)})
+        sent: Sequence[str | None] = list(self._grid.push_messages(to_messages(alone, request)))
+        if sent and (message_id := sent[0]):
+            self._waiting[message_id] = (device_id, self._clock() + plan.deadline_s)
+            return
+        refusal = UpdateRejected(Rejection.OFFLINE, "The grid did not take the message.")
+        self._come.append(Answer(device_id, refusal))
+
+    def next(self, timeout_s: float) -> Answer | None:
+        """The oldest reply, waiting for one if need be."""
+        ends = self._clock() + timeout_s
+        while not self._come:
+            self._pull()
+            self._give_up()
+            left = ends - self._clock()
+            if self._come or left <= 0:
+                break
+            self._sleep(min(self._poll_s, left))
+        return self._come.popleft() if self._come else None
+
+    def tell(self, plan: RoundPlan, device_id: str, refusal: UpdateRejected | None) -> None:
+        """Log a refusal; Flower cannot carry it to the node."""
+        if refusal is not None:
+            log.warning("step %d: reply of node %s refused: %s", plan.round, device_id, refusal)
+
+    def withdraw(self) -> None:
+        """Replies that come from now on are never pulled."""
+        self._waiting.clear()
+        self._come.clear()
+
+    def _pull(self) -> None:
+        for reply in self._grid.pull_messages(list(self._waiting)) if self._waiting else ():
+            found = self._waiting.pop(reply.metadata.reply_to_message_id, None)
+            if found is not None:
+                self._come.append(to_answer(found[0], reply))
+
+    def _give_up(self) -> None:
+        now = self._clock()
+        for message_id, (device_id, ends) in list(self._waiting.items()):
+            if now >= ends:
+                del self._waiting[message_id]
+                silent = UpdateRejected(Rejection.OFFLINE, f"Node {device_id} did not answer in time.")
+                self._come.append(Answer(device_id, silent))
+
+
 class GridRoster:
     """Every connected node is eligible."""
 
@@ -240,6 +308,10 @@ def run_campaign(
         state = RunState(model, ServerState.initial(spec.server, work.num_coordinates))
     book = book or LogBook()
     exchange, roster = GridExchange(grid, poll_s=poll_s), GridRoster(grid)
-    campaign = Campaign(spec, run_id, work, exchange, roster, book, rng or SystemRandom())
+    seams = spec, run_id, work, exchange, roster, book, rng or SystemRandom()
+    if spec.mode == "buffered":
+        campaign: Campaign = BufferedCampaign(*seams, dispatcher=GridDispatcher(grid, poll_s=poll_s))
+    else:
+        campaign = Campaign(*seams)
     verdict = campaign.run(state, should_stop)
     return Outcome(verdict, book.state or state)

@@ -24,6 +24,9 @@ STRATEGIES: Final = {
     "krum": ("krum", "Krum"),
     "multi_krum": ("krum", "MultiKrum"),
     "geometric_median": ("geometric_median", "GeometricMedian"),
+    "scaffold": ("scaffold", "Scaffold"),
+    "personal": ("personal", "FedPer"),
+    "fedbuff": ("fedbuff", "FedBuff"),
     "norm_bounding": ("norm_bounding", "NormBounding"),
 }
 
