@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ Clock = Callable[[], float]  # seconds since some moment
 TRAINING = TrainingLoss()  # what every training reports, whatever the task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Participation:
     """What became of one device of the cohort."""
 
@@ -51,6 +52,11 @@ class Collected:
     reports: int = 0
     bytes_up: int = 0
     elapsed_s: Callable[[], float] = lambda: 0.0  # since the attempt began
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """The cohort."""
+        return frozenset(self.plan.cohort)
 
     @property
     def enough(self) -> bool:
@@ -98,8 +104,7 @@ def collect_training(
         return reply
 
     def take_many(part: AddedUp) -> None:
-        for report in part.reports:
-            TRAINING.validate(report.sums)
+        TRAINING.validate(part.sums)
         aggregator.merge(part.subtotal)
 
     request = Request.of(plan, model, auxiliary)
@@ -185,7 +190,7 @@ def _handle_many(
             arrived_s=report.arrived_s,
         )
         collected.bytes_up += report.num_bytes
-        collected.sums = metrics.add(collected.sums, report.sums) if collected.sums else dict(report.sums)
+    collected.sums = metrics.add(collected.sums, part.sums) if collected.sums else dict(part.sums)
     take_many(part)
     collected.reports += len(part.reports)
 
@@ -227,7 +232,7 @@ def _handle(
 
 
 def _check_sender(collected: Collected, device_id: str) -> None:
-    if device_id not in collected.plan.cohort:
+    if device_id not in collected.asked:
         raise UpdateRejected(Rejection.NOT_SELECTED, f"Device {device_id} is not in the cohort.")
     if device_id in collected.participation:
         outcome = collected.participation[device_id].outcome

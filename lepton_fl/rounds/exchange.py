@@ -25,13 +25,12 @@ class Answer:
     num_bytes: int = 0  # on the wire, as far as the transport knows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Report:
-    """What one device reported besides its update, which is part of a sum."""
+    """What one device reported; its update and its counts are parts of sums."""
 
     device_id: str
     num_examples: int
-    sums: Sums
     seconds: float  # the device's own
     num_bytes: int
     arrived_s: float | None = None  # since the attempt began
@@ -45,6 +44,7 @@ class AddedUp:
     """
 
     reports: tuple[Report, ...]
+    sums: Sums  # the devices' counts, added
     subtotal: Subtotal
 
 

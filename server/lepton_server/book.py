@@ -20,7 +20,7 @@ from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated, after_attempt
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Collected
 from lepton_fl.rounds.optimizers import ServerState
-from lepton_fl.vector import Vector, vector_digest
+from lepton_fl.vector import Vector
 from lepton_server.ops import Meters
 from lepton_server.patience import Patience, Stopped, one_line
 from lepton_server.store import Event, Store
@@ -183,7 +183,7 @@ class RunBook:
     def committed(self, round_: Committed) -> None:
         """Write the blobs, then the rows that name them, in one transaction."""
         plan, state, metrics = round_.collected.plan, round_.state, dict(round_.metrics)
-        model_sha256, state_sha256 = vector_digest(state.model), None
+        model_sha256, state_sha256 = state.model_sha256, None
         body = _attempt(plan) | {
             "model_sha256": model_sha256,
             "metrics": metrics,

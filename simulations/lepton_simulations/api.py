@@ -11,7 +11,7 @@ Everything above the messages is the code of a real fleet: the same plans, codec
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ from lepton_fl.tasks.federated import FederatedDataset, federated_dataset
 from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.task import Task, load_task, resolve
 from lepton_fl.vector import Layout, Vector, vector_digest
-from lepton_simulations.backend import make_backend
+from lepton_simulations.backends import make_backend
 from lepton_simulations.book import FolderBook, MemoryBook
 from lepton_simulations.config import DataConfig, EngineConfig, OutputConfig, SimulationConfig
 from lepton_simulations.exchange import CoordinatorCrash, InMemoryExchange, Interrupted
@@ -209,33 +209,50 @@ def run_scenario(
         on_progress: see ``simulate``.
         should_stop: see ``simulate``.
     """
+    on_round = on_round or (lambda row: None)
+    on_progress = on_progress or (lambda done, total: None)
+    with _one_thread():
+        fleet = build_fleet(config, task)
+        fitted = _fitted(config, fleet.data)
+        return _run(fitted, fleet, resume, on_round, on_progress, should_stop)
+
+
+def build_fleet(config: SimulationConfig, task: Task | None = None) -> VirtualFleet:
+    """The devices of a scenario.
+
+    Args:
+        config: the scenario.
+        task: used instead of importing ``config.run.task``.
+    """
     task = task or load_task(config.run.task)
     _refuse_what_has_no_meaning(config.run, task)
     folder = Path(config.data.folder) if config.data.folder else None
     data = federated_dataset(task, folder, config.data.partition, config.data.seed)
-    on_round = on_round or (lambda row: None)
-    on_progress = on_progress or (lambda done, total: None)
-    with _one_thread():
-        return _run(_fitted(config, data), data, resume, on_round, on_progress, should_stop)
+    engine = config.engine
+    return VirtualFleet.build(
+        resolve(config.run.task),
+        data,
+        config.run.local,
+        world=World.build(config.world, data.clients, engine.seed),
+        seed=engine.seed,
+        device=engine.device,
+        tier=engine.tier,
+    )
 
 
 def _run(
     config: SimulationConfig,
-    data: FederatedDataset,
+    fleet: VirtualFleet,
     resume: bool,
     on_round: OnRow,
     on_progress: OnProgress,
     should_stop: ShouldStop,
 ) -> Result:
-    spec, engine = config.run, config.engine
-    name = resolve(spec.task)
-    world = World.build(config.world, data.clients, engine.seed)
-    fleet = VirtualFleet.build(
-        name, data, spec.local, world=world, seed=engine.seed, device=engine.device, tier=engine.tier
-    )
-    rng = Random(engine.seed)  # noqa: S311 - a simulation is to be repeatable; nobody's privacy is at stake
+    rng = Random(config.engine.seed)  # noqa: S311 - a simulation is to be repeatable, nobody is protected
     with ExitStack() as stack:
-        backend = stack.enter_context(make_backend(fleet, engine.workers))
+        backend = make_backend(fleet, config, stack)
+        if backend is None:
+            return _followed(config, fleet)
         exchange = InMemoryExchange(fleet, backend, on_progress=on_progress, should_stop=should_stop)
         book = _book(config, fleet, rng, on_round, stack)
         labels = simulated(config, len(fleet.devices))
@@ -243,7 +260,7 @@ def _run(
         verdict = _campaign(config, fleet, exchange, book, rng, state, should_stop)
         final = book.state or state
         result = Result(
-            task=name,
+            task=fleet.task,
             verdict=verdict,
             rows=book.rows,
             model=final.model,
@@ -259,6 +276,13 @@ def _run(
             book.finish(final.model)
             _publish(config, result)
         return result
+
+
+def _followed(config: SimulationConfig, fleet: VirtualFleet) -> Result:
+    """What a process has to show that only computed for another one."""
+    verdict = Verdict("completed", "Computed for the first process, which has the results.")
+    model = fleet.trainer.initial(config.run.seed)
+    return Result(fleet.task, verdict, [], model, fleet.trainer.layout, None, None, None)
 
 
 def _campaign(
@@ -278,7 +302,7 @@ def _campaign(
         try:
             return campaign.run(state, should_stop)
         except CoordinatorCrash as crash:
-            state = replace(book.state or state, attempt=crash.plan.attempt)
+            state = (book.state or state).on(attempt=crash.plan.attempt)
         except Interrupted:
             done = book.state or state
             return Verdict("stopped", f"Stopped on request in round {done.round + 1}.")
@@ -321,9 +345,11 @@ def _start(
         if not isinstance(book, FolderBook):
             hint = "Name the folder of the run."
             raise ConfigError("There is nothing to resume without a folder.", hint=hint)
-        state = book.resume(config)
-        fleet.world.clock.advance_to(book.time_s)
-        return state
+        if not book.barely_begun:
+            state = book.resume(config)
+            fleet.world.clock.advance_to(book.time_s)
+            return state
+        book.check(config)
     book.begin(config, labels)
     model = fleet.trainer.initial(config.run.seed)
     return RunState(model, ServerState.initial(config.run.server, fleet.size))

@@ -10,7 +10,6 @@ is the same whichever backend computes it.
     for device, outcome in backend.answer(others): ...   # in the order asked
 """
 
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -176,19 +175,3 @@ def chunks(devices: Sequence[str], size: int, workers: int) -> list[Sequence[str
     """Cut a cohort into pieces of at most ``size``, and small enough that every worker gets some."""
     size = max(1, min(size, -(-len(devices) // workers)))
     return [devices[start : start + size] for start in range(0, len(devices), size)]
-
-
-def make_backend(shard: Shard, workers: int) -> Backend:
-    """What the settings ask for.
-
-    Args:
-        shard: the devices.
-        workers: processes; 0 = train in this process; -1 = one per core of this machine, or this process if
-            it has one core only or the devices train on a GPU.
-    """
-    from lepton_simulations.workers import Pool
-
-    if workers < 0:
-        cores = len(os.sched_getaffinity(0))
-        workers = cores if cores > 1 and not shard.on_gpu else 0
-    return Pool(shard, workers) if workers else Alone(shard)

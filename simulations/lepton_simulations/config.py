@@ -27,11 +27,13 @@ class DataConfig(Frozen):
 
 
 class EngineConfig(Frozen):
-    """How it is computed; the result is the same whatever ``workers`` says."""
+    """How it is computed; the result is the same whatever ``workers`` and ``backend`` say."""
 
-    workers: Annotated[
-        int, Field(ge=-1, le=4096)
-    ] = -1  # processes; 0 = none besides this one; -1 = one per core
+    # Processes; 0 = none besides this one; -1 = one per core.
+    workers: Annotated[int, Field(ge=-1, le=4096)] = -1
+    # Several machines: started by torchrun, or the cores of a Ray cluster.
+    backend: Literal["local", "torchrun", "ray"] = "local"
+    address: str = ""  # of the Ray cluster; empty = one on this machine, for the length of the run
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     # How devices are trained; "auto" takes the fastest that this model allows, and says which.
     tier: Literal["auto", "lean", "vectorised", "compiled", "fused"] = "auto"
@@ -68,7 +70,9 @@ class SimulationConfig(Frozen):
         return WorldConfig(devices=self.devices, faults=self.faults)
 
     def identity(self) -> dict[str, Any]:
-        """What the result depends on: all but the number of workers and where files lie."""
+        """What the result depends on: all but where it is computed and where files lie."""
         body = self.to_json()
-        del body["output"], body["engine"]["workers"], body["engine"]["device"], body["data"]["folder"]
+        del body["output"], body["data"]["folder"]
+        for name in ("workers", "backend", "address", "device"):
+            del body["engine"][name]
         return body

@@ -8,6 +8,7 @@ looked at singly answers with records, as on a real fleet.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from math import fsum
 from types import TracebackType
 from typing import Self
 
@@ -63,7 +64,10 @@ class InMemoryExchange:
         self._backend = backend
         self._on_progress = on_progress
         self._should_stop = should_stop
-        self._accepted = 0  # singly, in the attempt in hand
+        # Of the attempt in hand:
+        self._accepted = 0  # singly
+        self._losses: list[float] = []
+        self._seen = 0
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +100,7 @@ class InMemoryExchange:
         fates = self._fates(plan)
         many = plan.kind == "train" and plan.aggregation.is_sum
         counted = dict[str, Report]()
-        self._accepted, at = 0, 0
+        self._accepted, self._losses, self._seen, at = 0, list[float](), 0, 0
         while at < len(fates) and (wanted := plan.wanted_reports - self._accepted - len(counted)) > 0:
             # No more than could be accepted: should some be refused, the next ones take their place.
             now, at = _first(fates, at, wanted)
@@ -108,7 +112,7 @@ class InMemoryExchange:
             world.clock.advance_to(began + plan.deadline_s)
         if counted:
             reports = tuple(counted[device_id] for device_id in plan.cohort if device_id in counted)
-            yield AddedUp(reports, self._backend.subtotal())
+            yield AddedUp(reports, self._sums(), self._backend.subtotal())
 
     def tell(self, plan: RoundPlan, device_id: str, refusal: UpdateRejected | None) -> None:
         """Count who was accepted; virtual devices do not mind."""
@@ -153,11 +157,18 @@ class InMemoryExchange:
         with closing(self._backend.train(devices)) as parts:
             for part in parts:
                 refused |= part.refused
-                counted |= {t.device_id: _report(plan, t, ordinary[t.device_id]) for t in part.trained}
+                for trained in part.trained:
+                    counted[trained.device_id] = _report(plan, trained, ordinary[trained.device_id])
+                    self._losses.append(trained.loss_sum)
+                    self._seen += trained.seen
                 self._on_progress(self._accepted + len(counted), plan.wanted_reports)
                 self._check_stop()
         for device_id in (fate.device_id for fate in fates if fate.device_id in refused):
             yield Answer(device_id, refused[device_id])
+
+    def _sums(self) -> Sums:
+        """Of the training loss; fsum does not depend on the order in which the parts came."""
+        return {"loss_sum": np.array([fsum(self._losses)]), "examples": np.array([self._seen], np.int64)}
 
     def _check_stop(self) -> None:
         if self._should_stop():
@@ -174,12 +185,8 @@ def _first(fates: Sequence[Fate], at: int, wanted: int) -> tuple[Sequence[Fate],
 
 
 def _report(plan: RoundPlan, trained: Trained, fate: Fate) -> Report:
-    sums: Sums = {
-        "loss_sum": np.array([trained.loss_sum]),
-        "examples": np.array([trained.seen], np.int64),
-    }
     size = 4 * plan.num_coordinates + ENVELOPE
-    return Report(trained.device_id, trained.num_examples, sums, fate.seconds, size, fate.arrives_s)
+    return Report(trained.device_id, trained.num_examples, fate.seconds, size, fate.arrives_s)
 
 
 def _timed(reply: Records, seconds: float) -> Records:

@@ -26,7 +26,7 @@ from lepton_fl.tasks.task import load_task, resolve
 from lepton_simulations.api import run_scenario, simulate
 from lepton_simulations.book import FolderBook
 from lepton_simulations.config import SimulationConfig
-from lepton_simulations.backend import make_backend
+from lepton_simulations.backends import local_backend
 from lepton_simulations.exchange import InMemoryExchange
 from lepton_simulations.fleet import VirtualFleet
 
@@ -429,7 +429,7 @@ def test_a_book_and_an_exchange_close_twice(tmp_path):
     fleet = VirtualFleet.build(
         resolve("digits"), federated_dataset("digits", None, PartitionSpec(clients=2), 0)
     )
-    exchange = InMemoryExchange(fleet, make_backend(fleet, 1))
+    exchange = InMemoryExchange(fleet, local_backend(fleet, 1))
     exchange.close()
     exchange.close()
     assert fleet.size == fleet.trainer.layout.size
