@@ -40,9 +40,13 @@ Adjacency = Literal["zero-out", "replace-one"]
 Events = Mapping[Event, int]
 
 INTEGER_ORDERS = (*range(2, 65), 72, 80, 96, 128, 192, 256, 384, 512, 1024)  # where Skellam's bound is proven
-ORDERS = tuple(sorted({1 + x / 10 for x in range(1, 100)} | {float(a) for a in INTEGER_ORDERS}))
+ORDERS: tuple[float, ...] = tuple(
+    sorted({1 + x / 10 for x in range(1, 100)} | {float(a) for a in INTEGER_ORDERS})
+)
 LARGEST_MULTIPLIER = 1e7  # of a calibration
 SMALLEST_MULTIPLIER = 1e-3
+LEAST_DIVERGENCE = 1e-12  # of a sampled event, an order
+PRECISION = 1e-6  # of a calibrated multiplier, relative, rounded to more noise
 
 
 class Accountant(Protocol):
@@ -178,11 +182,11 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
 
 
 def gaussian_multiplier(epsilon: float, delta: float) -> float:
-    """The exact multiplier of one Gaussian release for a target."""
+    """The multiplier of one Gaussian release for a target, rounded to more noise in the ninth digit."""
     import dp_accounting
 
     _check_target(epsilon, delta)
-    return float(dp_accounting.get_sigma_gaussian(epsilon, delta))
+    return float(dp_accounting.get_sigma_gaussian(epsilon, delta)) * (1 + 1e-9)
 
 
 def rdp_to_epsilon(orders: tuple[float, ...], divergences: NDArray[np.float64], delta: float) -> float:
@@ -207,7 +211,8 @@ def renyi(event: Event) -> NDArray[np.float64]:
         known = orders >= 2  # below, its series may not converge
         accountant = dp_accounting.rdp.RdpAccountant(orders[known], _zero_out_relation())
         curve = np.full(len(orders), inf)
-        curve[known] = accountant.compose(_library_event(event)).rdp
+        # Tiny divergences come out as rounding errors, even negative ones, which would be read as epsilon = 0.
+        curve[known] = np.maximum(accountant.compose(_library_event(event)).rdp, LEAST_DIVERGENCE)
     elif isinstance(event, Skellam):
         curve = between_whole_orders(lambda whole: skellam_renyi(event, whole), orders)
     elif isinstance(event, DistributedGaussian):
@@ -241,7 +246,8 @@ def skellam_renyi(event: Skellam, orders: NDArray[np.float64]) -> NDArray[np.flo
     squared, variance = event.l2**2, event.variance
     first = orders * squared / (2 * variance)
     correction = ((2 * orders - 1) * squared + 6 * event.l1) / (4 * variance**2)
-    return first + np.minimum(correction, 3 * event.l1 / (2 * variance))
+    bound: NDArray[np.float64] = first + np.minimum(correction, 3 * event.l1 / (2 * variance))
+    return bound
 
 
 def distributed_gaussian_renyi(
@@ -250,13 +256,12 @@ def distributed_gaussian_renyi(
     """Kairouz, Liu and Steinke 2021, Proposition 14: a sum of discrete Gaussians is nearly one."""
     ratio, width = event.l2**2 / event.variance, sqrt(event.variance)
     tau, d = distributed_gaussian_tau(event.variance, int(event.shares)), event.coordinates
-    return np.minimum.reduce(
-        [
-            orders / 2 * ratio + tau * d,
-            orders / 2 * (ratio + 2 * event.l1 * tau / width + tau**2 * d),
-            orders / 2 * (sqrt(ratio) + sqrt(d) * tau) ** 2,
-        ]
-    )
+    bounds = [
+        orders / 2 * ratio + tau * d,
+        orders / 2 * (ratio + 2 * event.l1 * tau / width + tau**2 * d),
+        orders / 2 * (sqrt(ratio) + sqrt(d) * tau) ** 2,
+    ]
+    return np.min(np.array(bounds), axis=0)
 
 
 def distributed_gaussian_tau(variance: float, shares: int) -> float:
@@ -329,6 +334,7 @@ def calibrate(
     epsilon: float,
     delta: float,
     accountant: Accountant | None = None,
+    bracket: tuple[float, float] = (SMALLEST_MULTIPLIER, LARGEST_MULTIPLIER),
 ) -> float:
     """The smallest multiplier z whose ``events(z)`` cost at most ``epsilon``, to six digits, rounded up.
 
@@ -337,19 +343,20 @@ def calibrate(
         epsilon: the target.
         delta: the target's failure probability, below one over the number of devices.
         accountant: default: the best one for these events.
+        bracket: where to look.
 
     Raises:
-        ConfigError: no multiplier up to 1e7 reaches the target.
+        ConfigError: no multiplier of the bracket reaches the target.
     """
     _check_target(epsilon, delta)
     reader = accountant or best_accountant(events(1.0))
-    low, high = log(SMALLEST_MULTIPLIER), log(LARGEST_MULTIPLIER)
+    low, high = log(bracket[0]), log(bracket[1])
     if not reader.epsilon(events(exp(high)), delta) <= epsilon:
         raise ConfigError(
-            f"No noise multiplier up to {LARGEST_MULTIPLIER:g} reaches epsilon={epsilon} at delta={delta}.",
+            f"No noise multiplier up to {bracket[1]:g} reaches epsilon={epsilon} at delta={delta}.",
             hint="Ask for a larger epsilon or delta, or for fewer rounds.",
         )
-    while high - low > 1e-7:
+    while high - low > PRECISION:
         middle = (low + high) / 2
         if reader.epsilon(events(exp(middle)), delta) <= epsilon:
             high = middle

@@ -1,5 +1,4 @@
-"""The arithmetic of a privacy ledger: reserve, then commit or void. Values in, values out; tables live
-elsewhere.
+"""The arithmetic of a privacy ledger: reserve, then commit or void. Values in and out, no tables.
 
 A reservation counts as spent from the moment it is made, so two coordinators that race cannot overspend, and
 a crash can only lose budget, never privacy. What is not known to be unreleased was released.

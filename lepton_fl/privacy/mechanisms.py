@@ -25,9 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, StateConflict, StateCorrupt
-from lepton_fl.privacy.events import Event, Gaussian
+from lepton_fl.privacy.events import Event, Gaussian, PoissonGaussian
 from lepton_fl.privacy.factorization import (
-    INDEPENDENT,
     Banded,
     Blt,
     optimise_banded,
@@ -77,13 +76,26 @@ class Release:
 
 @dataclass(frozen=True)
 class Independent:
-    """Fresh discrete Gaussian noise, each round charged on its own; any device may take part in any round."""
+    """Fresh discrete Gaussian noise every round.
+
+    Without a contract each round is charged, as if every device were in it. With one, a device is in at most
+    ``participations`` rounds, which are charged together before the first.
+    """
 
     noise_multiplier: float
     norm_bound: float  # grid steps
+    participations: int = 0  # of one device in the whole run, enforced; 0 = no contract
+    sampling_probability: float = 1.0  # below 1 only for a registered population that always answers
 
     def __post_init__(self) -> None:
         _check(self.noise_multiplier, self.norm_bound)
+        if not 0 < self.sampling_probability <= 1:
+            raise ConfigError(f"Expected 0 < sampling_probability <= 1, got {self.sampling_probability}.")
+        if self.participations < 0 or (self.participations and self.sampling_probability < 1):
+            raise ConfigError(
+                f"Expected participations >= 0 and no sampling with a contract, got {self.participations} "
+                f"and {self.sampling_probability}."
+            )
 
     @property
     def sigma(self) -> float:
@@ -91,8 +103,16 @@ class Independent:
         return sqrt((self.noise_multiplier * self.norm_bound) ** 2 + SMOOTH**2)
 
     def charge(self, round_number: int, *, repeat: bool = False) -> Event | None:
-        """One Gaussian release, first attempt or not."""
-        return Gaussian(self.noise_multiplier)
+        """A Gaussian release a round, or one for all participations before the first round."""
+        if repeat or not (self.participations or self.sampling_probability < 1):
+            return Gaussian(self.noise_multiplier)  # a second attempt does not draw anew
+        if self.participations:
+            return self.event_of(self.participations) if round_number == 1 else None
+        return PoissonGaussian(self.sampling_probability, self.noise_multiplier)
+
+    def event_of(self, participations: int) -> Gaussian:
+        """What a device that was in so many rounds has spent."""
+        return Gaussian(self.noise_multiplier / sqrt(participations))
 
     def release(self, total: Int64s, round_number: int, stream: Keystream | None = None) -> Release:
         """Add noise in place."""
@@ -165,21 +185,6 @@ class Correlated:
         best = optimise_banded(rounds, min_separation, max_participations, bands)
         contract = (rounds, min_separation, max_participations)
         return cls(best, *contract, noise_multiplier, norm_bound, coordinates)
-
-    @classmethod
-    def independent(
-        cls,
-        *,
-        rounds: int,
-        min_separation: int,
-        max_participations: int = 0,
-        noise_multiplier: float,
-        norm_bound: float,
-        coordinates: int,
-    ) -> "Correlated":
-        """Fresh noise, charged by the participation contract instead of by the round."""
-        contract = (rounds, min_separation, max_participations)
-        return cls(INDEPENDENT, *contract, noise_multiplier, norm_bound, coordinates)
 
     # -------------------------------------------------------------------------------------- what it costs
 
