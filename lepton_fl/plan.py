@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PROTOCOL_VERSION = 1  # of the messages of a round
+MAX_RETRIED = 256  # rounds of which a plan says that not their first attempt counted
 STALENESS_SCALE = 2**8  # weights of buffered updates are integers: multiples of 1/256
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -264,6 +265,28 @@ def rate_factor(schedule: Schedule, round_number: int, rounds: int) -> float:
     return max(schedule.floor, factor)
 
 
+def attempt_counted(
+    kind: Literal["train", "evaluate"],
+    now: int,
+    retried: tuple[tuple[int, int], ...],
+    round_number: int,
+    attempt: int,
+) -> bool:
+    """Whether a training attempt has become part of the model, as far as a message can tell.
+
+    Args:
+        kind: of the message.
+        now: its round.
+        retried: of its plan.
+        round_number: of the attempt in question.
+        attempt: its number.
+    """
+    if not 1 <= round_number <= (now if kind == "evaluate" else now - 1):
+        return False
+    oldest = retried[0][0] if len(retried) == MAX_RETRIED else 0  # nothing is known of earlier ones
+    return round_number >= oldest and dict(retried).get(round_number, 1) == attempt
+
+
 class RoundPlan(Frozen):
     """One attempt at one round; its digest is in every message of the attempt."""
 
@@ -296,6 +319,10 @@ class RoundPlan(Frozen):
     def update_size(self) -> int:
         """Coordinates of an update, and of what is sent for it: the model's and the auxiliary ones."""
         return self.num_coordinates + self.auxiliary
+
+    def counted(self, round_number: int, attempt: int) -> bool:
+        """Whether that training attempt of this run has become part of the model; see ``attempt_counted``."""
+        return attempt_counted(self.kind, self.round, self.retried, round_number, attempt)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Self:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, LeptonError, QuorumError, RunError
-from lepton_fl.plan import RoundPlan, RunSpec
+from lepton_fl.plan import MAX_RETRIED, RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
 from lepton_fl.rounds.collect import TRAINING, Collected, collect_evaluation, collect_training
 from lepton_fl.rounds.exchange import Exchange
@@ -28,7 +28,6 @@ from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_o
 from lepton_fl.rounds.optimizers import ServerState, step
 from lepton_fl.tasks.metrics import Metrics, Sums
 from lepton_fl.vector import Layout, Vector, vector_digest
-from lepton_fl.wire.messages import MAX_RETRIED
 
 Kind = Literal["train", "evaluate"]
 SHOW_EVERY_S = 5.0  # a cause of waiting that keeps changing is shown at most so often

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from lepton_fl.errors import Rejection, UpdateRejected
-from lepton_fl.plan import PROTOCOL_VERSION, LocalPlan, RoundPlan
+from lepton_fl.plan import MAX_RETRIED, PROTOCOL_VERSION, LocalPlan, RoundPlan, attempt_counted
 from lepton_fl.vector import Vector, check_norm, vector_digest
 from lepton_fl.wire.records import Records
 
@@ -32,7 +32,6 @@ AUXILIARY: Final = "auxiliary"  # SCAFFOLD's control of the server
 UPDATE: Final = "update"
 SUM_PREFIX: Final = "sum."
 MAX_DETAIL: Final = 500  # characters
-MAX_RETRIED: Final = 256  # rounds whose attempts are told; those before the oldest are then not known
 MAX_SUMS: Final = 32  # named sums in one reply
 MAX_SUM_LENGTH: Final = 1_000_000  # numbers in one of them
 MAX_EXAMPLES: Final = 2**53  # used for one answer; what a journal and its readers can hold exactly
@@ -130,11 +129,7 @@ class Request:
 
     def counted(self, round_number: int, attempt: int) -> bool:
         """Whether that training attempt of this run has become part of the model."""
-        done = self.ticket.round if self.ticket.kind == "evaluate" else self.ticket.round - 1
-        if not 1 <= round_number <= done:
-            return False
-        oldest = self.retried[0][0] if len(self.retried) == MAX_RETRIED else 0
-        return round_number >= oldest and dict(self.retried).get(round_number, 1) == attempt
+        return attempt_counted(self.ticket.kind, self.ticket.round, self.retried, round_number, attempt)
 
     def to_records(self) -> Records:
         """As a transport carries it; the model is not copied."""

@@ -1,0 +1,154 @@
+"""What all virtual devices remember of a run: SCAFFOLD's controls, personal heads.
+
+One table for the whole fleet, in memory that worker processes share, or in a file of the run's folder: then
+a simulation that goes on finds it again. A device that never took part costs no memory. The rules are those of
+a real device's files (see ``lepton_fl.training.memory``): what an attempt left behind becomes effective when a
+later plan says that the attempt has counted.
+
+    memory = FleetMemory(devices, spec.local, layout)          # before the workers are forked
+    state = memory.state(device_id, plan, model, control, num_trained)
+    memory.keep(device_id, plan, state.leaves(delta, update, plan.grid_step))
+"""
+
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_fl.errors import StateCorrupt, StateError
+from lepton_fl.plan import LocalPlan, RoundPlan
+from lepton_fl.training.local import LocalState
+from lepton_fl.training.memory import CONTROL, PERSONAL, Counted
+from lepton_fl.vector import Layout, Vector
+
+TABLE: Final = "devices.memory"  # the file in a run's folder
+# Columns of a device's tags: whether something is effective, and what the left-behind is of; 0 = there is none.
+_SETTLED, _ROUND = 0, 1  # the attempt comes third
+
+
+class FleetMemory:
+    """A row for each device: what is effective, what its last attempt left behind, and which one that was."""
+
+    def __init__(
+        self, devices: Sequence[str], local: LocalPlan, layout: Layout, folder: Path | None = None
+    ) -> None:
+        """Open the table, or make an empty one.
+
+        Args:
+            devices: of the fleet.
+            local: says what there is to remember.
+            layout: of the model.
+            folder: where the file is; None = in memory only.
+
+        Raises:
+            StateError: the file cannot be used.
+            StateCorrupt: it is of another fleet or model.
+        """
+        self._local, self._layout = local, layout
+        self._row = {device_id: row for row, device_id in enumerate(devices)}
+        self._sizes = _sizes(local, layout)
+        width, count = sum(self._sizes.values()), len(devices)
+        self._tags: NDArray[np.int64]
+        self._settled: NDArray[np.float32]
+        self._left: NDArray[np.float32]
+        size = 8 * 3 * count + 2 * 4 * count * width
+        whole = _shared(size, folder / TABLE if folder else None)
+        self._tags = whole[: 24 * count].view(np.int64).reshape(count, 3)
+        vectors = whole[24 * count :].view(np.float32).reshape(2, count, width)
+        self._settled, self._left = vectors[0], vectors[1]
+
+    def of(self, device_id: str) -> "DeviceMemory":
+        """One device's part, as ``training.memory.Memory``."""
+        return DeviceMemory(self, self._row[device_id])
+
+    def state(
+        self, device_id: str, plan: RoundPlan, model: Vector, control: Vector | None, num_trained: int
+    ) -> LocalState:
+        """What a device brings to a training, or evaluation, besides its data; see ``LocalState.of``."""
+        held = self.recall(self._row[device_id], plan.counted)
+        return LocalState.of(self._local, self._layout, num_trained, model, control, held)
+
+    def keep(self, device_id: str, plan: RoundPlan, vectors: Mapping[str, Vector]) -> None:
+        """Keep what an attempt leaves behind."""
+        self.write(self._row[device_id], plan.round, plan.attempt, vectors)
+
+    def refused(self, device_id: str) -> None:
+        """The device's last answer did not count."""
+        self._tags[self._row[device_id], _ROUND:] = 0
+
+    def rewind(self, round_number: int) -> None:
+        """Forget what was left behind after this round: the run goes on from there."""
+        self._tags[self._tags[:, _ROUND] > round_number, _ROUND:] = 0
+
+    def recall(self, row: int, counted: Counted) -> dict[str, Vector]:
+        """See ``Memory``; the vectors are views."""
+        settled, round_number, attempt = self._tags[row].tolist()
+        if round_number and counted(round_number, attempt):
+            self._settled[row] = self._left[row]
+            self._tags[row, _SETTLED] = settled = 1
+        self._tags[row, _ROUND:] = 0
+        return self._named(self._settled[row]) if settled else {}
+
+    def write(self, row: int, round_number: int, attempt: int, vectors: Mapping[str, Vector]) -> None:
+        """See ``Memory.keep``."""
+        self._tags[row, _ROUND:] = 0  # in between, nothing is left behind
+        for name, part in self._named(self._left[row]).items():
+            part[:] = vectors[name]
+        self._tags[row, _ROUND:] = round_number, attempt
+
+    def _named(self, values: Vector) -> dict[str, Vector]:
+        parts, start = {}, 0
+        for name, size in self._sizes.items():
+            parts[name] = values[start : start + size]
+            start += size
+        return parts
+
+
+class DeviceMemory:
+    """One row of the table; implements ``training.memory.Memory``. A simulation has one run."""
+
+    def __init__(self, fleet: FleetMemory, row: int) -> None:
+        self._fleet, self._row = fleet, row
+
+    def recall(self, run_id: str, counted: Counted) -> Mapping[str, Vector]:
+        """See ``Memory``."""
+        return self._fleet.recall(self._row, counted)
+
+    def keep(self, run_id: str, round_number: int, attempt: int, vectors: Mapping[str, Vector]) -> None:
+        """See ``Memory``."""
+        self._fleet.write(self._row, round_number, attempt, vectors)
+
+
+def _sizes(local: LocalPlan, layout: Layout) -> dict[str, int]:
+    sizes = {CONTROL: layout.size} if local.control_variates else {}
+    if local.personal:
+        sizes[PERSONAL] = int(layout.select(local.personal).sum())
+    return sizes
+
+
+def _shared(size: int, path: Path | None) -> NDArray[Any]:
+    """Zeros, shared with forked processes; what a file holds already is kept."""
+    if path is None:
+        return np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8, count=size)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            found = os.fstat(descriptor).st_size
+            if found not in (0, size):
+                raise StateCorrupt(
+                    f"{path} holds {found} bytes, the memory of this fleet takes {size}.",
+                    hint="Continue with the scenario that the run was started with.",
+                )
+            os.ftruncate(descriptor, size)  # a sparse file: rows that nobody wrote take no room
+            return np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StateError(
+            f"The devices' memory {path} cannot be used: {error.strerror}.",
+            hint=f"It takes up to {size / 2**20:,.0f} MiB; make room, or run without a folder.",
+        ) from error
