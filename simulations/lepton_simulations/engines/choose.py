@@ -19,6 +19,7 @@ from lepton_fl.vector import Vector
 from lepton_simulations.engines.contract import ClientWork, Engine, Unsupported
 from lepton_simulations.engines.fused import FusedEngine, unsupported
 from lepton_simulations.engines.lean import LeanEngine
+from lepton_simulations.engines.vectorised import VectorisedEngine
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,9 @@ def _make(name: Tier, trainer: Trainer, samples: Sequence[ClientWork]) -> list[E
     if name == "fused":
         engine = FusedEngine(trainer, samples[0].data)
         return [engine, FusedEngine(trainer, samples[0].data, dual=False)] if engine.dense else [engine]
+    if name in ("vectorised", "compiled"):
+        compiled = name == "compiled" and trainer.dtype == torch.float32  # once is enough: it takes its time
+        return [VectorisedEngine(trainer, samples[0].data, compiled=compiled)]
     return [LeanEngine(trainer)]
 
 

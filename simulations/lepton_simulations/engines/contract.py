@@ -70,8 +70,8 @@ class Engine(Protocol):
     ) -> Trained:
         """Train every device from ``start``, or from its own starting point.
 
-        A device's result depends on its own arguments only, not on the others of the call. What goes
-        wrong with one device is in ``failures`` and leaves the others alone.
+        A device's result depends on its own arguments only: to the bit with "lean" and "fused", to rounding
+        with the others. What goes wrong with one device is in ``failures`` and leaves the others alone.
 
         Args:
             start: (P,) float32, the global model.

@@ -21,6 +21,7 @@ from lepton_fl.tasks.data import Dataset
 from lepton_fl.training.bridge import check_vector
 from lepton_fl.training.trainer import Trainer, non_finite
 from lepton_fl.vector import Slot, Vector
+from lepton_simulations.engines.batches import Chunk, Halted, flat_rows, targets, vectors
 from lepton_simulations.engines.chain import (
     ConvSpec,
     FlattenSpec,
@@ -117,7 +118,7 @@ class FusedEngine:
         for chunk in chunks(plans, dual, self.chunk):
             at = [fitting[i] for i in chunk]
             program = self._program(plans[chunk[0]].width, dual[chunk[0]], len(chunk))
-            work = _Chunk([clients[i] for i in at], [plans[i] for i in chunk], at)
+            work = Chunk([clients[i] for i in at], [plans[i] for i in chunk], at)
             program.train(common, work, rule, deltas, trained, should_stop)
         return trained
 
@@ -221,13 +222,6 @@ class _Context:
     first: tuple[Slot, Slot | None] | None  # the first linear layer's
 
 
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    clients: Sequence[ClientWork]
-    plans: Sequence[Schedule]  # the longest first
-    at: Sequence[int]  # their rows in the results
-
-
 class _Program:
     """The chain with its weights and work memory, for chunks of one kind."""
 
@@ -247,7 +241,7 @@ class _Program:
     def train(
         self,
         common: Tensor,
-        chunk: _Chunk,
+        chunk: Chunk,
         rule: Rule,
         deltas: Tensor,
         trained: Trained,
@@ -257,9 +251,9 @@ class _Program:
         steps = np.array([plan.steps for plan in chunk.plans])
         try:
             means = self._run(common, chunk, rule, steps, should_stop)
-        except _Stopped as stop:
+        except Halted as halt:
             for at in chunk.at:
-                trained.fail(at, stopped(stop.steps))
+                trained.fail(at, stopped(halt.steps))
             return
         self._write(deltas, chunk.at)
         for k, (at, plan) in enumerate(zip(chunk.at, chunk.plans, strict=True)):
@@ -271,28 +265,28 @@ class _Program:
     def _run(
         self,
         common: Tensor,
-        chunk: _Chunk,
+        chunk: Chunk,
         rule: Rule,
         steps: NDArray[np.int64],
         should_stop: Stop | None,
     ) -> NDArray[np.float64]:
         """All steps of all devices; returns the mean loss before each of them, (T, k)."""
-        starts, corrections = _vectors(common, chunk.clients)
+        starts, corrections = vectors(common, chunk.clients)
         for layer in self._layers:
             for weight in layer.weights:
                 weight.begin(rule, starts, corrections)
         if self._dual is not None:
-            rows = [self._flat_rows(client.data) for client in chunk.clients]
+            rows = [flat_rows(client.data, self._context.dtype) for client in chunk.clients]
             self._dual.begin(rule, starts, corrections, rows, chunk.plans)
         total, means = int(steps[0]), []
         stride = total if self._dual is not None else self._stride()
         for low in range(0, total, stride):
             high = min(total, low + stride)
-            self._loss.prepare(*_targets(chunk, low, high, self._context.dtype))
+            self._loss.prepare(*targets(chunk, low, high, self._context.dtype))
             feed = None if self._dual is not None else self._feed(chunk, low, high)
             for step in range(low, high):
                 if should_stop is not None and should_stop():
-                    raise _Stopped(step)
+                    raise Halted(step)
                 active = int((steps > step).sum())
                 self._step(step, low, active, feed, int(chunk.plans[0].sizes[step]))
             means.append(self._loss.means())
@@ -335,11 +329,7 @@ class _Program:
         numbers = self._width * self._devices * padded(prod(self._context.shape))
         return max(1, _FEED // (4 * numbers))
 
-    def _flat_rows(self, data: Dataset) -> Tensor:
-        x = torch.from_numpy(np.require(data.x, requirements=["C", "W"]))
-        return x.view(len(x), -1).to(self._context.dtype)
-
-    def _feed(self, chunk: _Chunk, low: int, high: int) -> Tensor:
+    def _feed(self, chunk: Chunk, low: int, high: int) -> Tensor:
         """The rows of these steps: (K, T * B, F), or images (T * B, C, H, W) of one device."""
         places, room = (high - low) * self._width, self._context.room
         features = prod(self._context.shape)
@@ -349,18 +339,12 @@ class _Program:
             feed[..., features:].zero_()
         for k, (client, plan) in enumerate(zip(chunk.clients, chunk.plans, strict=True)):
             index = torch.from_numpy(plan.rows[low:high].reshape(-1))
-            out, rows = feed[k, : len(index)], self._flat_rows(client.data)
+            out, rows = feed[k, : len(index)], flat_rows(client.data, self._context.dtype)
             if wide > features:
                 out[:, :features].copy_(rows.index_select(0, index))
             else:
                 torch.index_select(rows, 0, index, out=out)
         return feed if self._context.dense else channels_last(feed[0].view(-1, *self._context.shape))
-
-
-class _Stopped(Exception):
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.steps = steps
 
 
 def _rule(local: LocalPlan) -> Rule:
@@ -383,37 +367,6 @@ def unsupported(local: LocalPlan) -> str:
     if not local.momentum and Rule.of(local).keep <= 0:
         return "learning rate times weight decay is 1 or more"
     return ""
-
-
-def _vectors(common: Tensor, clients: Sequence[ClientWork]) -> tuple[Tensor, Tensor | None]:
-    """Starting points (1, P) or (k, P), and corrections (k, P) where there are any."""
-    starts, corrections = common, None
-    if any(client.start is not None for client in clients):
-        starts = torch.cat([common if c.start is None else _row(c.start, common) for c in clients])
-    if any(client.correction is not None for client in clients):
-        zero = torch.zeros_like(common)
-        corrections = torch.cat(
-            [zero if c.correction is None else _row(c.correction, common) for c in clients]
-        )
-    return starts, corrections
-
-
-def _row(vector: Vector, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.require(vector, requirements=["C", "W"])).to(like.dtype)[None]
-
-
-def _targets(chunk: _Chunk, low: int, high: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Targets (T, K, B, ...) and weights (T, K, B) of these steps; see ``Loss.prepare``."""
-    y = chunk.clients[0].data.y
-    shape = (high - low, len(chunk.clients), chunk.plans[0].width)
-    targets, weights = np.zeros((*shape, *y.shape[1:]), y.dtype), np.zeros(shape)
-    places = np.arange(shape[2])
-    for k, (client, plan) in enumerate(zip(chunk.clients, chunk.plans, strict=True)):
-        sizes = plan.sizes[low:high, None]
-        targets[: len(sizes), k] = client.data.y[plan.rows[low:high]]
-        weights[: len(sizes), k] = (places < sizes) / sizes
-    tensor = torch.from_numpy(targets)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor, torch.from_numpy(weights).to(dtype)
 
 
 def _shapes(specs: Sequence[Spec], slots: dict[str, Slot], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
