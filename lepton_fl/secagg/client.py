@@ -368,8 +368,12 @@ class ClientSession(_Secret):
         tail = self._answer("mask", b"", lambda: self._mask(vector))
         masked = self._vector
         if masked is None:  # the answer above has set it
-            raise TrustError("The masked vector has been dropped.")
+            raise TrustError("The masked vector has been released; it cannot be sent again.")
         return tail, byte_view(masked)
+
+    def release(self) -> None:
+        """Forget the masked vector, once the coordinator has confirmed the upload; the session goes on."""
+        self._vector = None
 
     def _mask(self, vector: Ring) -> bytes:
         self._require(bool(self._dealers), "a vector before the shares")
@@ -407,7 +411,7 @@ class ClientSession(_Secret):
         return self._answer("consent", survivors, lambda: self._consent(survivors))
 
     def _consent(self, message: bytes) -> bytes:
-        self._require(self._vector is not None, "a survivor set out of turn")
+        self._require("mask" in self._told, "a survivor set out of turn")
         n, rules = len(self._peers), self._context.rules
         proposed = Survivors.decode(message, n)
         members, least = proposed.members, rules.least_survivors(n)

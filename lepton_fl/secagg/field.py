@@ -64,7 +64,7 @@ def share(secrets: Elements, holders: int, threshold: int, random: Random) -> El
     """
     coefficients = np.empty((threshold, len(secrets)), np.float64)
     coefficients[0] = secrets
-    coefficients[1:] = draw(random, (threshold - 1) * len(secrets)).reshape(threshold - 1, -1)
+    coefficients[1:] = draw(random, (threshold - 1) * len(secrets)).reshape(threshold - 1, len(secrets))
     shares = _modular_product(_powers(holders, threshold), coefficients)
     coefficients.fill(0)
     return shares
@@ -81,7 +81,8 @@ def combine(positions: Sequence[int], shares: NDArray[np.int64]) -> Elements:
         (k,) elements.
     """
     weights = lagrange_at_zero(tuple(positions))
-    return _modular_product(weights[None, :].astype(np.float64), shares.astype(np.float64))[0]
+    secrets = _modular_product(weights[None, :].astype(np.float64), shares.astype(np.float64))
+    return secrets.reshape(-1)
 
 
 @lru_cache(maxsize=8)  # the holders and threshold of a deployment rarely change

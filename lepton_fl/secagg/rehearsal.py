@@ -79,6 +79,8 @@ def rehearse(
                 server.accept(member.device, message, 0.0, journal)
                 if stage is Stage.UPLOADS:
                     spool.discard(member.device)  # nobody complains here: it will not be taken out again
+                    if member.session:
+                        member.session.release()
         if stage is not Stage.REVEALS:
             server.close(journal)
     return server.finish()
