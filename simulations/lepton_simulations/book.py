@@ -35,7 +35,7 @@ from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated, RunState
 from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.optimizers import ServerState
-from lepton_fl.vector import Layout, Vector, vector_digest
+from lepton_fl.vector import Layout, Vector
 from lepton_simulations.appended import AppendedFile, on_disk
 from lepton_simulations.config import SimulationConfig
 from lepton_simulations.journal import EMPTY, Chain, Head, checked, outcome_of, participation, require
@@ -82,6 +82,7 @@ class MemoryBook:
         self._clock = clock
         self._device_seconds = device_seconds
         self._chain = Chain()
+        self._run_id = ""
         self._abandoned: list[Collected] = []
         self._marked = time.monotonic()
 
@@ -102,19 +103,20 @@ class MemoryBook:
             scenario: the configuration.
             labels: what is simulated, for people.
         """
-        self._write("run.started", scenario.run_id, {"scenario": scenario.identity()})
+        self._run_id = scenario.run_id
+        self._write("run.started", {"scenario": scenario.identity()})
 
     def planned(self, plan: RoundPlan) -> None:
         """Journal a plan."""
         body = _attempt(plan) | {"plan": plan.to_json(), "model_sha256": plan.model_sha256}
-        self._write("round.planned", plan.run_id, body)
+        self._write("round.planned", body)
 
     def abandoned(self, collected: Collected, cause: str) -> None:
         """Journal an attempt that does not count, and count what became of its devices."""
         self._abandoned.append(collected)
         self._count(collected)
         body = _attempt(collected.plan) | {"cause": cause, "participation": self._participation(collected)}
-        self._write("round.abandoned", collected.plan.run_id, body)
+        self._write("round.abandoned", body)
 
     def committed(self, round_: Committed) -> None:
         """Journal a round, and keep its row and state."""
@@ -123,13 +125,13 @@ class MemoryBook:
         self.state, self._abandoned = round_.state, []
         self._count(collected)
         body = _attempt(collected.plan) | {
-            "model_sha256": vector_digest(round_.state.model),
+            "model_sha256": round_.state.model_sha256,
             "metrics": dict(round_.metrics),
             "participation": self._participation(collected),
             "bytes_up": collected.bytes_up,
             "bytes_down": round_.bytes_down,
         }
-        self._write("round.committed", collected.plan.run_id, body)
+        self._write("round.committed", body)
         self.rows.append(row)
         self._keep(row)
         self._on_row(row)
@@ -147,7 +149,7 @@ class MemoryBook:
             "stale": state.stale,
             "participation": self._participation(collected) if collected else [],
         }
-        self._write("round.evaluated", self._run_id, body)
+        self._write("round.evaluated", body)
         if self.rows and self.rows[-1].round == state.round:
             last = self.rows[-1]
             row = replace(last, metrics=dict(evaluation.metrics), seconds=last.seconds + self._lap())
@@ -190,9 +192,8 @@ class MemoryBook:
     def _participation(self, collected: Collected) -> list[dict[str, Any]]:
         return participation(collected, seconds=self._device_seconds)
 
-    def _write(self, kind: str, run_id: str, body: Mapping[str, Any]) -> bytes:
-        self._run_id = run_id
-        return self._chain.append(self._clock(), kind, run_id, body)
+    def _write(self, kind: str, body: Mapping[str, Any]) -> bytes:
+        return self._chain.append(self._clock(), kind, self._run_id, body)
 
     def _keep(self, row: Row) -> None:
         """Record a row; in memory it is already."""
@@ -261,6 +262,11 @@ class FolderBook(MemoryBook):
         """Whether a run has been recorded here."""
         return (self.folder / "state.json").exists()
 
+    @property
+    def barely_begun(self) -> bool:
+        """Whether a run was recorded here that ended before its first round was committed."""
+        return not self.started and (self.folder / "scenario.json").exists()
+
     def begin(self, scenario: SimulationConfig, labels: Sequence[str] = ()) -> None:
         """Record the configuration of a fresh run.
 
@@ -286,7 +292,9 @@ class FolderBook(MemoryBook):
             StateError: the folder holds no run, or one with another configuration.
             StateCorrupt: a file was damaged.
         """
-        self._check_scenario(scenario)
+        if not self.started:
+            raise StateError(f"{self.folder} holds no run to continue.", hint="Leave out --resume.")
+        self.check(scenario)
         saved = read_json(self.folder / "state.json")
         try:
             version, numbers, gauss = saved["random"]
@@ -298,6 +306,7 @@ class FolderBook(MemoryBook):
             head = Head(saved["journal"]["seq"], saved["journal"]["hash"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateCorrupt(f"{self.folder / 'state.json'} is not a saved state ({error}).") from error
+        self._run_id = scenario.run_id
         self._take_up(head)
         self.rows = read_rows(self.folder)
         self.state = state
@@ -326,8 +335,8 @@ class FolderBook(MemoryBook):
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def _write(self, kind: str, run_id: str, body: Mapping[str, Any]) -> bytes:
-        line = super()._write(kind, run_id, body)
+    def _write(self, kind: str, body: Mapping[str, Any]) -> bytes:
+        line = super()._write(kind, body)
         self._journal.append(line)
         return line
 
@@ -381,9 +390,8 @@ class FolderBook(MemoryBook):
 
     # --- reading ------------------------------------------------------------------------------------
 
-    def _check_scenario(self, scenario: SimulationConfig) -> None:
-        if not self.started:
-            raise StateError(f"{self.folder} holds no run to continue.", hint="Leave out --resume.")
+    def check(self, scenario: SimulationConfig) -> None:
+        """Refuse to continue a run with other settings than it was started with."""
         recorded, now = read_scenario(self.folder).identity(), scenario.identity()
         differing = sorted(k for k in recorded.keys() | now.keys() if recorded.get(k) != now.get(k))
         if differing:

@@ -308,14 +308,13 @@ class Table(Screen):
     draw: Callable[[Any], None] = lambda what: None
     height: int = 24  # lines of the terminal
     rows: "dict[int, Row]" = field(default_factory=dict)
-    _bars: Any = None  # rich.progress.Progress, which is never started: it would start a thread
-    _tasks: tuple[Any, ...] = ()
+    _bars: tuple[Any, ...] = ()  # rich.progress.Progress, never started: that would start a thread
     _drawn: float = 0.0
 
     def show(self, row: "Row") -> None:
         """Add a row, or replace the last one."""
         self.rows[row.round] = row
-        self._redraw(row.round, 0, 1)
+        self._redraw(row.round, row.reports, row.asked)
 
     def move(self, done: int, total: int) -> None:
         """Move the bar of the devices."""
@@ -329,12 +328,11 @@ class Table(Screen):
 
         from rich.console import Group
 
-        if self._bars is None:
-            self._bars, self._tasks = _make_bars(self.rounds)
-        self._bars.update(self._tasks[0], completed=rounds)
-        self._bars.update(self._tasks[1], completed=done, total=total)
+        self._bars = self._bars or (_make_bar("rounds", timed=True), _make_bar("devices"))
+        self._bars[0].update(0, completed=rounds, total=self.rounds)
+        self._bars[1].update(0, completed=done, total=total)
         table = _render(list(self.rows.values()), self.height - MARGIN)
-        self.draw(Group(table, self._bars.get_renderable()))
+        self.draw(Group(table, *(bar.get_renderable() for bar in self._bars)))
         self._drawn = monotonic()
 
 
@@ -348,18 +346,14 @@ def _live(rounds: int) -> Iterator[Screen]:
             live.update(_render(list(table.rows.values()), len(table.rows)), refresh=True)
 
 
-def _make_bars(rounds: int) -> tuple[Any, tuple[Any, ...]]:
+def _make_bar(name: str, *, timed: bool = False) -> Any:  # noqa: ANN401 - rich is imported late
     from rich import progress
 
-    bars = progress.Progress(
-        progress.TextColumn("{task.description:>8}"),
-        progress.BarColumn(40),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-        auto_refresh=False,
-    )
-    return bars, (bars.add_task("rounds", total=rounds), bars.add_task("devices", total=1))
+    columns = [progress.TextColumn(f"{name:>8}"), progress.BarColumn(40), progress.MofNCompleteColumn()]
+    times = [progress.TimeElapsedColumn(), progress.TimeRemainingColumn()] if timed else []
+    bar = progress.Progress(*columns, *times, auto_refresh=False)
+    bar.add_task(name, total=None)
+    return bar
 
 
 def _render(rows: "list[Row]", height: int) -> Any:  # noqa: ANN401 - rich is imported late

@@ -187,7 +187,7 @@ def participation(collected: Collected, *, seconds: bool = False) -> list[dict[s
 
     Args:
         collected: one attempt.
-        seconds: with the devices' own seconds; only where they are virtual.
+        seconds: with the devices' own seconds and moments of arrival; only where they are virtual.
     """
     bytes_down = 4 * collected.plan.num_coordinates
     entries = []
@@ -201,7 +201,8 @@ def participation(collected: Collected, *, seconds: bool = False) -> list[dict[s
             "bytes_up": entry.num_bytes,
             "bytes_down": bytes_down,
         }
-        entries.append(body | {"seconds": entry.seconds} if seconds else body)
+        times = {"seconds": entry.seconds, "arrived_s": entry.arrived_s}
+        entries.append(body | times if seconds else body)
     return entries
 
 

@@ -29,6 +29,7 @@ from lepton_simulations.config import SimulationConfig
 from lepton_simulations.backends import local_backend
 from lepton_simulations.exchange import InMemoryExchange
 from lepton_simulations.fleet import VirtualFleet
+from lepton_simulations.journal import verify_journal
 
 ROOT = Path(__file__).parents[2]
 LOCAL = {"learning_rate": 0.1, "batch_size": 32}
@@ -61,6 +62,8 @@ def test_the_result_does_not_depend_on_the_workers():
     results = [small(**cohort, **faulty, workers=workers) for workers in (0, 1, 3)]
     for other in results[1:]:
         assert_array_equal(other.model, results[0].model)
+        assert other.weights_sha256 == results[0].weights_sha256
+        assert other.journal_sha256 == results[0].journal_sha256
         for a, b in zip(other.rows, results[0].rows, strict=True):
             assert (a.metrics, a.train_loss, a.outcomes) == (b.metrics, b.train_loss, b.outcomes)
 
@@ -159,7 +162,8 @@ def test_a_run_leaves_everything_behind(tmp_path):
     result = small(folder=tmp_path / "run")
     folder = tmp_path / "run"
     events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events] == ["planned", "committed", "evaluated"] * 3
+    each = ["round.planned", "round.committed", "round.evaluated"]
+    assert [e["kind"] for e in events] == ["run.started", *each * 3]
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["round"]) for row in rows] == [1, 2, 3]
@@ -197,6 +201,9 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(tmp_path, undisturbed):
         assert_array_equal(second.model, whole.model)
         assert [row.metrics for row in second.rows] == [row.metrics for row in whole.rows]
         assert second.best == whole.best
+        assert second.weights_sha256 == whole.weights_sha256
+        assert second.journal_sha256 == whole.journal_sha256
+        assert second.tallies == whole.tallies
         assert_array_equal(second.best_model, whole.best_model)
 
 
@@ -211,7 +218,8 @@ def test_what_a_crash_left_behind_the_commit_point_is_cut_off(tmp_path, undistur
     result = small(rounds=4, folder=folder, resume=True)
     assert_array_equal(result.model, undisturbed.model)
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert [e["round"] for e in lines if e["event"] == "committed"] == [1, 2, 3, 4]
+    assert [e["body"]["round"] for e in lines if e["kind"] == "round.committed"] == [1, 2, 3, 4]
+    assert result.journal_sha256 == undisturbed.journal_sha256
 
 
 def test_a_finished_run_may_be_resumed_and_stays_as_it_is(tmp_path):
@@ -244,6 +252,7 @@ def test_a_run_that_was_killed_continues_bit_for_bit(tmp_path):
         load(SimulationConfig, scenario, overrides={"output.folder": str(tmp_path / "whole")}).value
     )
     assert committed(folder) == 6
+    assert verify_journal(folder / "journal.jsonl").sha256 == whole.journal_sha256
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     assert whole.rows[-1].round == 6
 
@@ -299,7 +308,7 @@ def test_nothing_to_resume(tmp_path):
         ("state.json", lambda b: b[:-20]),
         ("state.json", lambda b: b"[]"),
         ("state.json", lambda b: b'{"state": {}}'),
-        ("state.json", lambda b: b.replace(b'"journal_bytes":', b'"journal_bytes":99')),
+        ("state.json", lambda b: b.replace(b'"bytes":', b'"bytes":99')),
         ("scenario.json", lambda b: b[:50]),
         ("scenario.json", lambda b: b.replace(b'"rounds"', b'"rund"')),
         ("journal.jsonl", lambda b: b[:100]),

@@ -39,14 +39,16 @@ def scenario(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def test_a_scenario_becomes_a_table_a_plot_and_a_folder(scenario, tmp_path, capsys):
+def test_a_scenario_becomes_lines_plots_and_a_folder(scenario, tmp_path, capsys):
     assert run(["simulate", str(scenario)]) == 0
     shown = capsys.readouterr()
-    header, *rows = [line.split() for line in shown.out.splitlines() if line.strip(" ─")]
-    assert header == ["round", "devices", "accuracy", "loss", "train", "loss", "MB", "seconds"]
-    assert [row[:2] for row in rows] == [["1", "2/2"], ["2", "2/2"]]
+    first, second = shown.out.splitlines()
+    assert first.startswith("round 1/2  devices 2/2  accuracy ")
+    assert second.startswith("round 2/2  devices 2/2  accuracy ")
     assert "All 2 rounds are done." in shown.err
-    assert (tmp_path / "runs/tiny/plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Simulated: 4 virtual devices: rows dealt at random;" in shown.err.replace("\n", " ")
+    assert (tmp_path / "runs/tiny/plots/learning.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "runs/tiny/plots/participation.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_json_is_one_document(scenario, capsys):
@@ -56,12 +58,14 @@ def test_json_is_one_document(scenario, capsys):
     assert [row["round"] for row in document["rounds"]] == [1, 2, 3]
     assert document["folder"] == "out"
     assert 0 <= document["rounds"][-1]["metrics"]["central_accuracy"] <= 1
+    assert len(document["weights_sha256"]) == len(document["journal_sha256"]) == 64
+    assert "4 virtual devices: rows dealt at random" in document["simulated"]
 
 
 def test_refused_devices_are_counted_by_name(scenario, capsys):
-    scenario.write_text(SCENARIO.replace("size = 2", "size = 4") + "[faults]\ncorrupt = 0.9\n")
+    scenario.write_text(SCENARIO.replace("size = 2", "size = 4") + "[faults]\ncorrupt = 0.5\n")
     assert run(["simulate", str(scenario)]) == 0
-    assert "not counted" in capsys.readouterr().out.splitlines()[1]
+    assert "not counted: " in capsys.readouterr().out.splitlines()[0]
 
 
 def test_a_run_that_failed_has_its_exit_code_and_its_reason(scenario, capsys):
@@ -101,6 +105,53 @@ def test_resume_needs_the_flag_and_a_run(scenario, tmp_path, capsys):
     assert run(["simulate", str(scenario), "--resume", "--output", "elsewhere"]) == 7
 
 
+def test_any_key_can_be_set(scenario, tmp_path, capsys):
+    more = ["--set", "run.local.epochs=2", "--set", "output.plots=false", "--seed", "7", "--engine", "lean"]
+    assert run(["simulate", str(scenario), *more]) == 0
+    recorded = json.loads((tmp_path / "runs/tiny/scenario.json").read_text())
+    assert recorded["run"]["local"]["epochs"] == 2
+    assert recorded["run"]["local"]["batch_size"] == 256  # the scenario's stays
+    assert (recorded["run"]["seed"], recorded["data"]["seed"], recorded["engine"]["seed"]) == (7, 7, 7)
+    assert recorded["engine"]["tier"] == "lean"
+    assert not (tmp_path / "runs/tiny/plots").exists()
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("run.local.epochs", "expected KEY=VALUE"),
+        ("run.local.epoch=2", "did you mean 'run.local.epochs'"),
+        ("run.rounds=many", "run.rounds = 'many' should be a valid integer"),
+        ("=3", "expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_setting_is_named(scenario, capsys, pair, message):
+    assert run(["simulate", str(scenario), "--set", pair]) == 3
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_runs_are_compared(scenario, tmp_path, capsys):
+    for name, rounds in (("a", "2"), ("b", "2"), ("c", "3")):
+        assert run(["simulate", str(scenario), "--output", name, "--rounds", rounds]) == 0
+    capsys.readouterr()
+    assert run(["compare", "a", "b", "c", "--metric", "loss", "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [line["run"] for line in document["lines"]] == ["a", "b", "c"]
+    a, b, c = document["lines"]
+    assert a["journal_sha256"] == b["journal_sha256"] != c["journal_sha256"]
+    assert document["mode"] == "min"
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert run(["compare", "a", "b", "--output", "two.svg"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[0].startswith("accuracy (best = highest")
+    assert "the same weights and the same journal" in " ".join(shown.err.split())
+    journal = tmp_path / "a/journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"examples":3', b'"examples":4', 1))
+    assert run(["compare", "a"]) == 7
+    assert "was altered" in capsys.readouterr().err
+    assert run(["compare", "nowhere"]) == 9
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_after_the_round_and_the_run_goes_on_later(scenario, tmp_path):
     scenario.write_text(SCENARIO.replace("rounds = 2", "rounds = 500").replace("workers = 0", "workers = 2"))
@@ -115,7 +166,7 @@ def test_ctrl_c_stops_after_the_round_and_the_run_goes_on_later(scenario, tmp_pa
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Stopping after this round" in said
+    assert "Stopping after this client step" in said
     assert "lepton simulate --resume runs/tiny" in said
     assert json.loads(state.read_text())["state"]["round"] >= 1
 
@@ -151,6 +202,7 @@ def test_on_a_terminal_the_table_grows(scenario):
     os.close(main)
     assert process.wait(60) == 0
     assert shown.count(b"accuracy") >= 4  # drawn anew with every commit and evaluation
+    assert b"2/2" in shown  # the bar of the rounds is full
 
 
 def read(descriptor: int) -> bytes:
@@ -163,7 +215,8 @@ def read(descriptor: int) -> bytes:
 def test_the_commands_are_light():
     code = (
         "import sys; import lepton_simulations.cli, lepton_simulations.config; "
-        "heavy = {'torch', 'flwr', 'matplotlib', 'sklearn', 'scipy', 'rich.live'} & set(sys.modules); "
+        "heavy = {'torch', 'flwr', 'matplotlib', 'sklearn', 'scipy', 'rich.live', 'pandas', 'pyarrow'}; "
+        "heavy &= set(sys.modules); "
         "sys.exit(repr(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
