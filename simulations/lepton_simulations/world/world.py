@@ -111,6 +111,7 @@ class World:
         self._eligible = [Candidate(d, "eligible") for d in devices.ids]
         self._offline = [Candidate(d, "offline", "outside its hours") for d in devices.ids]
         self._steady = not _changes(config)
+        self._ideal = {d: Fate(d, 0.0) for d in devices.ids} if config == WorldConfig() else None
 
     @classmethod
     def build(cls, config: WorldConfig, device_ids: Sequence[str], seed: int = 0) -> Self:
@@ -185,7 +186,10 @@ class World:
         Raises:
             NotFound: a device is not of this fleet.
         """
-        rows, about = self._rows(plan.cohort), (plan.kind, plan.round, plan.attempt)
+        rows = self._rows(plan.cohort)
+        if self._ideal is not None:
+            return [self._ideal[device_id] for device_id in plan.cohort]
+        about = (plan.kind, plan.round, plan.attempt)
         count = _counts(plan.cohort, examples)
         course = self._course(rows, about, count, bytes_down, bytes_up)
         arrives = np.where(course.stage > 0, self._given_up(course.drops_s), course.arrives_s)
