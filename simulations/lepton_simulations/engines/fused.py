@@ -53,6 +53,7 @@ from lepton_simulations.engines.losses import CrossEntropy, Difference, Loss
 from lepton_simulations.engines.schedule import Schedule, chunks, schedule
 
 CACHE = 4 * 2**20  # bytes of weights that stay near a core
+_MOST = 64  # devices side by side
 _PROGRAMS = 8  # kinds of chunk whose memory is kept
 _FEED = 2 * 2**20  # bytes of rows laid out at a time
 
@@ -68,7 +69,7 @@ class FusedEngine:
         Args:
             trainer: whose task; trains what does not fit here.
             sample: some device's rows; all have this shape.
-            chunk: devices per call; 0 = as many as the cache holds.
+            chunk: devices side by side in a dense chain; 0 = as many as the cache holds.
             dual: whether the first layer may do without its weights where that is faster.
 
         Raises:
@@ -87,7 +88,7 @@ class FusedEngine:
         self._shapes = _shapes(self._specs, self._slots, self._shape)
         self._outputs = self._check_loss()
         weights = 4 * trainer.layout.size
-        self.chunk = chunk or (max(1, min(64, CACHE // weights)) if self.dense else 1)
+        self.chunk = (chunk or max(1, min(_MOST, CACHE // weights))) if self.dense else 1
         self._programs: dict[tuple[int, bool, int], _Program] = {}
         self._fits: WeakKeyDictionary[Dataset, bool] = WeakKeyDictionary()
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
@@ -141,10 +142,11 @@ class FusedEngine:
         return data.y.dtype == np.float32
 
     def _is_dual(self, plan: Schedule, rows: int, rule: Rule) -> bool:
-        first = next(spec for spec in self._specs if not isinstance(spec, FlattenSpec))
-        if not (self._may_be_dual and self.dense and isinstance(first, LinearSpec)):
+        """Whether a device is trained faster without the first layer's weights, which cannot be the last."""
+        linear = [spec for spec in self._specs if isinstance(spec, LinearSpec)]
+        if not self._may_be_dual or not self.dense or len(linear) < 2:
             return False
-        return pays(self._slots[first.weight], plan, rows, rule)
+        return pays(self._slots[linear[0].weight], plan, rows, rule)
 
     def _program(self, width: int, dual: bool, count: int) -> "_Program":
         devices = self.chunk if count > 1 else 1
@@ -235,7 +237,7 @@ class _Program:
             assert self._context.first is not None
             self._layers = self._layers[1:]
             self._dual = DualDense(*self._context.first, devices, width, self._context.room)
-        lowest = next(i for i, layer in enumerate([*self._layers]) if layer.weights)
+        lowest = next(i for i, layer in enumerate(self._layers) if layer.weights)
         self._reverse = [(layer, dual or i > lowest) for i, layer in reversed(list(enumerate(self._layers)))]
 
     def train(
