@@ -111,7 +111,7 @@ def test_in_double_precision_every_engine_equals_the_trainer(model, shape, class
 @pytest.mark.parametrize("plan", ["plain", "whole batch", "momentum"])
 @pytest.mark.parametrize(("model", "shape", "classes"), MODELS.values(), ids=MODELS)
 def test_in_single_precision_they_differ_by_rounding(model, shape, classes, plan):
-    """Convolutions by more: another memory order adds up in another order. The test above tells it is that."""
+    """Convolutions by more: they add up in another order. The test above tells that it is only that."""
     trainer = Trainer(task_of(model, shape, classes))
     works, start = clients_of(shape, classes), start_of(trainer)
     expected = LeanEngine(trainer).train(start, works, PLANS[plan])
@@ -208,7 +208,7 @@ def test_weights_of_a_row_loss_that_is_a_function():
     task = replace(task_of(lambda: MLP(4, 2, (3,)), (4,), 2), loss=loss)
     trainer = Trainer(task, dtype=torch.float64)
     works = clients_of((4,), 0)
-    engine, why = choose(trainer, PLANS["plain"], works, tier="vectorised")
+    engine, _ = choose(trainer, PLANS["plain"], works, tier="vectorised")
     expected = LeanEngine(trainer).train(start_of(trainer), works, PLANS["plain"])
     expect_equal(engine.train(start_of(trainer), works, PLANS["plain"]), expected, 1e-12)
 
