@@ -1,9 +1,9 @@
 """What all virtual devices remember of a run: SCAFFOLD's controls, personal heads.
 
 One table for the whole fleet, in memory that worker processes share, or in a file of the run's folder: then
-a simulation that goes on finds it again. A device that never took part costs no memory. The rules are those of
-a real device's files (see ``lepton_fl.training.memory``): what an attempt left behind becomes effective when a
-later plan says that the attempt has counted.
+a simulation that goes on finds it again. A device that never took part costs no memory. The rules are those
+of a real device's files (see ``lepton_fl.training.memory``): what an attempt left behind becomes effective
+when a later plan says that the attempt has counted.
 
     memory = FleetMemory(devices, spec.local, layout)          # before the workers are forked
     state = memory.state(device_id, plan, model, control, num_trained)
@@ -26,8 +26,8 @@ from lepton_fl.training.memory import CONTROL, PERSONAL, Counted
 from lepton_fl.vector import Layout, Vector
 
 TABLE: Final = "devices.memory"  # the file in a run's folder
-# Columns of a device's tags: whether something is effective, and what the left-behind is of; 0 = there is none.
-_SETTLED, _ROUND = 0, 1  # the attempt comes third
+# Columns of a device's tags: whether something is effective; round and attempt of what was left behind, or 0.
+_SETTLED, _ROUND = 0, 1
 
 
 class FleetMemory:
