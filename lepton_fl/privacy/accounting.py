@@ -178,7 +178,8 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
 
     if noise_multiplier == inf:
         return 0.0
-    return float(dp_accounting.get_epsilon_gaussian(noise_multiplier, delta))
+    with np.errstate(divide="ignore"):  # the logarithm of a delta of zero, on the way
+        return float(dp_accounting.get_epsilon_gaussian(noise_multiplier, delta))
 
 
 def gaussian_multiplier(epsilon: float, delta: float) -> float:
@@ -186,7 +187,8 @@ def gaussian_multiplier(epsilon: float, delta: float) -> float:
     import dp_accounting
 
     _check_target(epsilon, delta)
-    return float(dp_accounting.get_sigma_gaussian(epsilon, delta)) * (1 + 1e-9)
+    with np.errstate(divide="ignore"):
+        return float(dp_accounting.get_sigma_gaussian(epsilon, delta)) * (1 + 1e-9)
 
 
 def rdp_to_epsilon(orders: tuple[float, ...], divergences: NDArray[np.float64], delta: float) -> float:
@@ -211,7 +213,7 @@ def renyi(event: Event) -> NDArray[np.float64]:
         known = orders >= 2  # below, its series may not converge
         accountant = dp_accounting.rdp.RdpAccountant(orders[known], _zero_out_relation())
         curve = np.full(len(orders), inf)
-        # Tiny divergences come out as rounding errors, even negative ones, which would be read as epsilon = 0.
+        # Tiny divergences come out as rounding errors, even negative ones, and those read as epsilon = 0.
         curve[known] = np.maximum(accountant.compose(_library_event(event)).rdp, LEAST_DIVERGENCE)
     elif isinstance(event, Skellam):
         curve = between_whole_orders(lambda whole: skellam_renyi(event, whole), orders)
@@ -256,12 +258,12 @@ def distributed_gaussian_renyi(
     """Kairouz, Liu and Steinke 2021, Proposition 14: a sum of discrete Gaussians is nearly one."""
     ratio, width = event.l2**2 / event.variance, sqrt(event.variance)
     tau, d = distributed_gaussian_tau(event.variance, int(event.shares)), event.coordinates
-    bounds = [
+    bounds: list[NDArray[np.float64]] = [
         orders / 2 * ratio + tau * d,
         orders / 2 * (ratio + 2 * event.l1 * tau / width + tau**2 * d),
         orders / 2 * (sqrt(ratio) + sqrt(d) * tau) ** 2,
     ]
-    return np.min(np.array(bounds), axis=0)
+    return np.asarray(np.min(bounds, axis=0), np.float64)
 
 
 def distributed_gaussian_tau(variance: float, shares: int) -> float:

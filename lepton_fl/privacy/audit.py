@@ -21,7 +21,8 @@ from lepton_fl.errors import ConfigError
 Floats = NDArray[np.float64]
 Release = Callable[[NDArray[np.int64]], None]  # adds noise to (trials * P,) sums in place
 
-_THRESHOLDS = 64  # places where a guess may be cut; the confidence is shared among them
+_SHARE = 10  # one score in ten chooses the threshold, the others judge it
+_QUANTILES = np.linspace(0.01, 0.99, 64)  # where a threshold may be
 
 
 def release_scores(release: Release, canary: NDArray[np.int64], trials: int) -> tuple[Floats, Floats]:
@@ -43,8 +44,8 @@ def release_scores(release: Release, canary: NDArray[np.int64], trials: int) -> 
 def gdp_lower_bound(scores_in: Floats, scores_out: Floats, confidence: float = 0.999) -> float:
     """The largest mu that the scores rule out from below, zero if none.
 
-    For thresholds fixed by one half of the scores, Clopper-Pearson bounds both error rates on the other half;
-    a mu-GDP mechanism allows no test with ``quantile(1 - false positives) - quantile(false negatives) > mu``.
+    A tenth of the scores picks a threshold; on the others, Clopper-Pearson bounds both error rates there. A
+    mu-GDP mechanism allows no test with ``quantile(1 - false positives) - quantile(false negatives) > mu``.
 
     Args:
         scores_in: with the canary, higher where it seems present.
@@ -56,16 +57,24 @@ def gdp_lower_bound(scores_in: Floats, scores_out: Floats, confidence: float = 0
     """
     if min(len(scores_in), len(scores_out)) < 100:
         raise ConfigError(f"Expected 100 scores or more, got {len(scores_in)} and {len(scores_out)}.")
+    chance = (1 - confidence) / 2  # of either rate's bound
+    cuts = np.quantile(np.concatenate([scores_in[::_SHARE], scores_out[::_SHARE]]), _QUANTILES)
+    rough = _mu_at(cuts, scores_in[::_SHARE], scores_out[::_SHARE], chance)
+    chosen = cuts[[int(np.argmax(rough))]]
+    rest = np.arange(len(scores_in)) % _SHARE > 0, np.arange(len(scores_out)) % _SHARE > 0
+    return max(0.0, float(_mu_at(chosen, scores_in[rest[0]], scores_out[rest[1]], chance)[0]))
+
+
+def _mu_at(cuts: Floats, present: Floats, absent: Floats, chance: float) -> Floats:
+    """What guessing at each of these thresholds proves."""
     from scipy.stats import norm
 
-    cuts = np.quantile(
-        np.concatenate([scores_in[::2], scores_out[::2]]), np.linspace(0.01, 0.99, _THRESHOLDS)
-    )
-    present, absent = scores_in[1::2], scores_out[1::2]
-    chance = (1 - confidence) / (2 * _THRESHOLDS)  # two rates at every threshold
-    missed = clopper_pearson_upper((present[:, None] <= cuts).sum(0), len(present), chance)
-    alarms = clopper_pearson_upper((absent[:, None] > cuts).sum(0), len(absent), chance)
-    return max(0.0, float(np.max(norm.isf(alarms) - norm.ppf(missed))))
+    missed = np.searchsorted(np.sort(present), cuts, side="right")
+    alarms = len(absent) - np.searchsorted(np.sort(absent), cuts, side="right")
+    false_positives = clopper_pearson_upper(alarms, len(absent), chance)
+    false_negatives = clopper_pearson_upper(missed, len(present), chance)
+    proven: Floats = norm.isf(false_positives) - norm.ppf(false_negatives)
+    return proven
 
 
 def clopper_pearson_upper(hits: NDArray[np.int64], trials: int, chance: float) -> Floats:
