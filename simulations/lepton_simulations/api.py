@@ -33,6 +33,7 @@ from lepton_simulations.config import DataConfig, EngineConfig, OutputConfig, Si
 from lepton_simulations.exchange import CoordinatorCrash, InMemoryExchange, Interrupted
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
 from lepton_simulations.labels import simulated
+from lepton_simulations.replaying import as_recorded, recorded_world
 from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
 from lepton_simulations.settings import Strategy, explicit, run_settings
 from lepton_simulations.world import DevicesConfig, FaultsConfig, World
@@ -211,6 +212,7 @@ def run_scenario(
     """
     on_round = on_round or (lambda row: None)
     on_progress = on_progress or (lambda done, total: None)
+    config = as_recorded(config)
     with _one_thread():
         fleet = build_fleet(config, task)
         fitted = _fitted(config, fleet.data)
@@ -229,11 +231,15 @@ def build_fleet(config: SimulationConfig, task: Task | None = None) -> VirtualFl
     folder = Path(config.data.folder) if config.data.folder else None
     data = federated_dataset(task, folder, config.data.partition, config.data.seed)
     engine = config.engine
+    if config.replay.file:
+        world = recorded_world(config, data.clients)
+    else:
+        world = World.build(config.world, data.clients, engine.seed)
     return VirtualFleet.build(
         resolve(config.run.task),
         data,
         config.run.local,
-        world=World.build(config.world, data.clients, engine.seed),
+        world=world,
         seed=engine.seed,
         device=engine.device,
         tier=engine.tier,
@@ -255,7 +261,7 @@ def _run(
             return _followed(config, fleet)
         exchange = InMemoryExchange(fleet, backend, on_progress=on_progress, should_stop=should_stop)
         book = _book(config, fleet, rng, on_round, stack)
-        labels = simulated(config, len(fleet.devices))
+        labels = simulated(config, len(fleet.devices), fleet.engine.name)
         state = _start(config, fleet, book, resume, labels)
         verdict = _campaign(config, fleet, exchange, book, rng, state, should_stop)
         final = book.state or state

@@ -33,8 +33,8 @@ TABLE = (  # of a comparison
 @app.command()
 def simulate(
     scenario: Annotated[
-        Path, typer.Argument(help="A scenario file (TOML), or the folder of a run to resume.")
-    ],
+        Path | None, typer.Argument(help="A scenario file (TOML), or the folder of a run to resume.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The folder that holds the data set's file.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Train for so many rounds.")] = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/SCENARIO.")] = None,
@@ -44,6 +44,10 @@ def simulate(
         str | None, typer.Option(help="auto, lean, vectorised, compiled or fused; see engine.tier.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the model, the split, cohorts and faults.")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="A journal: its devices, times and outcomes again; SCENARIO may be left out."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key: run.local.epochs=2. May be repeated."),
@@ -55,8 +59,14 @@ def simulate(
     Ctrl-C stops after the client step in hand, and --resume goes on to the same bits.
     """
     seeds = dict.fromkeys(("run.seed", "data.seed", "engine.seed"), seed)
-    options = {"data.folder": data, "run.rounds": rounds, "engine.workers": workers, "output.folder": output}
-    config = _load(scenario, {**options, "engine.tier": engine, **seeds, **_settings(set_ or [])})
+    options: dict[str, Any] = {
+        "data.folder": data,
+        "run.rounds": rounds,
+        "engine.workers": workers,
+        "output.folder": output,
+    }
+    options |= {"replay.file": replay, "engine.tier": engine}
+    config = _load(scenario, replay, {**options, **seeds, **_settings(set_ or [])})
     folder = Path(config.output.folder)
     result = _run(config, format, resume=resume)
     if format == Format.TEXT:
@@ -129,32 +139,46 @@ def _settings(pairs: list[str]) -> dict[str, str]:
     return found
 
 
-def _load(scenario: Path, overrides: dict[str, Any]) -> "SimulationConfig":
+def _load(scenario: Path | None, replay: Path | None, overrides: dict[str, Any]) -> "SimulationConfig":
     from lepton_fl.config import load
+    from lepton_fl.errors import ConfigError
     from lepton_simulations.config import SimulationConfig
 
     texts = {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
-    if scenario.is_dir():
-        return _recorded(scenario, texts)
-    config = load(SimulationConfig, scenario, overrides=texts).value
+    if scenario is None:
+        if replay is None:
+            hint = "usage is: lepton simulate SCENARIO, or lepton simulate --replay FILE"
+            raise ConfigError("There is nothing to simulate.", hint=hint)
+        from lepton_simulations.replaying import scenario_of
+
+        config = _changed(scenario_of(replay), texts)
+    elif scenario.is_dir():
+        return _changed(_recorded(scenario), texts)
+    else:
+        config = load(SimulationConfig, scenario, overrides=texts).value
     if config.output.folder:
         return config
-    place = Path("runs") / (config.run.name or scenario.stem)
+    name = config.run.name or (f"{replay.stem}-replay" if replay else scenario.stem if scenario else "")
+    place = Path("runs") / name
     return config.model_copy(update={"output": config.output.model_copy(update={"folder": str(place)})})
 
 
-def _recorded(folder: Path, overrides: dict[str, Any]) -> "SimulationConfig":
+def _recorded(folder: Path) -> "SimulationConfig":
     """The scenario of a run that is to be continued where it lies."""
-    from lepton_fl.config import load
     from lepton_simulations.book import read_scenario
-    from lepton_simulations.config import SimulationConfig
 
-    recorded = read_scenario(folder).to_json()
-    sections = {
-        f"{section}.{key}": value for section, keys in recorded.items() for key, value in keys.items()
-    }
+    config = read_scenario(folder)
+    return config.model_copy(update={"output": config.output.model_copy(update={"folder": str(folder)})})
+
+
+def _changed(config: "SimulationConfig", overrides: dict[str, Any]) -> "SimulationConfig":
+    """A configuration with what the command line says, checked anew."""
+    from lepton_fl.config import load
+
+    sections = config.to_json()
+    before = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     given = {key: value for key, value in overrides.items() if value is not None}
-    return load(SimulationConfig, None, overrides={**sections, "output.folder": str(folder), **given}).value
+    return load(type(config), None, overrides={**before, **given}).value
 
 
 def _run(config: "SimulationConfig", format: Format, *, resume: bool = False) -> "Result":

@@ -49,6 +49,13 @@ class OutputConfig(Frozen):
     mlflow: str = ""  # tracking URI or folder: log the finished run there, too; needs mlflow
 
 
+class ReplayConfig(Frozen):
+    """A recorded run whose devices, times and outcomes are used instead of [devices] and [faults]."""
+
+    file: str = ""  # a journal: of a simulated run, or exported by `lepton run journal`; empty = none
+    sha256: str = ""  # of the file; noted when a run starts
+
+
 class SimulationConfig(Frozen):
     """One scenario."""
 
@@ -57,6 +64,7 @@ class SimulationConfig(Frozen):
     engine: EngineConfig = EngineConfig()
     devices: DevicesConfig = DevicesConfig()
     faults: FaultsConfig = FaultsConfig()
+    replay: ReplayConfig = ReplayConfig()
     output: OutputConfig = OutputConfig()
 
     @property
@@ -72,7 +80,7 @@ class SimulationConfig(Frozen):
     def identity(self) -> dict[str, Any]:
         """What the result depends on: all but where it is computed and where files lie."""
         body = self.to_json()
-        del body["output"], body["data"]["folder"]
+        del body["output"], body["data"]["folder"], body["replay"]["file"]
         for name in ("workers", "backend", "address", "device"):
             del body["engine"][name]
         return body

@@ -45,8 +45,11 @@ def simulated(config: SimulationConfig, devices: int, engine: str = "") -> tuple
     split = config.data.partition
     how = _PARTITIONS[split.kind].format_map(split.model_dump())
     labels = [f"{devices} virtual devices: {how}"]
-    labels += _time(body.get("devices") or {})
-    labels += _faults(body.get("faults") or {})
+    if config.replay.file:
+        labels.append("times and drop-outs replayed from a journal")
+    else:
+        labels += _time(body["devices"])
+        labels += _faults(body["faults"])
     labels.append(f"engine {engine or config.engine.tier}")
     labels += _privacy(body)
     return tuple(labels)
@@ -59,9 +62,7 @@ def one_line(labels: tuple[str, ...]) -> str:
 
 def _time(devices: Mapping[str, Any]) -> Iterator[str]:
     classes = devices.get("classes") or ()
-    if devices.get("replay"):
-        yield "time and drop-outs replayed from a journal"
-    elif classes:
+    if classes:
         kinds = len(classes)
         yield f"virtual time of {kinds} device class{'es' if kinds > 1 else ''}"
     else:
