@@ -204,12 +204,14 @@ class RunSpec(Frozen):
         # cohort * weight * int32 must fit the int64 accumulator with its sign.
         reports = int(self.cohort.size * self.cohort.over_selection) + 1
         weight = self.max_weight if self.weighting == "examples" else 1
+        what = f"cohort of up to {reports}"
         if self.mode == "buffered":
+            what = f"buffer.size={self.buffer.size} times {STALENESS_SCALE}"
             reports = self.buffer.size * STALENESS_SCALE
         if reports * weight > 2**32:
             raise ValueError(
-                f"cohort of up to {reports} times max_weight={weight} exceeds 2**32: the exact sum could "
-                f"overflow; lower max_weight to {2**32 // reports}"
+                f"{what} times max_weight={weight} exceeds 2**32: the exact sum could overflow; "
+                f"lower max_weight to {2**32 // reports}"
             )
         return self
 
