@@ -31,7 +31,8 @@ Floats = NDArray[np.float64]
 
 WARM_UP = 1  # rounds at the start of a run in which devices load what they need
 _OWN_SECONDS = 0.1  # weight of a device's own seconds against those of the round
-_STEPS = 20  # of the fit
+_STEPS = 30  # of the fit
+_EXACT = 0.01  # a relative error that is as good as none
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,16 @@ def _of_one_host(seen: Sequence[Observation], cores: float) -> DeviceClass:
     """Fit seconds per request, per device and per example to the seconds of rounds and devices.
 
     The model is the world's own. It is homogeneous: with J its derivatives, J(theta) theta is what it says,
-    so solving J theta' = measured again and again converges like Gauss and Newton's method.
+    so solving J theta' = measured again and again converges like Gauss and Newton's method. Relative errors
+    count by their size, not by their square (iteratively reweighted): a round in which the host was busy with
+    something else spoils nothing.
     """
     theta = np.array([0.0, 1e-3, _plain_cost(seen, cores)])
     measured = np.concatenate([[o.seconds, _OWN_SECONDS * o.own.mean()] for o in seen])
-    weight = np.repeat([1.0 / o.seconds for o in seen], 2)
+    relative = np.repeat([1.0 / o.seconds for o in seen], 2)
     for _ in range(_STEPS):
+        stray = np.abs(_predicted(theta, seen, cores) - measured) * relative
+        weight = relative / np.sqrt(np.maximum(stray, _EXACT))
         columns = _derivatives(theta, seen, cores)
         theta = 0.5 * (theta + _non_negative(columns * weight[:, None], measured * weight))
     latency, overhead, cost = map(float, theta)
