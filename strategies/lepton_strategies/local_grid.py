@@ -27,7 +27,7 @@ from lepton_fl.rounds.campaign import Kind, Roster, RunState, Work, plan_round
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.vector import Layout, Vector
 from lepton_fl.wire.messages import MODEL, EvaluateReply, Request, TrainReply
-from lepton_strategies.model import from_arrays, trainer_of, work_of
+from lepton_strategies.model import trainer_of, work_of
 from lepton_strategies.planned import PlannedMessages, PlannedReplies
 from lepton_strategies.records import to_array_record, to_record_dict
 
@@ -287,7 +287,8 @@ class EngineNodes:
         records: Any,  # noqa: ANN401
     ) -> RecordDict:
         reply = TrainReply.read(records, plan)
-        trained = (model + reply.update * plan.grid_step).astype(np.float32)
+        trained = np.multiply(reply.update, plan.grid_step, dtype=np.float32, casting="unsafe")
+        trained += model
         seen = max(1, int(reply.sums["examples"][0]))
         figures = {"train_loss": float(reply.sums["loss_sum"][0]) / seen}
         return _content(name, self._arrays(trained, arrays), reply.num_examples, figures)
@@ -304,9 +305,10 @@ class EngineNodes:
         return _content("", None, reply.num_examples, self._work.metrics.summarise(reply.sums))
 
     def _vector(self, arrays: ArrayRecord) -> Vector:
-        if set(arrays) == {MODEL}:
-            return from_arrays(arrays)
+        """The model, as float32 whatever the strategy computes in."""
         try:
+            if set(arrays) == {MODEL}:
+                return self._layout.flatten(self._layout.unflatten(arrays[MODEL].numpy()))
             return self._layout.flatten({slot.name: arrays[slot.name].numpy() for slot in self._layout.slots})
         except (KeyError, ValueError) as error:
             raise ConfigError(
@@ -430,7 +432,7 @@ def _content(
 
 def _consistent(replies: list[Message]) -> list[Message]:
     """Figures that all nodes have: Flower's strategies refuse replies whose figures differ in name."""
-    records = [m.content.metric_records["metrics"] for m in replies if not m.has_error()]
+    records = [cast(MetricRecord, m.content["metrics"]) for m in replies if not m.has_error()]
     common = set.intersection(*(set(r) for r in records)) if records else set()
     for record in records:
         for name in set(record) - common:
