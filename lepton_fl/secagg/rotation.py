@@ -1,8 +1,8 @@
 """A random rotation that spreads a vector's energy evenly over its coordinates, and back.
 
 Random signs and an orthonormal Walsh-Hadamard transform of the longest power of two that fits, once over the
-first coordinates and, when the length is no power of two, once more over the last: together they reach every
-coordinate, need no padding, and keep the norm (Suresh et al. 2017, "Distributed Mean Estimation with Limited
+first coordinates and, when the length is no power of two, once more, with other signs, over the last: together
+they reach every coordinate, need no padding, and keep the norm (Suresh et al. 2017, "Distributed Mean Estimation with Limited
 Communication", for the rotation itself).
 
     rotated = rotate(x, seed)     # a new (d,) float64
@@ -32,23 +32,35 @@ def signs(seed: bytes, length: int) -> Floats:
 
 def rotate(x: Floats, seed: bytes) -> Floats:
     """Rotate a (d,) vector, d >= 1; the result is a new array."""
-    y = x * signs(seed, len(x))
     width = rotation_width(len(x))
+    first, second = _signs_of(seed, len(x), width)
+    y = x * first
     _transform(y[:width])
     if width < len(x):
-        _transform(y[len(x) - width :])
+        # With signs of its own: without them the overlap of two transforms would undo the first.
+        tail = y[len(x) - width :]
+        tail *= second
+        _transform(tail)
     return y
 
 
 def unrotate(y: Floats, seed: bytes) -> Floats:
     """The inverse of :func:`rotate`."""
+    width = rotation_width(len(y))
+    first, second = _signs_of(seed, len(y), width)
     x = y.copy()
-    width = rotation_width(len(x))
     if width < len(x):
-        _transform(x[len(x) - width :])
+        tail = x[len(x) - width :]
+        _transform(tail)
+        tail *= second
     _transform(x[:width])
-    x *= signs(seed, len(x))
+    x *= first
     return x
+
+
+def _signs_of(seed: bytes, length: int, width: int) -> tuple[Floats, Floats]:
+    both = signs(seed, length if width == length else length + width)
+    return both[:length], both[length:]
 
 
 def _transform(view: Floats) -> None:

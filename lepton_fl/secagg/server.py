@@ -59,6 +59,7 @@ from lepton_fl.wire.messages import malformed
 Journal = Callable[[bytes], None]  # writes a record durably, or raises
 _SUBSETS = 16  # sets of holders tried for a secret whose shares do not fit together
 _ACCEPT, _CLOSE, _BLAME = 1, 2, 3  # kinds of records
+_FAIL = 0  # instead of a record: the stage cannot be closed
 
 
 class Stage(IntEnum):
@@ -314,7 +315,8 @@ class ServerSession:
         """End the present stage with what has come, and go to the next one.
 
         Raises:
-            QuorumError: too few devices; the round has no result, nothing has changed.
+            QuorumError: too few devices; the round has no result, and nothing has changed but, after
+                complaints, ``blames``. Before the consents, another attempt is possible.
         """
         decision = {
             Stage.ADVERTS: self._decide_roster,
@@ -331,6 +333,11 @@ class ServerSession:
                 hint="More drop-outs than the round allows give no result, never a partial sum.",
             )
         for record in decision():
+            if record[0] == _FAIL:
+                raise QuorumError(
+                    Reader(record[1:]).blob().decode(),
+                    hint="Nobody has signed yet: try again without the devices that are to blame.",
+                )
             journal(record)
             self._apply(record)
         if self._survivors and self.stage is Stage.CONSENTS:
@@ -351,16 +358,22 @@ class ServerSession:
         uploaded = frozenset(self._accepted[Stage.UPLOADS])
         least, quorum = rules.least_survivors(n), rules.quorum(n)
         settled = settle_complaints(uploaded, self._complaints, rules.corrupted(n), quorum, least)
-        if len(settled.members) < least or len(settled.signers) < quorum:
-            raise QuorumError(
-                f"Complaints leave {len(settled.members)} survivors and {len(settled.signers)} signers; "
-                f"{least} and {quorum} are needed.",
-                hint="Devices that are to blame: "
-                + (", ".join(self._peers[p].device for p in sorted(settled.culprits)) or "not decided"),
-            )
         blames = [Blame(self._peers[p].device, fault) for p, fault in sorted(settled.culprits.items())]
-        records = [bytes(Writer().u8(_BLAME).raw(blame.encode())) for blame in blames]
-        return [*records, self._closing(_positions_text(settled.members))]
+        records = [bytes(Writer().u8(_BLAME).raw(b.encode())) for b in blames if b not in self.blames]
+        lost = self._unrecoverable(settled.members)
+        if len(settled.members) >= least and len(settled.signers) >= quorum and not lost:
+            return [*records, self._closing(_positions_text(settled.members))]
+        return [*records, _failure(len(settled.members), len(settled.signers), self._names(lost))]
+
+    def _unrecoverable(self, members: frozenset[int]) -> frozenset[int]:
+        """Dealers of whose secrets too few survivors have usable shares: their masks would stay."""
+        threshold = self.context.rules.threshold(self.n)
+        empty: frozenset[int] = frozenset()
+        return frozenset(
+            dealer
+            for dealer in self._dealers
+            if sum(dealer not in self._complaints.get(m, empty) for m in members) < threshold
+        )
 
     def _decide_certificate(self) -> list[bytes]:
         signatures = tuple(
@@ -425,6 +438,7 @@ class ServerSession:
     def _count(self, device: str, message: bytes) -> None:
         self._seen.add(_seen(device, message))
         if self.stage is Stage.ADVERTS:
+            Advert.decode_unverified(message)
             self._adverts[device] = message
             return
         position, decoded = self._positions[device], self._decode(message)
@@ -576,6 +590,12 @@ class ServerSession:
 
 def _seen(device: str, message: bytes) -> bytes:
     return hashlib.sha256(device.encode() + b"\0" + message).digest()
+
+
+def _failure(members: int, signers: int, lost: Sequence[str]) -> bytes:
+    named = f", and too few have usable shares of {', '.join(lost)}" if lost else ""
+    text = f"Complaints leave {members} survivors and {signers} that can sign{named}."
+    return bytes(Writer().u8(_FAIL).blob(text.encode()[:60_000]))
 
 
 def _positions_text(positions: Iterable[int]) -> bytes:
