@@ -33,7 +33,7 @@ class Halted(Exception):
 def flat_rows(data: Dataset, dtype: torch.dtype) -> Tensor:
     """Inputs (N, F) of this type, in their own memory where they have it."""
     x = torch.from_numpy(np.require(data.x, requirements=["C", "W"]))
-    return x.view(len(x), -1).to(dtype)
+    return x.view(x.shape[0], -1).to(dtype)
 
 
 def vectors(common: Tensor, clients: Sequence[ClientWork]) -> tuple[Tensor, Tensor | None]:
@@ -62,11 +62,12 @@ def targets(chunk: Chunk, low: int, high: int, dtype: torch.dtype, devices: int 
     """
     y = chunk.clients[0].data.y
     shape = (high - low, devices or len(chunk.clients), chunk.plans[0].width)
-    targets, weights = np.zeros((*shape, *y.shape[1:]), y.dtype), np.zeros(shape)
-    places = np.arange(shape[2])
+    found, sizes = np.zeros((*shape, *y.shape[1:]), y.dtype), np.zeros((*shape[:2], 1))
     for k, (client, plan) in enumerate(zip(chunk.clients, chunk.plans, strict=True)):
-        sizes = plan.sizes[low:high, None]
-        targets[: len(sizes), k] = client.data.y[plan.rows[low:high]]
-        weights[: len(sizes), k] = (places < sizes) / sizes
-    tensor = torch.from_numpy(targets)
+        steps = min(high, plan.steps) - low
+        if steps > 0:
+            found[:steps, k] = client.data.y[plan.rows[low : low + steps]]
+            sizes[:steps, k, 0] = plan.sizes[low : low + steps]
+    weights = (np.arange(shape[2]) < sizes) / np.maximum(sizes, 1)
+    tensor = torch.from_numpy(found)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor, torch.from_numpy(weights).to(dtype)

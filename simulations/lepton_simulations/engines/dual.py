@@ -30,7 +30,7 @@ def pays(weight: Slot, schedule: Schedule, rows: int, rule: Rule) -> bool:
     places = schedule.steps * schedule.width
     if rule.momentum or places > _MAX_PLACES:
         return False
-    used = min(rows, places)
+    used = min(rows, schedule.shape.examples)
     cells = outputs * inputs
     direct = 4 * places * cells / _SKINNY + 12 * cells / _BYTES
     dual = 4 * used * cells / _TALL + 2 * used * used * inputs / _GRAM + places * places * outputs / _SMALL
@@ -72,14 +72,23 @@ class DualDense:
         self._gram = room.get("gram", count, places, stride)
         self._moves = room.get("moves", count, padded(places), self._wide)
         self._shift = None if corrections is None else room.get("shift products", *self._first.shape)
-        most = max(min(len(x), len(s.rows) * self._width) for x, s in zip(rows, schedules, strict=True))
-        self._rows = room.get("rows", count, padded(most * self._inputs))
+        most = max(min(x.shape[0], s.steps * self._width) for x, s in zip(rows, schedules, strict=True))
+        held = room.get("rows", count, padded(most * self._inputs)).unbind()
+        firsts, grams = self._first.unbind(), self._gram.unbind()
+        shifts = [None] * count if self._shift is None else self._shift.unbind()
         self._used: list[tuple[Tensor, Tensor | None]] = []
         for k, (x, own) in enumerate(zip(rows, schedules, strict=True)):
-            if len(starts) > 1 or k == 0:
+            if k == 0 or starts.shape[0] > 1:
                 weights = self._transposed("weights", starts[k])
             shift = None if corrections is None else self._transposed("shift", corrections[k])
-            self._used.append(self._products(k, x, own, weights, shift))
+            used, index = self._take(held[k], x, own)
+            self._place(firsts[k], used, index, own, *weights)
+            if shift is not None and (out := shifts[k]) is not None:
+                self._place(out, used, index, own, *shift)
+            self._multiply(grams[k], used, index, own)
+            self._used.append((used, index))
+        if self._bias_slot is not None:
+            self._gram.add_(1)
         self._keep, self._pull = [1.0], [0.0]  # a and e after so many steps
 
     def forward(self, step: int, active: int) -> Tensor:
@@ -97,7 +106,7 @@ class DualDense:
 
     def backward(self, step: int, grad: Tensor) -> None:
         """Take the step along the gradient (a, B, O) of the outputs."""
-        active, low = len(grad), step * self._width
+        active, low = grad.shape[0], step * self._width
         rule, keep = self._rule, self._rule.keep
         if keep != 1:
             self._moves[:active, :low].mul_(keep)
@@ -108,13 +117,13 @@ class DualDense:
 
     def write(self, deltas: Sequence[Tensor]) -> None:
         """Write how far the devices came, (P,) each."""
-        for k, (delta, (rows, index)) in enumerate(zip(deltas, self._used, strict=True)):
-            moves = self._moves[k, : self._schedules[k].steps * self._width]
+        for k, (delta, moves) in enumerate(zip(deltas, self._moves.unbind(), strict=True)):
+            rows, index = self._used[k]
             if index is None:
-                moves = moves[: len(rows)]
+                moves = moves[: rows.shape[0], : self._outputs]
             else:
-                moves = moves.new_zeros(len(rows), self._wide).index_add_(0, index, moves)
-            moves = moves[:, : self._outputs]
+                moves = moves[: index.shape[0], : self._outputs]
+                moves = moves.new_zeros(rows.shape[0], self._outputs).index_add_(0, index, moves)
             weight = delta[self._slot.start : self._slot.stop].view(self._slot.shape)
             torch.mm(moves.t(), rows, out=weight)
             parts = [(self._slot, weight)]
@@ -134,7 +143,7 @@ class DualDense:
                 delta.add_(shift, alpha=self._pull[steps])
 
     def _start(self, k: int) -> Tensor:
-        return self._starts[k if len(self._starts) > 1 else 0]
+        return self._starts[k if self._starts.shape[0] > 1 else 0]
 
     def _transposed(self, name: str, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (I, O) and bias (O,) of a vector, with padding, in the order the product is fastest in."""
@@ -146,45 +155,44 @@ class DualDense:
             bias[: self._outputs].copy_(flat[self._bias_slot.start : self._bias_slot.stop])
         return weight, bias
 
-    def _products(
-        self,
-        k: int,
-        x: Tensor,
-        schedule: Schedule,
-        weights: tuple[Tensor, Tensor],
-        shift: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Products of one device's rows; returns the rows used and which of them stands at each place."""
-        places = schedule.rows.size
-        order = torch.from_numpy(schedule.rows.reshape(-1))
-        index = None
-        if int(schedule.sizes.sum()) <= len(x):  # each row at most once: rows in the order of the steps
-            order = order[: int(schedule.sizes.sum())]
+    def _take(self, held: Tensor, x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor | None]:
+        """The rows a device uses, aligned, and which stands at each place (none: one after the other)."""
+        order, index = torch.from_numpy(schedule.rows).view(-1), None
+        if schedule.shape.examples <= x.shape[0]:  # each row at most once: in the order of the steps
+            if schedule.shape.examples < order.shape[0]:
+                order = order[: schedule.shape.examples]
         else:
-            index, order = order, torch.arange(len(x))
-        rows = self._rows[k, : len(order) * self._inputs].view(-1, self._inputs)
+            order, index = torch.arange(x.shape[0]), order
+        rows = held[: order.shape[0] * self._inputs].view(-1, self._inputs)
         torch.index_select(x, 0, order, out=rows)
-        self._place(self._first[k], rows, index, places, *weights)
-        if self._shift is not None and shift is not None:
-            self._place(self._shift[k], rows, index, places, *shift)
-        gram, count = self._gram[k], len(rows)
-        if index is None:
-            torch.mm(rows, rows.t(), out=gram[:count, :count])
-            gram[count:places, :count].zero_()
-        else:
-            small = torch.mm(rows, rows.t(), out=self._room.get("small gram", count, count))
-            gram[:places, :places].copy_(small.index_select(0, index).index_select(1, index))
-        if self._bias_slot is not None:
-            gram.add_(1)
         return rows, index
 
     def _place(
-        self, out: Tensor, rows: Tensor, index: Tensor | None, places: int, weight: Tensor, bias: Tensor
+        self,
+        out: Tensor,
+        rows: Tensor,
+        index: Tensor | None,
+        schedule: Schedule,
+        weight: Tensor,
+        bias: Tensor,
     ) -> None:
         """Products of rows and a weight, with its bias, at every place of the steps."""
-        if index is None:
-            torch.addmm(bias, rows, weight, out=out[: len(rows)])
-            out[len(rows) : places].zero_()
-        else:
-            products = self._room.get("products", len(rows), self._wide)
+        count, places = rows.shape[0], schedule.steps * self._width
+        if index is not None:
+            products = self._room.get("products", count, self._wide)
             torch.index_select(torch.addmm(bias, rows, weight, out=products), 0, index, out=out[:places])
+            return
+        torch.addmm(bias, rows, weight, out=out[:count])
+        if count < places:
+            out[count:places].zero_()
+
+    def _multiply(self, gram: Tensor, rows: Tensor, index: Tensor | None, schedule: Schedule) -> None:
+        """Products of each row with each at every place of the steps."""
+        count, places = rows.shape[0], schedule.steps * self._width
+        if index is not None:
+            small = torch.mm(rows, rows.t(), out=self._room.get("small gram", count, count))
+            gram[:places, :places].copy_(small.index_select(0, index).index_select(1, index))
+            return
+        torch.mm(rows, rows.t(), out=gram[:count, :count])
+        if count < places:
+            gram[count:places, :count].zero_()

@@ -8,7 +8,7 @@ and stays in the cache. Measured reasons are in docs/simulation.md.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -90,7 +90,7 @@ class FusedEngine:
         weights = 4 * trainer.layout.size
         self.chunk = (chunk or max(1, min(_MOST, CACHE // weights))) if self.dense else 1
         self._programs: dict[tuple[int, bool, int], _Program] = {}
-        self._fits: WeakKeyDictionary[Dataset, bool] = WeakKeyDictionary()
+        self._rows: WeakKeyDictionary[Dataset, Tensor | None] = WeakKeyDictionary()
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
 
     def train(
@@ -120,17 +120,21 @@ class FusedEngine:
             at = [fitting[i] for i in chunk]
             program = self._program(plans[chunk[0]].width, dual[chunk[0]], len(chunk))
             work = Chunk([clients[i] for i in at], [plans[i] for i in chunk], at)
-            program.train(common, work, rule, deltas, trained, should_stop)
+            rows = [self._rows[client.data] for client in work.clients]
+            program.train(
+                common, work, [x for x in rows if x is not None], rule, deltas, trained, should_stop
+            )
         return trained
 
     def _fit(self, client: ClientWork) -> bool:
         """Whether a device's rows and vectors are what the chain takes; the others are the trainer's."""
         data, size = client.data, self._trainer.layout.size
-        fits = self._fits.get(data)
-        if fits is None:
-            fits = self._fits[data] = self._rows_fit(data)
-        vectors = [v for v in (client.start, client.correction) if v is not None]
-        return fits and all(v.shape == (size,) and v.dtype == np.float32 for v in vectors)
+        if data not in self._rows:
+            self._rows[data] = flat_rows(data, self._trainer.dtype) if self._rows_fit(data) else None
+        for vector in (client.start, client.correction):
+            if vector is not None and (vector.shape != (size,) or vector.dtype != np.float32):
+                return False
+        return self._rows[data] is not None
 
     def _rows_fit(self, data: Dataset) -> bool:
         if not len(data) or data.x.shape[1:] != self._shape or data.y.shape[1:] != self._target_shape:
@@ -244,6 +248,7 @@ class _Program:
         self,
         common: Tensor,
         chunk: Chunk,
+        rows: Sequence[Tensor],
         rule: Rule,
         deltas: Tensor,
         trained: Trained,
@@ -252,22 +257,23 @@ class _Program:
         """Train these devices into their rows of the results."""
         steps = np.array([plan.steps for plan in chunk.plans])
         try:
-            means = self._run(common, chunk, rule, steps, should_stop)
+            means = self._run(common, chunk, rows, rule, steps, should_stop)
         except Halted as halt:
             for at in chunk.at:
                 trained.fail(at, stopped(halt.steps))
             return
         self._write(deltas, chunk.at)
         for k, (at, plan) in enumerate(zip(chunk.at, chunk.plans, strict=True)):
-            trained.steps[at], trained.seen[at] = plan.steps, plan.sizes.sum()
-            trained.loss_sum[at] = means[: plan.steps, k] @ plan.sizes
-            if not np.isfinite(trained.loss_sum[at]):
-                trained.fail(at, non_finite(trained.loss_sum[at], plan.steps))
+            trained.steps[at], trained.seen[at] = plan.steps, plan.shape.examples
+            loss = trained.loss_sum[at] = float(means[: plan.steps, k] @ plan.sizes)
+            if not isfinite(loss):
+                trained.fail(at, non_finite(loss, plan.steps))
 
     def _run(
         self,
         common: Tensor,
         chunk: Chunk,
+        rows: Sequence[Tensor],
         rule: Rule,
         steps: NDArray[np.int64],
         should_stop: Stop | None,
@@ -278,19 +284,18 @@ class _Program:
             for weight in layer.weights:
                 weight.begin(rule, starts, corrections)
         if self._dual is not None:
-            rows = [flat_rows(client.data, self._context.dtype) for client in chunk.clients]
             self._dual.begin(rule, starts, corrections, rows, chunk.plans)
         total, means = int(steps[0]), []
+        active = (steps > np.arange(total)[:, None]).sum(1).tolist()  # devices that make each step
         stride = total if self._dual is not None else self._stride()
         for low in range(0, total, stride):
             high = min(total, low + stride)
             self._loss.prepare(*targets(chunk, low, high, self._context.dtype))
-            feed = None if self._dual is not None else self._feed(chunk, low, high)
+            feed = None if self._dual is not None else self._feed(chunk, rows, low, high)
             for step in range(low, high):
                 if should_stop is not None and should_stop():
                     raise Halted(step)
-                active = int((steps > step).sum())
-                self._step(step, low, active, feed, int(chunk.plans[0].sizes[step]))
+                self._step(step, low, active[step], feed, int(chunk.plans[0].sizes[step]))
             means.append(self._loss.means())
         return np.concatenate(means)
 
@@ -331,7 +336,7 @@ class _Program:
         numbers = self._width * self._devices * padded(prod(self._context.shape))
         return max(1, _FEED // (4 * numbers))
 
-    def _feed(self, chunk: Chunk, low: int, high: int) -> Tensor:
+    def _feed(self, chunk: Chunk, rows: Sequence[Tensor], low: int, high: int) -> Tensor:
         """The rows of these steps: (K, T * B, F), or images (T * B, C, H, W) of one device."""
         places, room = (high - low) * self._width, self._context.room
         features = prod(self._context.shape)
@@ -339,13 +344,13 @@ class _Program:
         feed = room.get("feed", len(chunk.clients), places, wide)
         if wide > features:
             feed[..., features:].zero_()
-        for k, (client, plan) in enumerate(zip(chunk.clients, chunk.plans, strict=True)):
-            index = torch.from_numpy(plan.rows[low:high].reshape(-1))
-            out, rows = feed[k, : len(index)], flat_rows(client.data, self._context.dtype)
+        for out, x, plan in zip(feed.unbind(), rows, chunk.plans, strict=True):
+            index = torch.from_numpy(plan.rows[low:high]).view(-1)
+            out = out[: index.shape[0]]
             if wide > features:
-                out[:, :features].copy_(rows.index_select(0, index))
+                out[:, :features].copy_(x.index_select(0, index))
             else:
-                torch.index_select(rows, 0, index, out=out)
+                torch.index_select(x, 0, index, out=out)
         return feed if self._context.dense else channels_last(feed[0].view(-1, *self._context.shape))
 
 

@@ -39,7 +39,7 @@ class Room:
         for count in shape:
             size *= count
         held = self._held.get(name)
-        if held is None or len(held) < size:
+        if held is None or held.shape[0] < size:
             held = self._held[name] = torch.zeros(size, dtype=dtype or self.dtype)
         return held[:size].view(shape)
 
@@ -79,7 +79,7 @@ class Weight:
         self._velocity: Tensor | None = None
 
     def _part(self, full: Tensor) -> Tensor:
-        shape = (len(full), *self.slot.shape)
+        shape = (full.shape[0], *self.slot.shape)
         if full.dim() > len(shape):  # (K, 1, F)
             full = full.squeeze(1)
         for axis, count in enumerate(shape[1:], 1):
@@ -100,11 +100,13 @@ class Weight:
             starts: (1, P) for all, or (k, P).
             corrections: (k, P) or none.
         """
-        self.rule, count = rule, len(starts) if corrections is None else len(corrections)
-        if len(self._base) != len(starts):
-            self._base = torch.full_like(self.value[: len(starts)], self._padding)
+        self.rule, count = rule, (starts if corrections is None else corrections).shape[0]
+        if self._base.shape[0] != starts.shape[0]:
+            self._base = torch.full_like(self.value[: starts.shape[0]], self._padding)
         self._load(self._base, starts)
-        self.value.copy_(self._base) if len(starts) == 1 else self.value[: len(starts)].copy_(self._base)
+        self.value.copy_(self._base) if starts.shape[0] == 1 else self.value[: starts.shape[0]].copy_(
+            self._base
+        )
         self._velocity = torch.zeros_like(self.value) if rule.momentum else None
         self._shift = None
         if rule.mu or corrections is not None:
@@ -116,13 +118,13 @@ class Weight:
 
     def descend(self, left: Tensor, right: Tensor) -> None:
         """One step along the gradient left @ right, (a, O, B) x (a, B, I)."""
-        value = self.value[: len(left)]
+        value = self.value[: left.shape[0]]
         if self._velocity is None:
             value.baddbmm_(left, right, beta=self.rule.keep, alpha=-self.rule.rate)
             if self._shift is not None:
-                value.add_(self._shifts(len(value)))
+                value.add_(self._shifts(value.shape[0]))
         else:
-            self._velocity[: len(left)].baddbmm_(left, right, beta=self.rule.momentum)
+            self._velocity[: left.shape[0]].baddbmm_(left, right, beta=self.rule.momentum)
             self._roll(value)
 
     def descend_along(self, grad: Tensor) -> None:
@@ -140,12 +142,12 @@ class Weight:
 
     def _roll(self, value: Tensor) -> None:
         assert self._velocity is not None
-        velocity, pull = self._velocity[: len(value)], self.rule.decay + self.rule.mu
+        velocity, pull = self._velocity[: value.shape[0]], self.rule.decay + self.rule.mu
         if pull:
             part = self._part(velocity)
             part.add_(self._part(value), alpha=pull)
         if self._shift is not None:
-            velocity.add_(self._shifts(len(value)))
+            velocity.add_(self._shifts(value.shape[0]))
         value.add_(velocity, alpha=-self.rule.rate)
 
     def _shifts(self, active: int) -> Tensor:
@@ -154,8 +156,8 @@ class Weight:
 
     def write(self, deltas: Tensor, first: int) -> None:
         """Write how far k devices, from this one on, came into (k, P)."""
-        devices = slice(first, first + len(deltas))
-        base = self._base if len(self._base) == 1 else self._base[devices]
+        devices = slice(first, first + deltas.shape[0])
+        base = self._base if self._base.shape[0] == 1 else self._base[devices]
         out = deltas[:, self.slot.start : self.slot.stop].view(-1, *self.slot.shape)
         torch.sub(self._part(self.value[devices]), self._part(base), out=out)
 

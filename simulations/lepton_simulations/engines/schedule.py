@@ -6,6 +6,7 @@ batch's size are padding, which must not move a weight. The order is that of ``T
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,44 +17,63 @@ _WIDTH = 8  # widths of devices with less than one full batch are multiples of t
 
 
 @dataclass(frozen=True, eq=False)
+class Shape:
+    """How the mini-batches of a device with so many rows are cut, whatever their order."""
+
+    width: int  # places of a mini-batch B
+    epochs: int  # that are begun
+    sizes: NDArray[np.int64]  # (T,) rows that count, at the front of each
+    steps: int  # T
+    examples: int  # the sum of the sizes
+
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """The mini-batches of one device."""
 
+    shape: Shape
     rows: NDArray[np.int64]  # (T, B) row numbers; padding repeats row 0
-    sizes: NDArray[np.int64]  # (T,) rows that count, at the front
 
     @property
     def steps(self) -> int:
         """Number of mini-batches T."""
-        return len(self.sizes)
+        return self.shape.steps
 
     @property
     def width(self) -> int:
         """Places of a mini-batch B."""
-        return int(self.rows.shape[1])
+        return self.shape.width
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(T,) rows that count, at the front of each mini-batch."""
+        return self.shape.sizes
 
 
-def width_of(rows: int, local: LocalPlan) -> int:
-    """Places of a mini-batch of a device with so many rows: a function of its own rows only."""
-    return min(local.batch_size, -rows // _WIDTH * -_WIDTH)
+@lru_cache(4096)
+def _shape(rows: int, batch_size: int, epochs: int, max_steps: int) -> Shape:
+    width = min(batch_size, -rows // _WIDTH * -_WIDTH)  # a function of the device's own rows only
+    per_epoch = -(-rows // batch_size)
+    steps = epochs * per_epoch
+    if max_steps and max_steps < steps:
+        steps = max_steps
+        epochs = -(-steps // per_epoch)
+    sizes = np.full((epochs, per_epoch), min(width, rows))
+    sizes[:, -1] = rows - (per_epoch - 1) * batch_size
+    sizes = sizes.reshape(-1)[:steps]
+    return Shape(width, epochs, sizes, steps, int(sizes.sum()))
 
 
 def schedule(rows: int, seed: int, local: LocalPlan) -> Schedule:
     """The mini-batches of a device with so many rows."""
+    shape = _shape(rows, local.batch_size, local.epochs, local.max_steps)
     rng = np.random.default_rng(seed)
     rng.integers(2**63)  # seeds torch in the trainer
-    width = width_of(rows, local)
-    per_epoch = -(-rows // local.batch_size)
-    epochs, steps = local.epochs, local.epochs * per_epoch
-    if local.max_steps and local.max_steps < steps:
-        steps = local.max_steps
-        epochs = -(-steps // per_epoch)
-    order = np.zeros((epochs, per_epoch * width), np.int64)
+    places = -(-rows // shape.width) * shape.width
+    order = np.zeros((shape.epochs, places), np.int64)
     for epoch in order:
         epoch[:rows] = np.arange(rows) if local.batch_size >= rows else rng.permutation(rows)
-    sizes = np.full((epochs, per_epoch), min(width, rows))
-    sizes[:, -1] = rows - (per_epoch - 1) * width if per_epoch > 1 else rows
-    return Schedule(order.reshape(-1, width)[:steps], sizes.reshape(-1)[:steps])
+    return Schedule(shape, order.reshape(-1, shape.width)[: shape.steps])
 
 
 def chunks(schedules: Sequence[Schedule], kinds: Sequence[object], size: int) -> list[NDArray[np.int64]]:

@@ -148,7 +148,7 @@ class VectorisedEngine:
     ) -> None:
         for k, (at, plan) in enumerate(zip(chunk.at, chunk.plans, strict=True)):
             trained.deltas[at, : self._trained], trained.deltas[at, self._trained :] = moved[k], 0
-            trained.steps[at], trained.seen[at] = plan.steps, plan.sizes.sum()
+            trained.steps[at], trained.seen[at] = plan.steps, plan.shape.examples
             trained.loss_sum[at] = means[: plan.steps, k] @ plan.sizes
             if not np.isfinite(trained.loss_sum[at]):
                 trained.fail(at, non_finite(trained.loss_sum[at], plan.steps))
