@@ -23,11 +23,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Line:
     figure: str = ""  # what is neither of these
     target: str = ""
     met: bool | None = None
-    load: float = field(default_factory=lambda: round(os.getloadavg()[0], 1))
+    load: float | None = None  # the machine's load average at the end of the run, our own included
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,8 @@ class Bench:
         except RunFailed as error:
             if who in (OURS, LOOP):
                 raise
-            self.add(
-                Line(row, who, figure=f"failed: {error}", met=False if who in (GRID, STOCK_GRID) else None)
-            )
+            is_peer = who not in (GRID, STOCK_GRID)
+            self.add(Line(row, who, figure=f"failed: {error}", met=None if is_peer else False))
             return None
 
     def limit(self, model: str, rows: float) -> float:
@@ -261,7 +261,7 @@ class Compare:
             same_work: off: of the same amount, but by other cohorts, so models cannot be compared.
         """
         rate = self.cohort / outcome.round_s
-        line = Line(self.row, who, rate, outcome.round_s * 1e3, rate / self.limit)
+        line = Line(self.row, who, rate, outcome.round_s * 1e3, rate / self.limit, load=outcome.load)
         same = True
         if same_work:
             compared = check or outcome
@@ -319,7 +319,8 @@ def clipping(bench: Bench, name: str) -> None:
     compare = Compare(bench, name, cohort, limit, loop.model, SAME["mlp"])
     compare.line(OURS, clipped, bench.ours(body(CLIP, CHECKED)))
     slower = clipped.round_s / without.round_s - 1
-    bench.add(Line(name, OURS, figure=f"{slower:+.1%} time per round", target="<= +8 %", met=slower <= 0.08))
+    figure = f"{slower:+.1%} time per round"
+    bench.add(Line(name, OURS, figure=figure, target="<= +8 %", met=slower <= 0.08, load=clipped.load))
     compare.line(LOOP, loop)
     for who, run in bench.peers(folder, "mlp", cohort, CHECKED, CHECKED, CLIP).items():
         if outcome := bench.attempt(name, who, run):
@@ -368,7 +369,7 @@ def first_round(bench: Bench, name: str) -> None:
 def _first_line(bench: Bench, name: str, who: str, run: Outcome, target: bool = False) -> None:
     figure = f"{run.first_s:.2f} s, {run.first_without_interpreter_s:.2f} s without the interpreter's start"
     wanted, met = ("<= 3 s", run.first_s <= 3) if target else ("", None)
-    bench.add(Line(name, who, figure=figure, target=wanted, met=met))
+    bench.add(Line(name, who, figure=figure, target=wanted, met=met, load=run.load))
 
 
 def overhead(bench: Bench, name: str) -> None:
@@ -390,7 +391,7 @@ def _overhead_line(
 ) -> None:
     each = run.round_s / cohort * 1e3
     wanted, met = ("<= 0.2 ms", each <= 0.2) if target else ("", None)
-    bench.add(Line(name, who, figure=f"{each:.3f} ms per client", target=wanted, met=met))
+    bench.add(Line(name, who, figure=f"{each:.3f} ms per client", target=wanted, met=met, load=run.load))
 
 
 def endurance(bench: Bench, name: str) -> None:
@@ -425,6 +426,7 @@ def endurance(bench: Bench, name: str) -> None:
             figure=f"{outcome.total_s:.1f} s in all",
             target="<= 300 s",
             met=outcome.total_s <= 300,
+            load=outcome.load,
         )
     )
 
@@ -464,25 +466,15 @@ def cells(line: Line) -> list[str]:
     figure = line.figure.splitlines()[0] if line.figure else ""
     return [
         line.row, line.who, rate, number(line.round_ms, ",.1f"), number(line.bound, ".0%"), difference,
-        figure, line.target, verdict, f"{line.load:.1f}",
+        figure, line.target, verdict, number(line.load, ".1f"),
     ]  # fmt: skip
 
 
 def table(lines: list[Line]) -> str:
     """All results in Markdown."""
-    head = [
-        "row",
-        "",
-        "clients/s",
-        "ms/round",
-        "of bound",
-        "model differs by",
-        "",
-        "target",
-        "verdict",
-        "load",
-    ]
-    rows = [head, ["--", "--", "--:", "--:", "--:", "--:", "--", "--", "--", "--:"], *map(cells, lines)]
+    head = "row||clients/s|ms/round|of bound|model differs by||target|verdict|load".split("|")
+    rules = "--|--|--:|--:|--:|--:|--|--|--|--:".split("|")
+    rows = [head, rules, *map(cells, lines)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -534,6 +526,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="besides the first, instead of each row's own")
     parser.add_argument("--sweeps", type=int, default=1, help="runs of everybody, of which the best counts")
     parser.add_argument("--cores", type=int, default=2, help="for everybody; the targets are for 2")
+    parser.add_argument("--nice", type=int, default=0, help="priority of everybody; below 0 needs rights")
     parser.add_argument("--skip-peers", action="store_true", help="only ours and the plain loop")
     parser.add_argument("--strict", action="store_true", help="fail if a peer cannot be installed")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="for the peers' environments")
@@ -548,12 +541,18 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def _leave(*_: object) -> None:
+    raise SystemExit(143)
+
+
 def main() -> int:
     """The exit code."""
     options = parse()
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) > options.cores:
         os.sched_setaffinity(0, allowed[: options.cores])  # everybody who is started inherits it
+    os.nice(options.nice)
+    signal.signal(signal.SIGTERM, _leave)  # so that a benchmark that is stopped cleans up, too
     folder = Path(tempfile.mkdtemp(prefix="lepton-"))
     bench = Bench(options, folder)
     try:

@@ -39,6 +39,7 @@ class Outcome:
     total_s: float  # from the start of the process to the end of the last round
     model: NDArray[np.float32]  # (P,) at the end, or (rounds, P)
     peak_mb: float | None  # of the process and its children, shared memory shared out
+    load: float  # the machine's load average at the end, the run's own share included
 
     @property
     def rounds(self) -> int:
@@ -93,6 +94,7 @@ def start(command: Sequence[object], folder: Path, *, memory: bool = False) -> O
         total_s=commits[-1] - began,
         model=np.load(folder / "model.npy"),
         peak_mb=peak[0] if memory else None,
+        load=os.getloadavg()[0],
     )
 
 
