@@ -472,9 +472,9 @@ def cells(line: Line) -> list[str]:
 
 def table(lines: list[Line]) -> str:
     """All results in Markdown."""
-    head = "row||clients/s|ms/round|of bound|model differs by||target|verdict|load".split("|")
-    rules = "--|--|--:|--:|--:|--:|--|--|--|--:".split("|")
-    rows = [head, rules, *map(cells, lines)]
+    head = ["row", "", "clients/s", "ms/round", "of bound", "model differs by", "", "target", "verdict"]
+    rules = ["--", "--", "--:", "--:", "--:", "--:", "--", "--", "--", "--:"]
+    rows = [[*head, "load"], rules, *map(cells, lines)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -553,7 +553,7 @@ def main() -> int:
         os.sched_setaffinity(0, allowed[: options.cores])  # everybody who is started inherits it
     os.nice(options.nice)
     signal.signal(signal.SIGTERM, _leave)  # so that a benchmark that is stopped cleans up, too
-    folder = Path(tempfile.mkdtemp(prefix="lepton-"))
+    folder = Path(tempfile.mkdtemp(prefix="lepton-sim-"))
     bench = Bench(options, folder)
     try:
         missing = [] if options.skip_peers else install(bench)
