@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +64,9 @@ PREDICTED = (Setting(10, 14), Setting(15, 20), Setting(5, 10))
 class Fleet(Lepton):
     """A coordinator and devices that hold rows of a real data set."""
 
-    def join(self, data: FederatedDataset, clients: list[str]) -> dict[str, int]:
-        """Enrol and start a device for each client; the number of rows by device id."""
-        token, rows = self.token(len(clients)), {}
+    def join(self, data: FederatedDataset, clients: Sequence[str]) -> None:
+        """Enrol and start a device for each client."""
+        token = self.token(len(clients))
         for number, client in enumerate(clients):
             raw, name = data.raw(client), f"device{number}"
             np.savez(self.folder / f"{name}.npz", x=raw.x, y=raw.y)
@@ -73,9 +74,6 @@ class Fleet(Lepton):
             self.call("lepton", "client", "enroll", "--token", token, "--state-dir", state, "--name", name)
             own = ("--state-dir", state, "--task", data.task.name, "--data", source)
             self.start(name, "lepton", "client", "run", *own, LEPTON__LIMITS__NICE="0")
-            rows[name] = len(raw)
-        listed = json.loads(self.call("lepton", "devices", "list", "-c", self.config, "--format", "json"))
-        return {device["id"]: rows[device["name"]] for device in listed}
 
     def train(self, spec: RunSpec) -> Replay:
         """One run from its start to its end, as exported."""
@@ -115,8 +113,9 @@ def measure(
     real: dict[Setting, list[float]] = {setting: [] for setting in (*LEARNT, *PREDICTED)}
     with Fleet() as fleet:
         fleet.serve()
-        rows = fleet.join(data, list(data.clients))
-        fleet.train(Setting(1, DEVICES).spec(task, 3))  # everybody loads what it needs
+        fleet.join(data, data.clients)
+        # Everybody loads what it needs, and says on how many rows it trains: it keeps some for evaluation.
+        rows = fleet.train(Setting(1, DEVICES).spec(task, 3)).rows
         for cycle in range(cycles):
             for setting in real:
                 replay = fleet.train(setting.spec(task, rounds))

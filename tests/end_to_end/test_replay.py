@@ -51,7 +51,7 @@ def test_a_real_run_is_replayed(real_fleet, digit_files, tmp_path):
     assert [a.round for a in replay.attempts if a.kind == "evaluate"] == [1, 2, 3]
 
     devices = calibrate([replay], shared_cores=2)
-    rows = {p.device_id: p.examples for p in training[0].counted}
-    predicted = round_seconds(World.build(WorldConfig(devices=devices), list(rows)), replay.spec, rows)
+    world = World.build(WorldConfig(devices=devices), replay.devices)
+    predicted = round_seconds(world, replay.spec, replay.rows)
     assert len(predicted) == 3
     assert all(seconds > 0 for seconds in predicted)

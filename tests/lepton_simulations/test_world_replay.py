@@ -204,6 +204,8 @@ def test_what_is_read(recorded):
     replay = Replay.read(path)
     assert (replay.run_id, replay.spec, replay.rounds) == ("first", SPEC, 4)
     assert set(replay.devices) <= set(IDS)
+    assert set(replay.rows.values()) == {2}
+    assert set(replay.rows) < set(IDS)  # the corrupt ones never counted
     assert replay.evaluates_on_devices
     assert not replay.without_evaluations().evaluates_on_devices
     assert [a.round for a in replay.attempts if a.kind == "evaluate"] == [1, 2, 3, 4]

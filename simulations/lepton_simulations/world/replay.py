@@ -135,6 +135,12 @@ class Replay:
         return sum(attempt.committed for attempt in self.attempts)
 
     @property
+    def rows(self) -> dict[str, int]:
+        """With how many rows each device trained, of those that were ever counted."""
+        training = [attempt for attempt in self.attempts if attempt.kind == "train"]
+        return {part.device_id: part.examples for attempt in training for part in attempt.counted}
+
+    @property
     def evaluates_on_devices(self) -> bool:
         """Whether devices were asked to evaluate."""
         return any(attempt.kind == "evaluate" for attempt in self.attempts)
