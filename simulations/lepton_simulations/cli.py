@@ -65,7 +65,7 @@ def simulate(
         "engine.workers": workers,
         "output.folder": output,
     }
-    options |= {"replay.file": replay, "engine.tier": engine}
+    options |= {"engine.workers": workers, "engine.tier": engine, "replay.file": replay}
     config = _load(scenario, replay, {**options, **seeds, **_settings(set_ or [])})
     folder = Path(config.output.folder)
     result = _run(config, format, resume=resume)
