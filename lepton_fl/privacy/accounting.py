@@ -46,7 +46,7 @@ ORDERS: tuple[float, ...] = tuple(
 LARGEST_MULTIPLIER = 1e7  # of a calibration
 SMALLEST_MULTIPLIER = 1e-3
 LEAST_DIVERGENCE = 1e-12  # of a sampled event, an order
-PRECISION = 1e-6  # of a calibrated multiplier, relative, rounded to more noise
+PRECISION = 1e-6  # of a calibrated multiplier, relative
 
 
 class Accountant(Protocol):
@@ -337,8 +337,9 @@ def calibrate(
     delta: float,
     accountant: Accountant | None = None,
     bracket: tuple[float, float] = (SMALLEST_MULTIPLIER, LARGEST_MULTIPLIER),
+    precision: float = PRECISION,
 ) -> float:
-    """The smallest multiplier z whose ``events(z)`` cost at most ``epsilon``, to six digits, rounded up.
+    """The smallest multiplier z whose ``events(z)`` cost at most ``epsilon``, rounded to more noise.
 
     Args:
         events: what a whole run costs at multiplier z; more noise must never cost more.
@@ -346,6 +347,7 @@ def calibrate(
         delta: the target's failure probability, below one over the number of devices.
         accountant: default: the best one for these events.
         bracket: where to look.
+        precision: relative, of the result.
 
     Raises:
         ConfigError: no multiplier of the bracket reaches the target.
@@ -358,7 +360,7 @@ def calibrate(
             f"No noise multiplier up to {bracket[1]:g} reaches epsilon={epsilon} at delta={delta}.",
             hint="Ask for a larger epsilon or delta, or for fewer rounds.",
         )
-    while high - low > PRECISION:
+    while high - low > precision:
         middle = (low + high) / 2
         if reader.epsilon(events(exp(middle)), delta) <= epsilon:
             high = middle

@@ -99,3 +99,16 @@ def quantile_bits(norms: NDArray[np.float64], clip_norm: float, height: int) -> 
     if not all(isfinite(norm) for norm in norms.tolist()):
         raise ConfigError("Expected finite norms.", hint="Refuse non-finite updates before this.")
     return np.where(norms <= clip_norm, height, -height).astype(np.int32)
+
+
+def capped_weight(num_examples: int, cap: int) -> float:
+    """What a device scales its update by before clipping, if devices with more data are to count more.
+
+    At most one, so the clip stays the sensitivity; the denominator stays the public cohort. 0 = no cap, all equal.
+
+    Raises:
+        ConfigError: a device without examples, or a negative cap.
+    """
+    if num_examples < 1 or cap < 0:
+        raise ConfigError(f"Expected num_examples >= 1 and a cap >= 0, got {num_examples} and {cap}.")
+    return min(num_examples, cap) / cap if cap else 1.0

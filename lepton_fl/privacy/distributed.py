@@ -27,6 +27,7 @@ from lepton_fl.privacy.noise import Skellam as SkellamNoise
 
 Kind = Literal["skellam", "ddgauss"]
 MAX_GRID = 2.0**40  # steps to one clip norm
+COARSEST = 4.0  # steps to one clip norm: below, truncation leaves nothing of an update
 HEADROOM = 4.0  # standard deviations before the sum wraps around
 
 
@@ -126,23 +127,14 @@ def plan_distributed(
         share = variance / honest
         return share, _bits_needed(cohort * grid, sqrt(cohort * share), headroom)
 
-    exponent = floor(log2(MAX_GRID * clip_norm))
-    while exponent > -40:
-        step = 2.0**-exponent
-        grid = clip_norm / step
-        if cohort * grid >= 2.0 ** (bits - 1):  # without any noise too wide already
-            exponent -= 1
-            continue
-        try:
+    exponent = floor(log2(MAX_GRID / clip_norm))
+    while (grid := clip_norm * 2.0**exponent) >= COARSEST:
+        if cohort * grid < 2.0 ** (bits - 1):  # otherwise too wide already without any noise
             share, needed = at(grid)
-        except ConfigError:
-            break  # coarser grids need even more noise
-        fits = kind != "skellam" or share <= MAX_SKELLAM_SIGMA**2
-        if needed <= bits and fits:
-            l1, l2 = truncated_norms(grid, coordinates)
-            return DistributedNoise(kind, step, l2, l1, coordinates, share, survivors, colluders, bits)
-        if grid < 1:
-            break
+            if needed <= bits and (kind != "skellam" or share <= MAX_SKELLAM_SIGMA**2):
+                l1, l2 = truncated_norms(grid, coordinates)
+                step = 2.0**-exponent
+                return DistributedNoise(kind, step, l2, l1, coordinates, share, survivors, colluders, bits)
         exponent -= 1
     raise ConfigError(
         f"No grid fits {bits} bits for {cohort} devices at epsilon={epsilon:g}, delta={delta:g}.",

@@ -216,7 +216,9 @@ def repeat_sensitivity(
     """How far one device can move a single round of ``C x``: what one extra release of a round costs."""
     times = participations(rounds, min_separation, max_participations)
     row = np.abs(c.coefficients(rounds))
-    return max(float(row[start::min_separation][:times].sum()) for start in range(min(min_separation, rounds)))
+    return max(
+        float(row[start::min_separation][:times].sum()) for start in range(min(min_separation, rounds))
+    )
 
 
 @lru_cache(maxsize=256)

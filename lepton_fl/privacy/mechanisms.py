@@ -31,6 +31,7 @@ from lepton_fl.privacy.factorization import (
     Blt,
     optimise_banded,
     optimise_blt,
+    participations,
     repeat_sensitivity,
     rounding_gain,
     sensitivity,
@@ -243,8 +244,11 @@ class Correlated:
         """How far rounding can move the shift of a whole run, L2, grid steps; zero without memory."""
         if not len(self._mix):
             return 0.0
-        plain = self.noise_multiplier * self.norm_bound
-        floats = 2.0**-52 * LARGEST_DRAW * plain * rounding_gain(self.factorization, self.rounds)
+        times = participations(self.rounds, self.min_separation, self.max_participations)
+        largest = (
+            LARGEST_DRAW * self.noise_multiplier + times
+        ) * self.norm_bound  # remembered, or neighbouring
+        floats = 2.0**-52 * largest * rounding_gain(self.factorization, self.rounds)
         return sqrt(self.rounds * self.coordinates) * (2.0**-self.finer_bits + 2 * floats)
 
     @property

@@ -1,6 +1,6 @@
 """Correlated noise: the published errors, the parameters of an independent library, and the dense matrix."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import sqrt
 
 import numpy as np
@@ -69,7 +69,9 @@ def test_the_independent_one_has_nothing_to_gain_where_devices_come_every_round(
     assert optimise_banded(10, 1) == Banded((1.0,))
 
 
-@pytest.mark.parametrize("c", [Blt((0.9, 0.5), (0.3, 0.2)), Blt(), Banded((1.0, 0.4, 0.2)), Banded((1.0, -0.4))])
+@pytest.mark.parametrize(
+    "c", [Blt((0.9, 0.5), (0.3, 0.2)), Blt(), Banded((1.0, 0.4, 0.2)), Banded((1.0, -0.4))]
+)
 def test_filters_and_matrices_agree(c):
     matrix = dense(c, 30)
     signal = np.random.default_rng(0).normal(size=30)
@@ -98,7 +100,7 @@ def test_the_sensitivity_is_the_worst_of_all_patterns(rounds, separation, k, buf
     matrix, times, worst = dense(c, rounds), participations(rounds, separation, k), 0.0
     for size in range(1, times + 1):
         for pattern in combinations(range(rounds), size):
-            if all(b - a >= separation for a, b in zip(pattern, pattern[1:], strict=False)):
+            if all(b - a >= separation for a, b in pairwise(pattern)):
                 worst = max(worst, float(np.linalg.norm(matrix[:, list(pattern)].sum(axis=1))))
     assert sensitivity(c, rounds, separation, k) == pytest.approx(worst)
     # A repeated round: no pattern moves one row of C x further.
@@ -106,7 +108,7 @@ def test_the_sensitivity_is_the_worst_of_all_patterns(rounds, separation, k, buf
         np.abs(matrix[t, list(p)]).sum()
         for size in range(1, times + 1)
         for p in combinations(range(rounds), size)
-        if all(b - a >= separation for a, b in zip(p, p[1:], strict=False))
+        if all(b - a >= separation for a, b in pairwise(p))
         for t in range(rounds)
     ]
     assert repeat_sensitivity(c, rounds, separation, k) == pytest.approx(max(rows))

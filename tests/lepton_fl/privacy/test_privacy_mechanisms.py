@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lepton_fl.errors import ConfigError, StateConflict, StateCorrupt
 from lepton_fl.privacy.accounting import GdpExact
-from lepton_fl.privacy.clipping import AdaptiveClip, norm_bound, quantile_bits
+from lepton_fl.privacy.clipping import AdaptiveClip, capped_weight, norm_bound, quantile_bits
 from lepton_fl.privacy.events import Gaussian, PoissonGaussian
 from lepton_fl.privacy.mechanisms import Correlated, Independent
 from lepton_fl.privacy.noise import DiscreteGaussian, Keystream, simulation_key
@@ -286,7 +286,13 @@ def test_a_round_costs_the_same_whatever_the_clip():
 
 
 def test_clips_without_a_meaning_are_refused():
-    for wrong in ({"clip_norm": 0.0}, {"clip_norm": float("nan")}, {"bit_noise": 0.0}, {"target": 1.0}, {"rate": 0.0}):
+    for wrong in (
+        {"clip_norm": 0.0},
+        {"clip_norm": float("nan")},
+        {"bit_noise": 0.0},
+        {"target": 1.0},
+        {"rate": 0.0},
+    ):
         with pytest.raises(ConfigError, match="Expected"):
             AdaptiveClip(**{"clip_norm": 1.0, "bit_noise": 5.0, **wrong})
     with pytest.raises(ConfigError, match="so few devices"):
@@ -303,3 +309,11 @@ def test_the_clip_stays_within_its_bounds():
     for _ in range(100):
         clip = clip.updated(10**9, 10, 10)
     assert clip.clip_norm == 0.5
+
+
+def test_a_capped_weight_never_exceeds_one():
+    assert [capped_weight(n, 50) for n in (1, 25, 50, 10**9)] == [0.02, 0.5, 1.0, 1.0]
+    assert capped_weight(7, 0) == 1.0
+    for wrong in ((0, 50), (5, -1)):
+        with pytest.raises(ConfigError, match="num_examples"):
+            capped_weight(*wrong)

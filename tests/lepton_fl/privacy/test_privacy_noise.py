@@ -118,7 +118,7 @@ def test_the_exact_weights_are_the_functions_they_stand_for():
     with mp.workdps(60):
         gaussian, one = gaussian_weights(7.25), mpf(2) ** 320
         for x in (0, 1, 13, 90):
-            assert abs(gaussian[x] / one / mp.exp(-mpf(x) ** 2 / (2 * mpf(7.25) ** 2)) - 1) < mpf(10) ** -40
+            assert abs(gaussian[x] / one / mp.exp(-(mpf(x) ** 2) / (2 * mpf(7.25) ** 2)) - 1) < mpf(10) ** -40
         skellam = skellam_weights(30.5)
         for x in (1, 2, 17, 60):
             expected = besseli(x, mpf(30.5)) / besseli(0, mpf(30.5))
@@ -163,7 +163,7 @@ def test_a_tie_of_the_first_word_is_settled_by_a_second():
     assert table.draw(1, Words(tie + 1))[0] == other
 
 
-# -------------------------------------------------------------------------------------------- sums and residues
+# ------------------------------------------------------------------------------------------ sums and residues
 
 
 @pytest.mark.parametrize("law", ["skellam", "gaussian"])
@@ -175,14 +175,12 @@ def test_shares_add_up_to_the_law_of_their_sum(law):
     for _ in range(shares):
         source.add_to(total, stream)
     half = shares * variance / 2
-    expected = (
-        (lambda x: stats.skellam.pmf(x, half, half)) if law == "skellam" else gaussian_law(sqrt(180.0))
-    )
+    expected = (lambda x: stats.skellam.pmf(x, half, half)) if law == "skellam" else gaussian_law(sqrt(180.0))
     assert chi_square(total, expected, 60) > 1e-4
 
 
 def test_the_low_bits_say_nothing_about_the_data():
-    """The attack on floating-point noise asks which residues an output can have; here all are equally likely."""
+    """The attack on floating-point noise asks which residues an output has; here all are equally likely."""
     clip = 2**24
     source = DiscreteGaussian(1.0 * clip)
     for value in (0, 1, clip):
@@ -207,7 +205,7 @@ def test_the_stream_is_aes_256_in_counter_mode():
     """The first block of AES-256 under the key 00 01 .. 1f is the encryption of the zero counter."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    encryptor = Cipher(algorithms.AES(KEY), modes.ECB()).encryptor()  # noqa: S305 - one block, to compare
+    encryptor = Cipher(algorithms.AES(KEY), modes.ECB()).encryptor()
     block = encryptor.update(bytes(16)) + encryptor.update(bytes(15) + b"\x01")
     assert Keystream(KEY).words(4).tobytes() == block
 

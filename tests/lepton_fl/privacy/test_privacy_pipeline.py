@@ -1,0 +1,86 @@
+"""The integer pipeline keeps the sensitivity that all noise is made for: refused, or within the bound."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.vector import check_norm, encode
+
+STEPS = st.integers(-30, 6).map(lambda e: 2.0**e)
+CLIPS = st.floats(1e-6, 1e6)
+NASTY = st.sampled_from(
+    [float("nan"), float("inf"), -float("inf"), 1e38, -3.4e38, 1e-45, -1e-40, 0.0, -0.0, 1.0, 1e-3]
+)
+FLOATS = st.one_of(NASTY, st.floats(width=32))
+MATRICES = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=24), elements=FLOATS)
+
+
+def square(row) -> int:
+    return sum(int(x) ** 2 for x in row)
+
+
+@given(MATRICES, STEPS, CLIPS)
+@example(np.full((1, 4), 3e38, np.float32), 2.0**-24, 1.0)
+@example(np.full((1, 4), 1e-45, np.float32), 2.0**-24, 1.0)
+@example(np.array([[np.nan, 1e6, 1e6]], np.float32), 2.0**-24, 1.0)
+@example(np.zeros((2, 3), np.float32), 2.0**-24, 1.0)
+@settings(max_examples=150, deadline=None)
+def test_any_vector_is_refused_or_within_the_bound(deltas, step, clip):
+    encoded = encode(deltas, step, clip)
+    for row, delta in enumerate(deltas):
+        integers = encoded.updates[row]
+        if not np.isfinite(delta).all():
+            assert encoded.refused[row].reason is Rejection.NON_FINITE
+        if row in encoded.refused:
+            assert not integers.any()  # nothing of a refused update is left
+            continue
+        assert Fraction(square(integers)) <= Fraction(clip / step) ** 2
+        check_norm(integers, step, clip)
+
+
+@given(MATRICES, STEPS, CLIPS)
+@settings(max_examples=60, deadline=None)
+def test_the_integers_are_the_clipped_update_to_one_step(deltas, step, clip):
+    encoded = encode(deltas, step, clip)
+    for row, delta in enumerate(deltas):
+        if row in encoded.refused:
+            continue
+        exact = delta.astype(np.float64)
+        norm = float(np.linalg.norm(exact))
+        clipped = exact * min(1.0, clip / norm) if norm else exact
+        error = np.abs(encoded.updates[row] * step - clipped)
+        assert np.all(error <= step * (1 + 1e-6) + 1e-9 * np.abs(clipped))
+        assert np.all(np.abs(encoded.updates[row] * step) <= np.abs(clipped) * (1 + 1e-9))
+
+
+@given(MATRICES, STEPS, CLIPS, st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_a_row_does_not_depend_on_the_others_nor_on_the_order_of_tensors(deltas, step, clip, random):
+    whole = encode(deltas, step, clip)
+    for row in range(len(deltas)):
+        alone = encode(deltas[row : row + 1], step, clip)
+        assert np.array_equal(alone.updates[0], whole.updates[row])
+    order = list(range(deltas.shape[1]))
+    random.shuffle(order)
+    shuffled = encode(np.ascontiguousarray(deltas[:, order]), step, clip)
+    assert set(shuffled.refused) == set(whole.refused)
+    # The norm may differ in its last bit, and an integer with it by one.
+    difference = shuffled.updates.astype(np.int64) - whole.updates[:, order]
+    assert np.abs(difference).max(initial=0) <= 1
+
+
+@given(arrays(np.int32, st.integers(1, 30), elements=st.integers(-(2**31), 2**31 - 1)), STEPS, CLIPS)
+@settings(max_examples=200, deadline=None)
+def test_the_exact_check_forgives_nothing(update, step, clip):
+    within = Fraction(square(update)) <= Fraction(clip / step) ** 2
+    if within:
+        check_norm(update, step, clip)
+    else:
+        with pytest.raises(UpdateRejected) as refused:
+            check_norm(update, step, clip)
+        assert refused.value.reason is Rejection.OUT_OF_RANGE
