@@ -1,9 +1,9 @@
 """A random rotation that spreads a vector's energy evenly over its coordinates, and back.
 
 Random signs and an orthonormal Walsh-Hadamard transform of the longest power of two that fits, once over the
-first coordinates and, when the length is no power of two, once more, with other signs, over the last: together
-they reach every coordinate, need no padding, and keep the norm (Suresh et al. 2017, "Distributed Mean Estimation with Limited
-Communication", for the rotation itself).
+first coordinates and, when the length is no power of two, once more, with other signs, over the last: that
+reaches every coordinate, needs no padding, and keeps the norm (Suresh et al. 2017, "Distributed Mean
+Estimation with Limited Communication", for the rotation itself).
 
     rotated = rotate(x, seed)     # a new (d,) float64
     unrotate(rotated, seed)       # x up to rounding

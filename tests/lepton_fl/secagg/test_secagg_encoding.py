@@ -28,7 +28,7 @@ SEED = "5a" * 32
 # --- exact ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), devices=st.integers(1, 12), d=st.integers(1, 20), bits=st.sampled_from([16, 32]))
 def test_the_sum_is_that_of_the_plain_path(data, devices, d, bits):
     cohort = data.draw(st.integers(devices, 20))
