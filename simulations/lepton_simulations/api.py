@@ -21,15 +21,18 @@ from pydantic import ValidationError
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.plan import RunSpec
+from lepton_fl.rounds.buffered import BufferedCampaign
 from lepton_fl.rounds.campaign import Best, Campaign, RunState, Verdict
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.tasks.federated import FederatedDataset, federated_dataset
 from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.task import Task, load_task, resolve
 from lepton_fl.vector import Layout, Vector, vector_digest
+from lepton_simulations.backend import Backend
 from lepton_simulations.backends import make_backend
 from lepton_simulations.book import FolderBook, MemoryBook
 from lepton_simulations.config import DataConfig, EngineConfig, OutputConfig, SimulationConfig
+from lepton_simulations.dispatch import VirtualDispatcher
 from lepton_simulations.exchange import CoordinatorCrash, InMemoryExchange, Interrupted
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
 from lepton_simulations.labels import simulated
@@ -263,7 +266,7 @@ def _run(
         book = _book(config, fleet, rng, on_round, stack)
         labels = simulated(config, len(fleet.devices), fleet.engine.name)
         state = _start(config, fleet, book, resume, labels)
-        verdict = _campaign(config, fleet, exchange, book, rng, state, should_stop)
+        verdict = _campaign(config, fleet, exchange, backend, book, rng, state, should_stop)
         final = book.state or state
         result = Result(
             task=fleet.task,
@@ -295,6 +298,7 @@ def _campaign(
     config: SimulationConfig,
     fleet: VirtualFleet,
     exchange: InMemoryExchange,
+    backend: Backend,
     book: MemoryBook,
     rng: Random,
     state: RunState,
@@ -303,8 +307,13 @@ def _campaign(
     """The production's rounds; a coordinator that dies goes on from its last committed state."""
     work = fleet.work(exchange, on_devices=config.data.evaluate == "devices")
     roster, clock = VirtualRoster(fleet), fleet.world.clock
+    seams = config.run, config.run_id, work, exchange, roster, book, rng
     while True:
-        campaign = Campaign(config.run, config.run_id, work, exchange, roster, book, rng, clock=clock)
+        if config.run.mode == "buffered":
+            dispatcher = VirtualDispatcher(fleet, backend)
+            campaign: Campaign = BufferedCampaign(*seams, clock=clock, dispatcher=dispatcher)
+        else:
+            campaign = Campaign(*seams, clock=clock)
         try:
             return campaign.run(state, should_stop)
         except CoordinatorCrash as crash:
