@@ -339,3 +339,37 @@ def test_a_run_that_goes_on_can_be_replayed_as_far_as_it_is(recorded, tmp_path):
     replay = Replay.read(bad(tmp_path, lines[: last + 1]))
     assert replay.rounds == 3
     assert not [a for a in replay.attempts if a.round == 4]
+
+
+def test_a_simulation_is_replayed_from_its_own_journal(tmp_path):
+    """The record alone says who dropped out and when; the weights are the same."""
+    from lepton_simulations import run_scenario
+    from lepton_simulations.config import SimulationConfig
+
+    scenario = {
+        "run": {
+            "task": "digits",
+            "rounds": 3,
+            "cohort": {"size": 4, "over_selection": 1.5, "min_reports": 2},
+            "local": {"epochs": 1},
+        },
+        "data": {"partition": {"kind": "iid", "clients": 10}},
+        "engine": {"workers": 0},
+        "devices": {"classes": [{"speed": {"kind": "lognormal", "median": 300.0, "sigma": 0.5}}]},
+        "faults": {"drop_training": 0.25, "crash_rounds": [2]},
+        "output": {"folder": str(tmp_path / "first"), "plots": False, "tensorboard": False},
+    }
+    first = run_scenario(SimulationConfig.model_validate(scenario))
+    journal = tmp_path / "first" / "journal.jsonl"
+    again = {**scenario, "devices": {}, "faults": {}, "replay": {"file": str(journal)}}
+    again["output"] = {**scenario["output"], "folder": str(tmp_path / "second")}
+    second = run_scenario(SimulationConfig.model_validate(again))
+    assert first.verdict == second.verdict
+    assert first.weights_sha256 == second.weights_sha256
+    runs = [Replay.read(r.folder / "journal.jsonl") for r in (first, second)]
+    for one, other in zip(*(run.attempts for run in runs), strict=True):
+        assert one.key == other.key
+        assert set(one.cohort) == set(other.cohort)
+        assert [p.device_id for p in one.counted] == [p.device_id for p in other.counted]
+        assert (one.start_s, one.seconds) == pytest.approx((other.start_s, other.seconds))
+        assert one.crashed == other.crashed
