@@ -104,7 +104,8 @@ def quantile_bits(norms: NDArray[np.float64], clip_norm: float, height: int) -> 
 def capped_weight(num_examples: int, cap: int) -> float:
     """What a device scales its update by before clipping, if devices with more data are to count more.
 
-    At most one, so the clip stays the sensitivity; the denominator stays the public cohort. 0 = no cap, all equal.
+    At most one, so the clip stays the sensitivity; the denominator stays the public cohort. 0 = no cap, all
+    equal.
 
     Raises:
         ConfigError: a device without examples, or a negative cap.
