@@ -6,17 +6,14 @@ A strategy is a name or an object of ``lepton_strategies``; whatever else is giv
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.plan import AggregationSpec, RunSpec
+from lepton_fl.plan import RunSpec
 from lepton_fl.tasks.task import Task, resolve
-
-SERVERS: Final = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
-ADAPTIVE_RATE: Final = 0.01  # of the server, as in the strategies of that name: 1 would be far too much
-PROXIMAL_MU: Final = 0.01
+from lepton_strategies.registry import STRATEGIES, settings_of
 
 
 @runtime_checkable
@@ -34,8 +31,7 @@ Strategy = str | HasSpec
 
 def names() -> tuple[str, ...]:
     """The strategies that have a name."""
-    rules = get_args(AggregationSpec.model_fields["name"].annotation)
-    return (*SERVERS, "fedprox", *(rule for rule in rules if rule != "mean"))
+    return tuple(STRATEGIES)
 
 
 def run_settings(
@@ -74,7 +70,7 @@ def run_settings(
 
 def _of_strategy(strategy: Strategy, task: str) -> dict[str, Any]:
     if isinstance(strategy, str):
-        return _of_name(strategy or "fedavg")
+        return _of_name(strategy)
     spec = strategy.spec if isinstance(strategy, HasSpec) else None
     if not isinstance(spec, RunSpec):
         raise ConfigError(
@@ -90,14 +86,7 @@ def _of_strategy(strategy: Strategy, task: str) -> dict[str, Any]:
 
 
 def _of_name(name: str) -> dict[str, Any]:
-    if name not in names():
-        raise ConfigError(f"There is no strategy {name!r}.", hint=f"Choose one of {', '.join(names())}.")
-    if name == "fedprox":
-        return {"local": {"proximal_mu": PROXIMAL_MU}}
-    if name not in SERVERS:
-        return {"aggregation": {"name": name}}
-    adaptive = {} if name in ("fedavg", "fedavgm") else {"learning_rate": ADAPTIVE_RATE}
-    return {"server": {"name": name, **adaptive}}
+    return settings_of(name) if name else {}
 
 
 def explicit(model: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
