@@ -30,6 +30,9 @@ from lepton_fl.training.bridge import check_vector, layout_of, state_tensors
 from lepton_fl.training.steps import Step, is_plain, make_step
 from lepton_fl.vector import Vector
 
+# Bytes. Libraries choose kernels by where memory begins, and kernels round differently; torch's own begins so.
+_ALIGNED = 64
+
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -213,6 +216,8 @@ class Trainer:
 
     def _to_device(self, array: Array) -> Tensor:
         tensor = _tensor(array)
+        if tensor.data_ptr() % _ALIGNED:
+            tensor = tensor.clone()
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
 

@@ -19,6 +19,7 @@ from lepton_fl.vector import Vector
 from lepton_simulations.engines.contract import ClientWork, Engine, Unsupported
 from lepton_simulations.engines.fused import FusedEngine, unsupported
 from lepton_simulations.engines.lean import LeanEngine
+from lepton_simulations.engines.memory import keep_memory
 from lepton_simulations.engines.vectorised import VectorisedEngine
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def choose(
 ) -> tuple[Engine, str]:
     """The fastest engine that computes what the trainer computes.
 
+    Also sets the memory allocator of this process up for training, see ``engines.memory``.
+
     Args:
         trainer: whose task, on the device to train on.
         local: how the devices train; an engine is used with this plan, at any learning rate.
@@ -50,6 +53,7 @@ def choose(
     """
     if not samples:
         raise ConfigError("There is no device to check an engine with.", hint="Give at least one sample.")
+    keep_memory()
     wanted = _order(trainer) if tier == "auto" else (tier,)
     reasons: list[str] = []
     for name in wanted:

@@ -9,13 +9,14 @@ epoch is almost free. It pays while a device has fewer rows than about the layer
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lepton_fl.vector import Slot
 from lepton_simulations.engines.layers import Room, Rule, padded
-from lepton_simulations.engines.schedule import Schedule
+from lepton_simulations.engines.schedule import Schedule, Shape
 
 _MAX_PLACES = 1024  # of all mini-batches of a device: a Gram matrix of 4 MB
 
@@ -24,14 +25,20 @@ _TALL, _SKINNY, _GRAM, _SMALL = 93, 68, 73, 30
 _BYTES = 8  # GB/s of one pass over weights that are not in the nearest cache
 
 
-def pays(weight: Slot, schedule: Schedule, rows: int, rule: Rule) -> bool:
-    """Whether a device with this schedule is trained faster this way: a function of its own rows only."""
-    outputs, inputs = weight.shape
-    places = schedule.steps * schedule.width
-    if rule.momentum or places > _MAX_PLACES:
+@lru_cache(4096)
+def pays(weight: tuple[int, int], plan: Shape, rows: int) -> bool:
+    """Whether a device is trained faster this way: a function of its own number of rows only.
+
+    Args:
+        weight: (O, I) of the layer.
+        plan: how the device's batches are cut.
+        rows: that it holds.
+    """
+    outputs, inputs = weight
+    places = plan.steps * plan.width
+    if places > _MAX_PLACES:
         return False
-    used = min(rows, schedule.shape.examples)
-    cells = outputs * inputs
+    used, cells = min(rows, plan.examples), outputs * inputs
     direct = 4 * places * cells / _SKINNY + 12 * cells / _BYTES
     dual = 4 * used * cells / _TALL + 2 * used * used * inputs / _GRAM + places * places * outputs / _SMALL
     return dual < direct

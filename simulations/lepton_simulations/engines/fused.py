@@ -50,9 +50,11 @@ from lepton_simulations.engines.layers import (
 )
 from lepton_simulations.engines.lean import LeanEngine
 from lepton_simulations.engines.losses import CrossEntropy, Difference, Loss
-from lepton_simulations.engines.schedule import Schedule, chunks, schedule
+from lepton_simulations.engines.schedule import Shape, chunks, schedule
 
 CACHE = 4 * 2**20  # bytes of weights that stay near a core
+DUAL_CACHE = 13 * 2**20  # bytes of updates, where weights are not touched in between
+_SMALL = Shape(10, 1, np.full(6, 10), 6, 60)  # a device with few rows
 _MOST = 64  # devices side by side
 _PROGRAMS = 8  # kinds of chunk whose memory is kept
 _FEED = 2 * 2**20  # bytes of rows laid out at a time
@@ -87,8 +89,10 @@ class FusedEngine:
         self.dense = not any(isinstance(spec, ConvSpec | NormSpec | PoolSpec) for spec in self._specs)
         self._shapes = _shapes(self._specs, self._slots, self._shape)
         self._outputs = self._check_loss()
-        weights = 4 * trainer.layout.size
-        self.chunk = (chunk or max(1, min(_MOST, CACHE // weights))) if self.dense else 1
+        self._most_direct = (chunk or self._devices(CACHE)) if self.dense else 1
+        self._most = (chunk or self._devices(DUAL_CACHE)) if self.dense else 1
+        many = self._is_dual(_SMALL, _SMALL.examples, Rule(0.1, 0, 0, 0))
+        self.chunk = self._most if many else self._most_direct
         self._programs: dict[tuple[int, bool, int], _Program] = {}
         self._rows: WeakKeyDictionary[Dataset, Tensor | None] = WeakKeyDictionary()
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
@@ -108,33 +112,41 @@ class FusedEngine:
             self._memory = self._memory.new_zeros(len(clients), self._memory.shape[1])
         deltas = self._memory[: len(clients), : len(start)]
         trained = Trained.of(deltas.numpy())
-        fitting = [i for i, client in enumerate(clients) if self._fit(client)]
+        rows = [self._rows_of(client) for client in clients]
+        fitting = [i for i, x in enumerate(rows) if x is not None]
         for position in set(range(len(clients))).difference(fitting):
             self._lean.train_one(start, clients[position], local, trained, position, should_stop)
         plans = [schedule(len(clients[i].data), clients[i].seed, local) for i in fitting]
-        dual = [
-            self._is_dual(plan, len(clients[i].data), rule) for i, plan in zip(fitting, plans, strict=True)
+        kinds = [
+            self._is_dual(plan.shape, len(clients[i].data), rule)
+            for i, plan in zip(fitting, plans, strict=True)
         ]
         common = self._flat(start)[None]
-        for chunk in chunks(plans, dual, self.chunk):
-            at = [fitting[i] for i in chunk]
-            program = self._program(plans[chunk[0]].width, dual[chunk[0]], len(chunk))
-            work = Chunk([clients[i] for i in at], [plans[i] for i in chunk], at)
-            rows = [self._rows[client.data] for client in work.clients]
-            program.train(
-                common, work, [x for x in rows if x is not None], rule, deltas, trained, should_stop
-            )
+        for dual, most in ((True, self._most), (False, self._most_direct)):
+            some = [k for k, kind in enumerate(kinds) if kind == dual]
+            for group in chunks([plans[k] for k in some], most):
+                at = [fitting[some[k]] for k in group]
+                chunk = Chunk([clients[i] for i in at], [plans[some[k]] for k in group], at)
+                inputs = [x for i in at if (x := rows[i]) is not None]
+                program = self._program(chunk.plans[0].width, dual, most if len(at) > 1 else 1)
+                program.train(common, chunk, inputs, rule, deltas, trained, should_stop)
         return trained
 
-    def _fit(self, client: ClientWork) -> bool:
-        """Whether a device's rows and vectors are what the chain takes; the others are the trainer's."""
+    def _rows_of(self, client: ClientWork) -> Tensor | None:
+        """A device's rows (n, F) if all it brings is what the chain takes; the others are the trainer's."""
         data, size = client.data, self._trainer.layout.size
-        if data not in self._rows:
-            self._rows[data] = flat_rows(data, self._trainer.dtype) if self._rows_fit(data) else None
         for vector in (client.start, client.correction):
             if vector is not None and (vector.shape != (size,) or vector.dtype != np.float32):
-                return False
-        return self._rows[data] is not None
+                return None
+        try:
+            return self._rows[data]
+        except KeyError:
+            rows = flat_rows(data, self._trainer.dtype) if self._rows_fit(data) else None
+            self._rows[data] = rows
+            return rows
+
+    def _devices(self, cache: int) -> int:
+        return max(1, min(_MOST, cache // (4 * self._trainer.layout.size)))
 
     def _rows_fit(self, data: Dataset) -> bool:
         if not len(data) or data.x.shape[1:] != self._shape or data.y.shape[1:] != self._target_shape:
@@ -145,15 +157,14 @@ class FusedEngine:
             return data.y.dtype == np.int64 and bool(data.y.min() >= 0 and data.y.max() < self._outputs)
         return data.y.dtype == np.float32
 
-    def _is_dual(self, plan: Schedule, rows: int, rule: Rule) -> bool:
+    def _is_dual(self, plan: Shape, rows: int, rule: Rule) -> bool:
         """Whether a device is trained faster without the first layer's weights, which cannot be the last."""
         linear = [spec for spec in self._specs if isinstance(spec, LinearSpec)]
-        if not self._may_be_dual or not self.dense or len(linear) < 2:
+        if not self._may_be_dual or rule.momentum or not self.dense or len(linear) < 2:
             return False
-        return pays(self._slots[linear[0].weight], plan, rows, rule)
+        return pays(self._slots[linear[0].weight].shape, plan, rows)
 
-    def _program(self, width: int, dual: bool, count: int) -> "_Program":
-        devices = self.chunk if count > 1 else 1
+    def _program(self, width: int, dual: bool, devices: int) -> "_Program":
         key = (width, dual, devices)
         if key not in self._programs:
             if len(self._programs) == _PROGRAMS:
@@ -231,6 +242,7 @@ class _Context:
 class _Program:
     """The chain with its weights and work memory, for chunks of one kind."""
 
+    @torch.inference_mode()
     def __init__(self, engine: FusedEngine, width: int, dual: bool, devices: int) -> None:
         self._context = engine.context
         self._width, self._devices = width, devices
@@ -244,6 +256,7 @@ class _Program:
         lowest = next(i for i, layer in enumerate(self._layers) if layer.weights)
         self._reverse = [(layer, dual or i > lowest) for i, layer in reversed(list(enumerate(self._layers)))]
 
+    @torch.inference_mode()
     def train(
         self,
         common: Tensor,
@@ -257,15 +270,15 @@ class _Program:
         """Train these devices into their rows of the results."""
         steps = np.array([plan.steps for plan in chunk.plans])
         try:
-            means = self._run(common, chunk, rows, rule, steps, should_stop)
+            losses = self._run(common, chunk, rows, rule, steps, should_stop)
         except Halted as halt:
             for at in chunk.at:
                 trained.fail(at, stopped(halt.steps))
             return
         self._write(deltas, chunk.at)
-        for k, (at, plan) in enumerate(zip(chunk.at, chunk.plans, strict=True)):
+        for at, plan, loss in zip(chunk.at, chunk.plans, losses.tolist(), strict=True):
             trained.steps[at], trained.seen[at] = plan.steps, plan.shape.examples
-            loss = trained.loss_sum[at] = float(means[: plan.steps, k] @ plan.sizes)
+            trained.loss_sum[at] = loss
             if not isfinite(loss):
                 trained.fail(at, non_finite(loss, plan.steps))
 
@@ -278,15 +291,18 @@ class _Program:
         steps: NDArray[np.int64],
         should_stop: Stop | None,
     ) -> NDArray[np.float64]:
-        """All steps of all devices; returns the mean loss before each of them, (T, k)."""
+        """All steps of all devices; returns the sum of mean loss times examples, (k,)."""
         starts, corrections = vectors(common, chunk.clients)
         for layer in self._layers:
             for weight in layer.weights:
                 weight.begin(rule, starts, corrections)
         if self._dual is not None:
             self._dual.begin(rule, starts, corrections, rows, chunk.plans)
-        total, means = int(steps[0]), []
+        total, losses = int(steps[0]), np.zeros(len(steps))
         active = (steps > np.arange(total)[:, None]).sum(1).tolist()  # devices that make each step
+        sizes = np.zeros((total, len(steps)))
+        for k, plan in enumerate(chunk.plans):
+            sizes[: plan.steps, k] = plan.sizes
         stride = total if self._dual is not None else self._stride()
         for low in range(0, total, stride):
             high = min(total, low + stride)
@@ -296,8 +312,10 @@ class _Program:
                 if should_stop is not None and should_stop():
                     raise Halted(step)
                 self._step(step, low, active[step], feed, int(chunk.plans[0].sizes[step]))
-            means.append(self._loss.means())
-        return np.concatenate(means)
+            means = self._loss.means()
+            for step in range(low, high):  # one after the other: another number of zeros changes no bit
+                losses += means[step - low] * sizes[step]
+        return losses
 
     def _step(self, step: int, low: int, active: int, feed: Tensor | None, size: int) -> None:
         """One mini-batch of the first so many devices."""
@@ -329,7 +347,8 @@ class _Program:
                 for weight in weights:
                     weight.write(deltas[row : row + 1], k)
         if self._dual is not None:
-            self._dual.write([deltas[row] for row in at])
+            rows = deltas.unbind()
+            self._dual.write([rows[row] for row in at])
 
     def _stride(self) -> int:
         """Steps whose rows are laid out at a time."""

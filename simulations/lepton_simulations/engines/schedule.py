@@ -76,19 +76,18 @@ def schedule(rows: int, seed: int, local: LocalPlan) -> Schedule:
     return Schedule(shape, order.reshape(-1, shape.width)[: shape.steps])
 
 
-def chunks(schedules: Sequence[Schedule], kinds: Sequence[object], size: int) -> list[NDArray[np.int64]]:
-    """Positions of devices that go together: of one kind and width, those with most steps first.
+def chunks(schedules: Sequence[Schedule], size: int) -> list[list[int]]:
+    """Positions of devices that go together: of one width, those with most steps first.
 
     Args:
         schedules: of each device.
-        kinds: of each device; any values that can be compared for equality.
         size: devices in a chunk, at most.
     """
-    groups: dict[object, list[int]] = {}
-    for position, (own, kind) in enumerate(zip(schedules, kinds, strict=True)):
-        groups.setdefault((kind, own.width), []).append(position)
+    groups: dict[int, list[int]] = {}
+    for position, own in enumerate(schedules):
+        groups.setdefault(own.width, []).append(position)
     found = []
     for group in groups.values():
         group.sort(key=lambda position: -schedules[position].steps)
-        found += [np.array(group[first : first + size]) for first in range(0, len(group), size)]
+        found += [group[first : first + size] for first in range(0, len(group), size)]
     return found

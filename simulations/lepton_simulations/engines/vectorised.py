@@ -63,6 +63,10 @@ class VectorisedEngine:
         self._trainer, self._lean, self._compiled = trainer, LeanEngine(trainer), compiled
         self._module = copy.deepcopy(trainer.module).train()
         self._slots, self._trained = trainer.layout.slots, trainer.num_trained
+        trained, others = (
+            [s for s in self._slots if (s.stop <= self._trained) == own] for own in (True, False)
+        )
+        self._sizes = [[s.stop - s.start for s in slots] for slots in (trained, others)]
         self._row, self._target = sample.x[:1], sample.y[:1]
         self.chunk = chunk or _chunk(trainer)
         batched: Gradients = vmap(grad_and_value(self._loss), in_dims=(0, 0, 0, 0, 0))
@@ -88,7 +92,7 @@ class VectorisedEngine:
             self._lean.train_one(start, clients[position], local, trained, position, should_stop)
         plans = [schedule(len(clients[i].data), clients[i].seed, local) for i in fitting]
         common = torch.tensor(start, dtype=self._trainer.dtype)[None]
-        for group in chunks(plans, [0] * len(plans), self.chunk):
+        for group in chunks(plans, self.chunk):
             at = [fitting[i] for i in group]
             chunk = Chunk([clients[i] for i in at], [plans[i] for i in group], at)
             try:
@@ -155,10 +159,12 @@ class VectorisedEngine:
 
     def _loss(self, weights: Tensor, rest: Tensor, x: Tensor, y: Tensor, shares: Tensor) -> Tensor:
         """The mean loss of one device's batch: (P',), (P - P',), (B, ...), (B, ...), (B,)."""
-        named = {}
-        for slot in self._slots:
-            flat, shift = (weights, 0) if slot.stop <= self._trained else (rest, self._trained)
-            named[slot.name] = flat[slot.start - shift : slot.stop - shift].view(slot.shape)
+        # split(), not slices: its gradient is one concatenation, that of a slice a whole vector of zeros.
+        parts = [
+            *torch.split(weights, self._sizes[0]),
+            *(torch.split(rest, self._sizes[1]) if len(rest) else ()),
+        ]
+        named = {s.name: part.view(s.shape) for s, part in zip(self._slots, parts, strict=True)}
         outputs = functional_call(self._module, named, (x,))
         return (self._row_losses(outputs, y) * shares).sum()
 
