@@ -30,8 +30,8 @@ from lepton_fl.training.bridge import check_vector, layout_of, state_tensors
 from lepton_fl.training.steps import Step, is_plain, make_step
 from lepton_fl.vector import Vector
 
-# Bytes. Libraries choose kernels by where memory begins, and kernels round differently; torch's own begins so.
-_ALIGNED = 64
+# Libraries choose kernels by where memory begins, and kernels round differently.
+_ALIGNED = 64  # bytes; torch's own memory begins so
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -1,8 +1,8 @@
 """How a process that trains takes memory from the system: once.
 
 By default glibc maps each block of some megabytes anew and gives it back at once. Activations and gradients
-are such blocks, at every step, and the system clears each page again: measured, a third of the time of a small
-model under autograd and a twentieth of a convolution's.
+are such blocks, at every step, and the system clears each page again: measured, a quarter of the time of a
+small model under autograd and a twentieth of a convolution's.
 """
 
 import ctypes
