@@ -7,6 +7,8 @@ when a later plan says that the attempt has counted.
 
     memory = FleetMemory(devices, spec.local, layout)          # before the workers are forked
     state = memory.state(device_id, plan, model, control, num_trained)
+    ...                                                         # train with state.start, state.correction
+    sent = outgoing(states, deltas, steps, learning_rate)       # (K, P + A), to be encoded
     memory.keep(device_id, plan, state.leaves(delta, update, plan.grid_step))
 """
 
@@ -106,6 +108,27 @@ class FleetMemory:
             parts[name] = values[start : start + size]
             start += size
         return parts
+
+
+def outgoing(
+    states: Sequence[LocalState], deltas: Vector, steps: NDArray[np.int64], learning_rate: float
+) -> Vector:
+    """What a chunk of devices is to send; see ``LocalState.outgoing``.
+
+    Args:
+        states: of K devices.
+        deltas: (K, P) float32, trained minus start.
+        steps: (K,) mini-batches; a device that failed has 0, and sends zeros.
+        learning_rate: of the training.
+
+    Returns:
+        (K, P + A) float32.
+    """
+    rows = [
+        state.outgoing(delta, max(1, int(count)), learning_rate)
+        for state, delta, count in zip(states, deltas, steps, strict=True)
+    ]
+    return np.stack(rows)
 
 
 class DeviceMemory:
