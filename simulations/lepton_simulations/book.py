@@ -361,6 +361,7 @@ class FolderBook(MemoryBook):
                 "attempt": state.attempt,
                 "evaluated": state.evaluated,
                 "stale": state.stale,
+                "retried": state.retried,
                 "best": asdict(state.best) if state.best else None,
             },
             "random": self._rng.getstate(),
@@ -431,6 +432,7 @@ class FolderBook(MemoryBook):
             saved["evaluated"],
             best,
             saved["stale"],
+            tuple((number, attempt) for number, attempt in saved.get("retried", [])),
         )
 
     def _tensors(self, digest: str) -> dict[str, Vector]:
