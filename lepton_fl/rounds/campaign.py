@@ -160,6 +160,7 @@ class Campaign:
     rng: Random  # draws cohorts and nonces: the operating system's in production
     claim: Callable[[Sequence[str]], bool] = lambda _: True  # take a drawn cohort; False: another run has it
     clock: Callable[[], float] = time.monotonic
+    look_s: float = 1.0  # a waiting run looks around at least so often; inf in virtual time, which can jump
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
 
     def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
@@ -248,7 +249,7 @@ class Campaign:
                 self.book.waiting(cause, left)
                 shown, shown_at = cause, waited
             fill = spec.fill_wait_s - waited
-            self.roster.wait(min(left, fill if fill > 0 else 1.0, 1.0))
+            self.roster.wait(min(left, fill if fill > 0 else self.look_s, self.look_s))
         return None
 
     def _asked(self) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
@@ -311,9 +312,9 @@ def _campaign(
     while True:
         if config.run.mode == "buffered":
             dispatcher = VirtualDispatcher(fleet, backend)
-            campaign: Campaign = BufferedCampaign(*seams, clock=clock, dispatcher=dispatcher)
+            campaign: Campaign = BufferedCampaign(*seams, clock=clock, look_s=inf, dispatcher=dispatcher)
         else:
-            campaign = Campaign(*seams, clock=clock)
+            campaign = Campaign(*seams, clock=clock, look_s=inf)
         try:
             return campaign.run(state, should_stop)
         except CoordinatorCrash as crash:

@@ -39,6 +39,7 @@ EVALUATE: Final = "evaluate"
 CENTRAL = "central test rows "  # names the parts of the central test set in a plan
 PART_ROWS = 1024  # rows in one of them
 MAX_PREPARED = 2**31  # bytes of prepared training rows kept for all devices; above, each call prepares anew
+MOMENT_S = 1e-6  # that waiting takes at least: what is left of a wait may be less than a float can add
 SAMPLES = 2  # devices that an engine is checked with
 
 Tier = Literal["auto", "lean", "vectorised", "compiled", "fused"]
@@ -286,4 +287,4 @@ class VirtualRoster:
         """Let virtual time pass, to the next moment at which a standing may change."""
         clock = self.fleet.world.clock
         change = self.fleet.world.next_change(clock())
-        clock.advance_to(max(min(clock() + seconds, change), clock()))
+        clock.advance_to(max(min(clock() + seconds, change), clock() + MOMENT_S))
