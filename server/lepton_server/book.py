@@ -91,7 +91,7 @@ def fold(progress: Progress, event: Event) -> Progress:
         case "round.abandoned":
             return replace(progress, open=False)
         case "round.committed":
-            retried = after_attempt(progress.retried, body["round"], body.get("attempt", 1))
+            retried = after_attempt(progress.retried, body["round"], body["attempt"])
             done = replace(progress, round=body["round"], attempt=0, open=False, retried=retried)
             return replace(done, model_sha256=body["model_sha256"], state_sha256=body["state_sha256"])
         case "round.evaluated":

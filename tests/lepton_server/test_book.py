@@ -38,13 +38,25 @@ def test_a_runs_position_follows_from_its_events():
         (event("round.abandoned"), {"open": False}),
         (event("round.planned", attempt=2), {"attempt": 2, "open": True}),
         (
-            event("round.committed", round=1, model_sha256=B, state_sha256=A),
-            {"round": 1, "attempt": 0, "open": False, "model_sha256": B, "state_sha256": A},
+            event("round.committed", round=1, attempt=2, model_sha256=B, state_sha256=A),
+            {
+                "round": 1,
+                "attempt": 0,
+                "open": False,
+                "model_sha256": B,
+                "state_sha256": A,
+                "retried": ((1, 2),),
+            },
         ),
         (event("model.created", round=1, model_sha256=B), {}),
         (event("round.evaluated", round=1, stale=3), {"evaluated": 1, "stale": 3}),
         (event("run.best", round=1, model_sha256=B, value=0.5), {"best": Best(1, B, 0.5)}),
         (event("run.waiting", cause="x"), {}),
+        (event("round.planned", attempt=1), {"attempt": 1, "open": True}),
+        (
+            event("round.committed", round=2, attempt=1, model_sha256=A, state_sha256=A),
+            {"round": 2, "attempt": 0, "open": False, "model_sha256": A},
+        ),
     ]
     progress, expected = Progress(), {}
     for happened, changes in steps:

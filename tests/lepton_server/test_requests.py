@@ -1,0 +1,25 @@
+"""What an operator asks for is checked before it is queued."""
+
+import pytest
+
+from lepton_fl.errors import ConfigError
+from lepton_server.requests import run_spec
+
+
+def test_a_buffered_run_is_refused_with_where_it_works(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\ntask = "digits"\nmode = "buffered"\nweighting = "equal"\n')
+    with pytest.raises(ConfigError, match="synchronous") as caught:
+        run_spec(path, {})
+    assert "lepton simulate" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("local", "words"),
+    [("control_variates = true\nmomentum = 0.9", "plain SGD"), ('personal = [""]', "personal")],
+)
+def test_settings_that_do_not_go_together_are_named(tmp_path, local, words):
+    path = tmp_path / "run.toml"
+    path.write_text(f'[run]\ntask = "digits"\n[run.local]\n{local}\n')
+    with pytest.raises(ConfigError, match=words):
+        run_spec(path, {})
