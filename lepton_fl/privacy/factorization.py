@@ -27,6 +27,7 @@ from lepton_fl.errors import ConfigError
 
 Floats = NDArray[np.float64]
 
+MAX_ROUNDS = 20_000  # of one search; half a minute
 MAX_BUFFERS = 3  # a fourth gains less than half a percent
 _GOOD_ENOUGH = 1.001  # take fewer buffers when more gain less than this
 
@@ -251,8 +252,12 @@ def optimise_blt(rounds: int, min_separation: int, max_participations: int = 0) 
     """The buffers with the least noise in the final model, at equal privacy.
 
     Quasi-Newton over one to three buffers from several starts; fewer buffers win ties. A tenth of a second to
-    two seconds.
+    two seconds for 2,000 rounds.
+
+    Raises:
+        ConfigError: more than 20,000 rounds.
     """
+    _check_rounds(rounds)
     best, least = INDEPENDENT, error(INDEPENDENT, rounds, min_separation, max_participations).final
     for buffers in range(1, MAX_BUFFERS + 1):
         for candidate in _blt_candidates(buffers, rounds, min_separation, max_participations):
@@ -260,6 +265,14 @@ def optimise_blt(rounds: int, min_separation: int, max_participations: int = 0) 
             if found * (_GOOD_ENOUGH if len(candidate.decay) > len(best.decay) else 1) < least:
                 best, least = candidate, found
     return best
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds > MAX_ROUNDS:
+        raise ConfigError(
+            f"Expected at most {MAX_ROUNDS} rounds of correlated noise, got {rounds}.",
+            hint="Train in several runs, each starting from the last model; a budget adds up what they cost.",
+        )
 
 
 def _blt_candidates(buffers: int, rounds: int, separation: int, k: int) -> list[Blt]:
@@ -301,7 +314,11 @@ def optimise_banded(rounds: int, min_separation: int, max_participations: int = 
     """The bands (at most the separation) with the least noise in the final model, at equal privacy.
 
     The noise state is ``bands - 1`` past vectors: for small models.
+
+    Raises:
+        ConfigError: more than 20,000 rounds.
     """
+    _check_rounds(rounds)
     width = min(bands or min_separation, min_separation, rounds)
     if width == 1:
         return Banded((1.0,))

@@ -136,3 +136,9 @@ def test_bands_start_with_one():
     for bands in ((), (0.5,), (1.0, float("nan"))):
         with pytest.raises(ConfigError, match="bands"):
             Banded(bands)
+
+
+def test_a_search_that_would_not_end_is_refused():
+    for search in (optimise_blt, optimise_banded):
+        with pytest.raises(ConfigError, match="at most 20000 rounds"):
+            search(20_001, 10)

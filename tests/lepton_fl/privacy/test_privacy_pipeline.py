@@ -9,6 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.plan import LocalPlan, RoundPlan
+from lepton_fl.privacy.audit import noise_interval
+from lepton_fl.privacy.noise import Keystream, simulation_key
+from lepton_fl.privacy.planning import prepare
+from lepton_fl.privacy.spec import PrivacySpec
+from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
 from lepton_fl.vector import check_norm, encode
 
 STEPS = st.integers(-30, 6).map(lambda e: 2.0**e)
@@ -84,3 +90,43 @@ def test_the_exact_check_forgives_nothing(update, step, clip):
         with pytest.raises(UpdateRejected) as refused:
             check_norm(update, step, clip)
         assert refused.value.reason is Rejection.OUT_OF_RANGE
+
+
+def test_from_updates_to_a_private_mean():
+    """What a round does: encode on the device, add exactly, add noise, divide by the public cohort."""
+    step, clip, size, cohort = 2.0**-24, 0.5, 20_000, 50
+    spec = PrivacySpec(mechanism="independent", clip_norm=clip, noise_multiplier=2.0, delta=1e-6)
+    ready = prepare(spec, rounds=1, cohort=cohort, coordinates=size, grid_step=step)
+    plan = RoundPlan(
+        run_id="r",
+        round=1,
+        attempt=1,
+        kind="train",
+        task="m:t",
+        task_version="1",
+        layout_digest="0" * 64,
+        num_coordinates=size,
+        model_sha256="0" * 64,
+        cohort=("a",),
+        wanted_reports=cohort,
+        min_reports=1,
+        deadline_s=1.0,
+        local=LocalPlan(),
+        weighting="equal",
+        max_weight=1,
+        grid_step=step,
+        clip_norm=clip,
+        nonce="n",
+    )
+    accumulator, rng = Accumulator(plan), np.random.default_rng(0)
+    deltas = rng.normal(0, 1, (cohort - 10, size)).astype(np.float32)  # ten devices do not answer
+    updates = encode(deltas, step, clip).updates
+    accumulator.add(UpdateBatch(updates, np.ones(len(updates), np.int64)))
+    total = accumulator.subtotal().total
+    exact = total.copy()
+    ready.mechanism.release(total, 1, Keystream(simulation_key("round")))
+    low, high = noise_interval(total - exact)
+    assert low * step < 2.0 * clip < high * step
+    clipped = deltas * (clip / np.linalg.norm(deltas, axis=1, keepdims=True))
+    mean = total * step / cohort
+    assert np.abs(mean - clipped.sum(axis=0) / cohort).std() < 2.0 * clip / cohort
