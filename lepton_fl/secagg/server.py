@@ -107,6 +107,7 @@ class ServerSession:
         self.blames: tuple[Blame, ...] = ()
         self._trust, self.intake, self._workers = trust, intake, workers
         self._adverts: dict[str, bytes] = {}
+        self._keys: dict[bytes, str] = {}  # whose each public key is
         self._peers: tuple[Advert, ...] = ()
         self._positions: dict[str, int] = {}
         self._roster, self._r = b"", b""
@@ -264,10 +265,9 @@ class ServerSession:
         return bytes(Writer().u8(_ACCEPT).text(device).raw(message))
 
     def _check_new_keys(self, advert: Advert) -> None:
-        mine = {advert.share_key, advert.mask_key, advert.signing_key}
-        for other in map(Advert.decode_unverified, self._adverts.values()):
-            if mine & {other.share_key, other.mask_key, other.signing_key}:
-                raise malformed(f"device {advert.device} shows a key of device {other.device}")
+        for key in (advert.share_key, advert.mask_key, advert.signing_key):
+            if key in self._keys:
+                raise malformed(f"device {advert.device} shows a key of device {self._keys[key]}")
 
     def _decode(self, message: bytes) -> Shares | Upload | Consent | Reveal:
         """The message of the present stage; one of an earlier stage is late."""
@@ -438,7 +438,8 @@ class ServerSession:
     def _count(self, device: str, message: bytes) -> None:
         self._seen.add(_seen(device, message))
         if self.stage is Stage.ADVERTS:
-            Advert.decode_unverified(message)
+            advert = Advert.decode_unverified(message)
+            self._keys |= dict.fromkeys((advert.share_key, advert.mask_key, advert.signing_key), device)
             self._adverts[device] = message
             return
         position, decoded = self._positions[device], self._decode(message)
