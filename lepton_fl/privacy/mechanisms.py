@@ -130,10 +130,10 @@ class Correlated:
 
     The whole run is one Gaussian release of ``C x``, charged before its first round. Why the integers are
     safe: write K(w) for the remembered part, computed from the earlier w alone, in steps of a finer grid.
-    Given the earlier releases y, a device's data shift z by ``(C x)`` up to the rounding of K(y - x), which is
-    bounded over the whole run (``_rounding``, L2) and added to the sensitivity. Shifts are whole steps of the
-    finer grid and z is a discrete Gaussian on it, a post-processing of a continuous one, so exact Gaussian
-    accounting holds; rounding to the updates' grid afterwards commutes with x, which is whole.
+    Given the earlier releases y, a device's data shift z by ``(C x)`` up to the rounding of K(y - x), which
+    is bounded over the whole run (``_rounding``, L2) and added to the sensitivity. Shifts are whole steps of
+    the finer grid and z is a discrete Gaussian on it, a post-processing of a continuous one, so exact
+    Gaussian accounting holds; rounding to the updates' grid afterwards commutes with x, which is whole.
     """
 
     factorization: Blt | Banded
