@@ -1,16 +1,23 @@
 """Buffered runs in virtual time: stragglers cost less, a seed is a run, and crashes are survived."""
 
+import contextlib
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
 
+from lepton_fl.config import load
 from lepton_fl.errors import ConfigError
 from lepton_simulations.api import run_scenario, simulate
 from lepton_simulations.config import SimulationConfig
 from lepton_strategies import FedBuff
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
 
 LOCAL = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 16, "epochs": 1}
 CLIENTS = 12
@@ -103,3 +110,14 @@ def test_flowers_own_loop_cannot_run_it():
     strategy = FedBuff("digits")
     with pytest.raises(ConfigError, match="buffered"):
         strategy.configure_train(1, None, None, None)
+
+
+@pytest.mark.parametrize("name", ["heterogeneity", "heterogeneity_personal", "heterogeneity_buffered"])
+def test_the_scenarios_load_with_every_setting_that_they_name(name):
+    path = ROOT / "simulations" / f"{name}.toml"
+    changes = {k: v for k, v in re.findall(r"--set (\S+)=(\S+)", path.read_text()) if k.startswith("run.")}
+    assert changes
+    for key, value in changes.items():
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+        assert load(SimulationConfig, path, env={}, overrides={key: value}).value.run.task
