@@ -27,6 +27,7 @@ from lepton_fl.rounds.campaign import Kind, Roster, RunState, Work, plan_round
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.vector import Layout, Vector
 from lepton_fl.wire.messages import MODEL, EvaluateReply, Request, TrainReply
+from lepton_fl.wire.records import Records
 from lepton_strategies.model import trainer_of, work_of
 from lepton_strategies.planned import PlannedMessages, PlannedReplies
 from lepton_strategies.records import to_array_record, to_record_dict
@@ -284,7 +285,7 @@ class EngineNodes:
         arrays: ArrayRecord,
         model: Vector,
         plan: RoundPlan,
-        records: Any,  # noqa: ANN401
+        records: Records,
     ) -> RecordDict:
         reply = TrainReply.read(records, plan)
         trained = np.multiply(reply.update, plan.grid_step, dtype=np.float32, casting="unsafe")
@@ -299,7 +300,7 @@ class EngineNodes:
         arrays: ArrayRecord,
         model: Vector,
         plan: RoundPlan,
-        records: Any,  # noqa: ANN401
+        records: Records,
     ) -> RecordDict:
         reply = EvaluateReply.read(records, plan)
         return _content("", None, reply.num_examples, self._work.metrics.summarise(reply.sums))
@@ -373,7 +374,7 @@ def _singly(exchange: Exchange, planned: PlannedMessages) -> Iterable[Message]:
 # --- messages ---------------------------------------------------------------------------------------
 
 
-def _single(answer: Answer | AddedUp) -> tuple[str, Any]:
+def _single(answer: Answer | AddedUp) -> tuple[str, Records | UpdateRejected]:
     if isinstance(answer, AddedUp):
         raise ConfigError("The exchange added up updates that were asked for one by one.")
     return answer.device_id, answer.records
