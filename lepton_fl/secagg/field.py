@@ -121,5 +121,4 @@ def lagrange_at_zero(positions: tuple[int, ...]) -> NDArray[np.int64]:
 def _modular_product(a: NDArray[np.float64], b: NDArray[np.float64]) -> Elements:
     """``a @ b`` modulo the prime; exact, because every sum is below ``n * 2**32 < 2**53``."""
     product: NDArray[np.float64] = a @ b
-    reduced: Elements = np.fmod(product, PRIME).astype(np.int64)
-    return reduced
+    return product.astype(np.int64) % PRIME
