@@ -159,6 +159,16 @@ CASES = {
     ),
     "clip": ({"clip_grad_norm": 0.1}, lambda p: torch.optim.SGD(p, 0.05), {"clip": 0.1}),
     "fedprox": ({"proximal_mu": 0.7}, lambda p: torch.optim.SGD(p, 0.05), {"mu": 0.7}),
+    "fedprox, momentum": (
+        {"proximal_mu": 0.7, "momentum": 0.9},
+        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+        {"mu": 0.7},
+    ),
+    "fedprox, adam": (
+        {"proximal_mu": 0.7, "optimizer": "adam"},
+        lambda p: torch.optim.Adam(p, 0.05),
+        {"mu": 0.7},
+    ),
     "fedprox, clip": (
         {"proximal_mu": 0.7, "clip_grad_norm": 0.1},
         lambda p: torch.optim.SGD(p, 0.05),
