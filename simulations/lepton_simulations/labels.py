@@ -74,7 +74,8 @@ def _faults(faults: Mapping[str, Any]) -> Iterator[str]:
     if faults.get("malicious"):
         found.append(f"{100 * faults['malicious']:.3g} % malicious ({faults['attack'].replace('_', ' ')})")
     if faults.get("crash_rounds"):
-        found.append(f"{len(faults['crash_rounds'])} coordinator crashes")
+        many = len(faults["crash_rounds"])
+        found.append(f"{many} coordinator crash{'es' if many > 1 else ''}")
     yield from found or ["no faults"]
 
 
