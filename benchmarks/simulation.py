@@ -117,14 +117,18 @@ class Bench:
         place = self.place()
         path = place.with_suffix(".json")
         path.write_text(json.dumps(body))
-        return start([sys.executable, "-m", "_simulation.ours", path, place], place, memory=memory)
+        return start(
+            [sys.executable, "-m", "_simulation.ours", path, place], place, memory=memory, one_thread=False
+        )
 
     def grid(self, body: Mapping[str, Any], strategy: str) -> Outcome:
         """Run Flower's own Strategy loop over our Grid, with our strategy or Flower's."""
         place = self.place()
         path = place.with_suffix(".json")
         path.write_text(json.dumps(body))
-        return start([sys.executable, "-m", "_simulation.ours_grid", path, place, strategy], place)
+        return start(
+            [sys.executable, "-m", "_simulation.ours_grid", path, place, strategy], place, one_thread=False
+        )
 
     def loop(self, *work: object) -> Outcome:
         """Run the plain loop: folder, model, cohort, rounds, clip."""

@@ -52,13 +52,17 @@ class Outcome:
         return statistics.median(self.seconds)
 
 
-def start(command: Sequence[object], folder: Path, *, memory: bool = False) -> Outcome:
+def start(
+    command: Sequence[object], folder: Path, *, memory: bool = False, one_thread: bool = True
+) -> Outcome:
     """Run a command that leaves its record in ``folder``.
 
     Args:
         command: program and arguments.
         folder: is made; takes the record and the output.
         memory: look at the memory all the time, which costs a little speed.
+        one_thread: tell numerical libraries to use one thread per process, which helps the peers; ours has to
+            see to that itself, as it must on a user's machine.
 
     Raises:
         RunFailed: it ended with an error, or not in time.
@@ -72,7 +76,7 @@ def start(command: Sequence[object], folder: Path, *, memory: bool = False) -> O
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(folder, mark),
+            env=_environment(folder, mark, one_thread),
             cwd=folder,
         )
     try:
@@ -105,13 +109,13 @@ def gflops(threads: int) -> float:
     return float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
 
-def _environment(folder: Path, mark: str) -> dict[str, str]:
+def _environment(folder: Path, mark: str, one_thread: bool) -> dict[str, str]:
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if one_thread else {}
     return {
         **os.environ,
         MARK: mark,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])),
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
+        **threads,
         "FLWR_HOME": str(folder / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_TMPDIR": str(folder.parent),
