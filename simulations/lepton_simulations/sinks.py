@@ -15,6 +15,7 @@ from lepton_fl.errors import ConfigError, RunError
 from lepton_simulations.appended import on_disk
 from lepton_simulations.rows import Row
 
+EXPERIMENT = "lepton"  # the name under which MLflow lists all runs
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "round": ("train_loss", "reports", "asked", "attempts", "clipped", "clip_norm", "epsilon"),
     "cost": ("seconds", "time_s", "round_s", "bytes_up", "bytes_down"),
@@ -120,9 +121,10 @@ def log_to_mlflow(
             hint="pip install mlflow, or remove output.mlflow.",
         ) from error
     try:
-        client = MlflowClient(tracking_uri=target if "://" in target else Path(target).resolve().as_uri())
+        uri, artifacts = _store(target)
+        client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(EXPERIMENT)
-        experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+        experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifacts)
         run_id: str = client.create_run(experiment, run_name=name).info.run_id
         now = int(time.time() * 1000)
         params = [Param(key, value) for key, value in _flat(parameters).items()]
@@ -141,7 +143,13 @@ def log_to_mlflow(
     return run_id
 
 
-EXPERIMENT = "lepton"
+def _store(target: str) -> tuple[str, str | None]:
+    """Tracking URI and place of artefacts; in a folder, a database: MLflow 3 has given up its file store."""
+    if "://" in target:
+        return target, None
+    folder = Path(target).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

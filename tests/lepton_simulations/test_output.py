@@ -176,19 +176,22 @@ def test_mlflow_that_is_not_installed_is_named(monkeypatch, tmp_path):
         log_to_mlflow(str(tmp_path), "run", {}, [], {}, [])
 
 
+@pytest.mark.filterwarnings("default")  # what MLflow's own dependencies warn of is not ours to change
 def test_mlflow_takes_a_run(tmp_path, recorded):
     pytest.importorskip("mlflow", reason="mlflow is not installed; it is no dependency")
     from mlflow.tracking import MlflowClient
 
-    target = f"sqlite:///{tmp_path}/mlflow.db"
     parameters = {"run": {"task": "digits", "rounds": 3}}
     tags = {"weights_sha256": recorded.weights_sha256}
-    run_id = log_to_mlflow(target, "one", parameters, recorded.rows, tags, [])
-    run = MlflowClient(target).get_run(run_id)
+    files = [recorded.folder / "metrics.csv"]
+    run_id = log_to_mlflow(str(tmp_path / "ml"), "one", parameters, recorded.rows, tags, files)
+    client = MlflowClient(f"sqlite:///{tmp_path}/ml/mlflow.db")
+    run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["run.rounds"] == "3"
     assert run.data.tags["weights_sha256"] == recorded.weights_sha256
-    history = MlflowClient(target).get_metric_history(run_id, "metrics/central_accuracy")
+    assert [file.path for file in client.list_artifacts(run_id)] == ["metrics.csv"]
+    history = client.get_metric_history(run_id, "metrics/central_accuracy")
     assert [point.step for point in history] == [1, 2, 3]
 
 
