@@ -1,6 +1,6 @@
 """Differential privacy: integer noise, mechanisms, accountants, budgets. Pure: no I/O.
 
-* ``spec``: what an operator may ask for, and which combinations are refused.
+* ``spec``: which combinations of a guarantee (``plan.PrivacySpec``) and a run are refused.
 * ``noise``: exact integer laws from a cryptographic generator.
 * ``clipping``: a clip norm that follows a quantile.
 * ``factorization``: correlated noise, the best buffers and bands.

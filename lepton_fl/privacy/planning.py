@@ -13,6 +13,7 @@ from math import sqrt
 from typing import Literal
 
 from lepton_fl.errors import ConfigError
+from lepton_fl.plan import PrivacySpec
 from lepton_fl.privacy.accounting import (
     Accountant,
     Adjacency,
@@ -36,7 +37,6 @@ from lepton_fl.privacy.factorization import (
     sensitivity,
 )
 from lepton_fl.privacy.mechanisms import Correlated, Independent, ReleaseMechanism
-from lepton_fl.privacy.spec import PrivacySpec
 
 Central = Literal["every-round", "independent", "banded", "blt", "poisson"]
 CENTRAL: tuple[Central, ...] = ("every-round", "independent", "banded", "blt", "poisson")

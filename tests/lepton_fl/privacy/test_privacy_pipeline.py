@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from lepton_fl.errors import Rejection, UpdateRejected
-from lepton_fl.plan import LocalPlan, RoundPlan
+from lepton_fl.plan import LocalPlan, PrivacySpec, RoundPlan
 from lepton_fl.privacy.audit import noise_interval
 from lepton_fl.privacy.noise import Keystream, simulation_key
 from lepton_fl.privacy.planning import prepare
-from lepton_fl.privacy.spec import PrivacySpec
 from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
 from lepton_fl.vector import check_norm, encode
 
@@ -60,7 +59,8 @@ def test_the_integers_are_the_clipped_update_to_one_step(deltas, step, clip):
         norm = float(np.linalg.norm(exact))
         clipped = exact * min(1.0, clip / norm) if norm else exact
         error = np.abs(encoded.updates[row] * step - clipped)
-        assert np.all(error <= step * (1 + 1e-6) + 1e-9 * np.abs(clipped))
+        # A clipped one is a quarter of a millionth shorter, so that no rounding can make it longer.
+        assert np.all(error <= step * (1 + 1e-6) + 3.1e-7 * np.abs(clipped))
         assert np.all(np.abs(encoded.updates[row] * step) <= np.abs(clipped) * (1 + 1e-9))
 
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.plan import AggregationSpec, CohortSpec, RunSpec
+from lepton_fl.plan import AggregationSpec, CohortSpec, PrivacySpec, RunSpec
 from lepton_fl.privacy.budget import Account, Budget
 from lepton_fl.privacy.mechanisms import Correlated, Independent
 from lepton_fl.privacy.noise import Keystream, simulation_key
@@ -21,7 +21,7 @@ from lepton_fl.privacy.planning import (
     multiplier_for,
     prepare,
 )
-from lepton_fl.privacy.spec import PrivacySpec, refuse_conflicts
+from lepton_fl.privacy.spec import refuse_conflicts
 
 SMALL = Contract(rounds=500, cohort=100, population=5000, min_separation=50)
 RUN = {
