@@ -118,7 +118,7 @@ def test_a_ring_of_another_size_is_refused():
         Exact(1, 1, 1, 1, bits=64)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(cohort=st.integers(1, 1000), weight=st.integers(1, 1000), largest=st.floats(2.0**-12, 100.0))
 def test_the_finest_grid_that_fits(cohort, weight, largest):
     encoding, step = fit(10, cohort, weight, largest)
@@ -136,7 +136,7 @@ def test_equal_weights_and_unit_clips_fit_the_usual_grid():
     assert encoding.encode(update, 1) is not None
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=30), st.integers(1, 2**31 - 1))
 def test_limiting_keeps_directions_and_bounds(values, bound):
     update = np.array(values, np.int32)

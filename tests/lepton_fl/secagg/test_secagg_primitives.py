@@ -327,6 +327,7 @@ def test_field_elements_have_one_encoding():
 # --- the codec ------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60), st.text(max_size=40), st.integers(0, 2**64 - 1), st.sets(st.integers(0, 20)))
 def test_what_is_written_is_read(blob, text, number, positions):
     if len(text.encode()) > 255:
