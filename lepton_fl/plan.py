@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from math import ceil, cos, frexp, pi
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PROTOCOL_VERSION = 1  # of the messages of a round
 MAX_RETRIED = 256  # rounds of which a plan says that not their first attempt counted
@@ -299,18 +299,16 @@ class RunSpec(Frozen):
     seed: Annotated[int, Field(ge=0)] = 0  # of the initial model
     initial_model: str = ""  # SHA-256 of a stored model to start from; empty = a fresh one
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_privacy_implies(cls, body: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+    # Not mode="before": that would read the JSON of a file as Python objects, where a list is no tuple.
+    @model_validator(mode="after")
+    def _as_privacy_implies(self) -> Self:
         """What is not said follows from the guarantee; what is said and contradicts it is refused later."""
-        found = body.get("privacy") if isinstance(body, Mapping) else None
-        try:
-            privacy = PrivacySpec.model_validate(found)
-        except ValidationError:
-            return body  # none, or a wrong one, which the field's own check names
-        if privacy.unit != "device":
-            return body
-        return {"weighting": "equal", "clip_norm": privacy.clip_norm, **body}
+        if self.privacy and self.privacy.unit == "device":
+            implied = {"weighting": "equal", "clip_norm": self.privacy.clip_norm}
+            for name, value in implied.items():
+                if name not in self.model_fields_set:
+                    object.__setattr__(self, name, value)
+        return self
 
     @model_validator(mode="after")
     def _exact_grid(self) -> Self:

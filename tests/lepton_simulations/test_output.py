@@ -10,6 +10,7 @@ import pytest
 
 from lepton_fl.errors import ConfigError, NotFound, StateCorrupt
 from lepton_fl.plan import RunSpec
+from lepton_simulations import labels
 from lepton_simulations.api import run_scenario, simulate
 from lepton_simulations.book import read_rows, read_scenario
 from lepton_simulations.compare import compare, draw, read_run, read_runs
@@ -203,7 +204,7 @@ def config(**sections) -> SimulationConfig:
 
 
 def test_labels_name_what_is_simulated(recorded):
-    labels = simulated(
+    found = simulated(
         config(
             devices=DevicesConfig.model_validate(DEVICES),
             faults=FaultsConfig(drop_out=0.1, malicious=0.2, attack="label_flip", crash_rounds=(3,)),
@@ -212,7 +213,7 @@ def test_labels_name_what_is_simulated(recorded):
         539,
         "fused",
     )
-    assert labels == (
+    assert found == (
         "539 virtual devices: Dirichlet(0.1) over classes",
         "virtual time of 1 device class",
         "drop-out 10 %",
@@ -227,13 +228,16 @@ def test_labels_name_what_is_simulated(recorded):
 
 
 def test_a_replay_is_labelled():
-    labels = simulated(config(replay=ReplayConfig(file="x")), 5)
-    assert "times and drop-outs replayed from a journal" in labels
-    assert not any("drop-out 0" in label or "no faults" in label for label in labels)
+    found = simulated(config(replay=ReplayConfig(file="x")), 5)
+    assert "times and drop-outs replayed from a journal" in found
+    assert not any("drop-out 0" in label or "no faults" in label for label in found)
 
 
 def test_simulated_privacy_says_that_it_protects_nobody():
     assert "protects nobody" in PRIVACY_IS_SIMULATED
+    assert list(labels._privacy({"run": {"privacy": {"mechanism": "blt"}}})) == [PRIVACY_IS_SIMULATED]
+    assert list(labels._privacy({"run": {"secure_aggregation": {"enabled": True}}})) == [PRIVACY_IS_SIMULATED]
+    assert list(labels._privacy({"run": {"privacy": None, "secagg": False}})) == ["privacy: none"]
 
 
 # --- strategies by name ---------------------------------------------------------------------------------
