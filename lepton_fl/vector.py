@@ -10,12 +10,12 @@ buffers (step counters and the like) are state of one device and are never avera
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
-from math import isfinite, isqrt, prod
+from math import isqrt, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,8 +124,17 @@ def vector_digest(flat: Vector) -> str:
 
 GRID_LIMIT = 2**31 - 1  # the largest magnitude that fits the int32 on the wire
 EXACT = 2**53  # integers up to here are exact in float64
-SLACK = 2.0**-40  # taken off a clipping factor: more than float64 can be wrong about a norm
-_BLOCK = 1 << 15  # coordinates handled at a time, so that temporaries stay in cache
+SLACK = 2.0**-22  # taken off a clipping factor: more than float32 rounds up in a product
+_PIECE = 4096  # coordinates whose squares are added in one go; part of what a norm is, to the last bit
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """By what each of K updates is multiplied to become whole numbers."""
+
+    factors: NDArray[np.float32]  # (K,); 0 where the row is refused
+    norms: NDArray[np.float64]  # (K,) L2 norms before clipping; NaN where no bound was asked for
+    refused: Mapping[int, UpdateRejected] = field(default_factory=dict)  # row -> why
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,8 @@ class Encoded:
     """Updates as integers; a row that is refused is zero."""
 
     updates: NDArray[np.int32]  # (K, P), grid steps
-    norms: NDArray[np.float64]  # (K,) L2 norms before clipping; NaN where no bound was asked for
-    refused: Mapping[int, UpdateRejected] = field(default_factory=dict)  # row -> why
+    norms: NDArray[np.float64]  # as in ``Scaling``
+    refused: Mapping[int, UpdateRejected] = field(default_factory=dict)
 
 
 def encode(
@@ -153,17 +162,56 @@ def encode(
         clip_norm: the bound; 0 = no clipping.
         out: (K, P) int32 to write into; None = a new array.
     """
+    updates = np.empty(deltas.shape, np.int32) if out is None else out
+    found = scaling(deltas, step, clip_norm)
+    for part, whole in whole_numbers(deltas, found):
+        np.copyto(updates[:, part], whole, casting="unsafe")
+    if clip_norm:
+        for update in updates:
+            check_norm(update, step, clip_norm)
+    return Encoded(updates, found.norms, found.refused)
+
+
+def scaling(deltas: Vector, step: float, clip_norm: float = 0.0) -> Scaling:
+    """Look at K updates before they are encoded; see ``encode`` for the arguments."""
+    bound = clip_norm / step
+    norms = _norms(deltas) if clip_norm else np.full(len(deltas), np.nan)
+    factors = np.full(len(deltas), 1 / step)  # a power of two: exact in float32, short of overflow
+    with np.errstate(divide="ignore", invalid="ignore"):
+        longer = np.isfinite(norms) & (norms > clip_norm * (1 - SLACK))
+        factors[longer] = bound * (1 - SLACK) / norms[longer]
+    rounded = factors.astype(np.float32)
+    above = rounded > factors
+    rounded[above] = np.nextafter(rounded[above], np.float32(0))
+    if clip_norm and bound <= GRID_LIMIT:
+        wrong = np.flatnonzero(~np.isfinite(norms))  # all others are within the bound, so within the grid
+    else:
+        peaks = np.maximum(deltas.max(axis=1, initial=0.0), -deltas.min(axis=1, initial=0.0))  # NaN survives
+        with np.errstate(over="ignore", invalid="ignore"):
+            wrong = np.flatnonzero(~(peaks.astype(np.float64) * rounded <= GRID_LIMIT))
+    rounded[wrong] = 0
+    refused = {int(row): _refusal(deltas[row], step) for row in wrong}
+    return Scaling(rounded, norms, refused)
+
+
+def whole_numbers(deltas: Vector, found: Scaling) -> Iterator[tuple[slice, Vector]]:
+    """The encoded updates piece by piece: coordinates, and their (K, n) float32 values, all of them whole.
+
+    A piece is a buffer that the next one overwrites.
+    """
     count, size = deltas.shape
-    updates = np.empty((count, size), np.int32) if out is None else out
-    norms = np.full(count, np.nan)
-    refused: dict[int, UpdateRejected] = {}
-    for row in range(count):
-        try:
-            norms[row] = _encode_row(deltas[row], step, clip_norm, updates[row])
-        except UpdateRejected as refusal:
-            refused[row] = refusal
-            updates[row] = 0
-    return Encoded(updates, norms, refused)
+    width = _PIECE * max(1, 8 // max(1, count))
+    buffer = np.empty((count, min(width, size)), np.float32)
+    factors, refused = found.factors[:, None], list(found.refused)
+    for start in range(0, size, width):
+        part = slice(start, min(start + width, size))
+        whole = buffer[:, : part.stop - start]
+        with np.errstate(over="ignore", invalid="ignore"):  # in rows that are refused
+            np.multiply(deltas[:, part], factors, out=whole)
+        np.trunc(whole, out=whole)
+        if refused:
+            whole[refused] = 0
+        yield part, whole
 
 
 def to_grid(delta: Vector, step: float, clip_norm: float = 0.0) -> NDArray[np.int32]:
@@ -198,64 +246,32 @@ def _check_square(square: int, bound: float, step: float) -> None:
         )
 
 
-def _encode_row(delta: Vector, step: float, clip_norm: float, out: NDArray[np.int32]) -> float:
-    if clip_norm:
-        return _clip_row(delta, step, clip_norm, out)
-    scale = np.float32(1 / step)  # a power of two: exact in float32, short of overflow
-    for part in _blocks(len(delta)):
-        with np.errstate(over="ignore", invalid="ignore"):
-            scaled = delta[part] * scale
-        _to_integers(delta[part], scaled, out[part], step, part.start)
-    return float("nan")
-
-
-def _clip_row(delta: Vector, step: float, clip_norm: float, out: NDArray[np.int32]) -> float:
-    norm, bound = _norm(delta), clip_norm / step
-    longer = isfinite(norm) and norm > clip_norm * (1 - SLACK)  # what is not finite is refused below
-    factor = (clip_norm / norm * (1 - SLACK) if longer else 1.0) / step
-    square = 0.0
-    for part in _blocks(len(delta)):
-        scaled = delta[part].astype(np.float64)
-        scaled *= factor
-        _to_integers(delta[part], np.trunc(scaled, out=scaled), out[part], step, part.start)
-        square += float(scaled @ scaled)
-    _check_square(int(square) if bound * bound < EXACT / 2 else _square_norm(out, bound), bound, step)
-    return norm
-
-
-def _to_integers(
-    delta: Vector, scaled: NDArray[np.floating], out: NDArray[np.int32], step: float, start: int
-) -> None:
-    """Truncate toward zero, as a conversion to integers does; refuse what does not fit."""
-    peak = max(float(scaled.max()), -float(scaled.min()))  # NaN and infinity survive
-    if not peak <= GRID_LIMIT:
-        _refuse(delta, step, start)
-    np.copyto(out, scaled, casting="unsafe")
-
-
-def _refuse(delta: Vector, step: float, start: int) -> None:
+def _refusal(delta: Vector, step: float) -> UpdateRejected:
     wrong = np.flatnonzero(~np.isfinite(delta))
     if len(wrong):
-        raise UpdateRejected(
+        return UpdateRejected(
             Rejection.NON_FINITE,
-            f"Coordinate {start + int(wrong[0])} of the update is {delta[wrong[0]]}, not a finite number.",
+            f"Coordinate {int(wrong[0])} of the update is {delta[wrong[0]]}, not a finite number.",
             hint="Training diverged; lower the learning rate or look at the data of this device.",
         )
     peak = float(np.abs(delta).max())
-    raise UpdateRejected(
+    return UpdateRejected(
         Rejection.OUT_OF_RANGE,
         f"The largest coordinate of the update is {peak:g}, the bound is {GRID_LIMIT * step:g}.",
         hint="Training diverged, or the run's grid_step is too small for this task.",
     )
 
 
-def _norm(delta: Vector) -> float:
-    """L2 norm in float64; no float32 is too large for it."""
-    total = 0.0
-    for part in _blocks(len(delta)):
-        block = delta[part].astype(np.float64)
-        total += float(block @ block)
-    return float(np.sqrt(total))
+def _norms(deltas: Vector) -> NDArray[np.float64]:
+    """L2 norms of the rows in float64; no float32 is too large for it, and no row depends on the others."""
+    count, size = deltas.shape
+    squares = np.empty((count, -(-size // _PIECE)))
+    for number in range(squares.shape[1]):
+        piece = deltas[:, number * _PIECE : (number + 1) * _PIECE].astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares[:, number] = np.vecdot(piece, piece)
+    norms: NDArray[np.float64] = np.sqrt(squares.sum(axis=1))
+    return norms
 
 
 def _square_norm(update: NDArray[np.int32], bound: float) -> int:
@@ -275,4 +291,5 @@ def _square_norm(update: NDArray[np.int32], bound: float) -> int:
 
 
 def _blocks(size: int) -> list[slice]:
-    return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]
+    """Pieces for which no linear algebra library starts threads."""
+    return [slice(start, min(start + _PIECE, size)) for start in range(0, size, _PIECE)]

@@ -10,15 +10,16 @@ does not grow with the cohort.
     mean = accumulator.finalize()                         # (P,) float64
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
-from lepton_fl.vector import EXACT
+from lepton_fl.vector import EXACT, Scaling, Vector, encode, scaling, whole_numbers
 
 BLOCK = 1 << 14  # coordinates handled at a time, so that temporaries stay in cache
 
@@ -77,21 +78,62 @@ class Accumulator:
         Raises:
             UpdateRejected: wrong shape or type, or an example count below 1.
         """
-        check_batch(self._plan, batch)
+        check_batch(self._plan, batch.updates, batch.num_examples, np.int32)
         updates, weights = batch.updates, self.weights(batch.num_examples)
         weight = int(weights.sum())
         # int32 times so little stays exact in float64, where a product with a matrix is fastest.
         exact = weight <= EXACT >> 31
-        factors = weights.astype(np.float64) if exact else weights
+        factors = weights.astype(np.float64)
         for start in range(0, self._plan.update_size, BLOCK):
             part = slice(start, start + BLOCK)
             if exact:
-                self._sum[part] += (factors @ updates[:, part].astype(np.float64)).astype(np.int64)
+                self._sum[part] += _weighted(factors, updates[:, part].astype(np.float64))
             else:
                 for update, factor in zip(updates, weights, strict=True):
                     self._sum[part] += np.multiply(update[part], factor, dtype=np.int64)
         self.reports += len(updates)
         self.weight += weight
+
+    def add_deltas(
+        self, deltas: Vector, num_examples: NDArray[np.int64], leave_out: Collection[int] = ()
+    ) -> Scaling:
+        """Encode K updates and add them in one pass, without ever holding their integers.
+
+        The same integers and the same sum as ``vector.encode`` and ``add``.
+
+        Args:
+            deltas: (K, P) float32.
+            num_examples: (K,) at least 1 each.
+            leave_out: rows not to add.
+
+        Returns:
+            Their norms, and which rows were refused: these are not added.
+
+        Raises:
+            UpdateRejected: wrong shape or type, or an example count below 1.
+        """
+        plan = self._plan
+        check_batch(plan, deltas, num_examples, np.float32)
+        found = scaling(deltas, plan.grid_step, plan.clip_norm)
+        weights = self.weights(num_examples)
+        without = {*found.refused, *leave_out}
+        weights[list(without)] = 0
+        if int(weights.sum()) > EXACT >> 31:
+            encoded, kept = encode(deltas, plan.grid_step, plan.clip_norm), np.flatnonzero(weights)
+            self.add(UpdateBatch(encoded.updates[kept], num_examples[kept]))
+            return found
+        factors, squares = weights.astype(np.float64), np.zeros(len(deltas))
+        for part, whole in whole_numbers(deltas, found):
+            exact = whole.astype(np.float64)
+            if plan.clip_norm:
+                squares += np.vecdot(exact, exact)
+            self._sum[part] += _weighted(factors, exact)
+        # SLACK is far above what float64 rounds: should this ever fail, the bound is not kept.
+        if plan.clip_norm and float(squares.max(initial=0.0)) > (plan.clip_norm / plan.grid_step) ** 2:
+            raise RunError(f"An update is longer than clip_norm={plan.clip_norm:g} after clipping.")
+        self.reports += len(deltas) - len(without)
+        self.weight += int(weights.sum())
+        return found
 
     def weights(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """The weight of devices with so many examples: (K,) to (K,)."""
@@ -136,18 +178,31 @@ class Accumulator:
         return mean
 
 
-def check_batch(plan: RoundPlan, batch: UpdateBatch) -> None:
+def _weighted(factors: NDArray[np.float64], updates: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The weighted sum over the rows of a piece, exact; ``updates`` is used up."""
+    if len(updates) == 1:  # a product with one row is slow
+        updates *= factors[0]
+        total = updates[0]
+    else:
+        total = factors @ updates
+    whole: NDArray[np.int64] = total.astype(np.int64)
+    return whole
+
+
+def check_batch(
+    plan: RoundPlan, updates: NDArray[Any], counts: NDArray[np.int64], dtype: type[np.generic]
+) -> None:
     """Refuse a batch that is not of this plan.
 
     Raises:
         UpdateRejected: wrong shape or type, or an example count below 1.
     """
-    updates, counts = batch.updates, batch.num_examples
     expected = (len(counts), plan.update_size)
-    if updates.shape != expected or updates.dtype != np.int32:
+    if updates.shape != expected or updates.dtype != dtype:
         raise UpdateRejected(
             Rejection.WRONG_SHAPE,
-            f"Expected updates of shape {expected} and type int32, got {updates.shape} {updates.dtype}.",
+            f"Expected updates of shape {expected} and type {np.dtype(dtype)}, got {updates.shape} "
+            f"{updates.dtype}.",
         )
     if len(counts) and int(counts.min()) < 1:
         raise UpdateRejected(Rejection.OUT_OF_RANGE, f"num_examples is {int(counts.min())}, expected >= 1.")

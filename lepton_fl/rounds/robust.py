@@ -74,7 +74,7 @@ class RobustAggregator:
             UpdateRejected: wrong shape or type, or an example count below 1.
             RunError: more reports than the plan wants.
         """
-        check_batch(self._plan, batch)
+        check_batch(self._plan, batch.updates, batch.num_examples, np.int32)
         after = self.reports + len(batch.updates)
         if after > len(self._rows):
             raise RunError(f"{after} reports came, the plan wants {len(self._rows)}.")

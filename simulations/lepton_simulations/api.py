@@ -9,8 +9,8 @@
 Everything above the messages is the code of a real fleet: the same plans, codec, checks, sums and optimisers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
@@ -40,6 +40,7 @@ from lepton_simulations.labels import simulated
 from lepton_simulations.replaying import as_recorded, recorded_world
 from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
 from lepton_simulations.settings import Strategy, explicit, run_settings
+from lepton_simulations.threads import one_thread
 from lepton_simulations.world import DevicesConfig, FaultsConfig, World
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def run_scenario(
     on_round = on_round or (lambda row: None)
     on_progress = on_progress or (lambda done, total: None)
     config = as_recorded(config)
-    with _one_thread():
+    with one_thread():
         fleet = build_fleet(config, task)
         fitted = _fitted(config, fleet.data)
         return _run(fitted, fleet, resume, on_round, on_progress, should_stop)
@@ -399,16 +400,3 @@ def _fitted(config: SimulationConfig, data: FederatedDataset) -> SimulationConfi
         }
     )
     return config.model_copy(update={"run": run.model_copy(update={"cohort": cohort})})
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Train with one thread: several fight over the cores with the workers, and fork only the caller."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

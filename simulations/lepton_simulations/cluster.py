@@ -398,13 +398,12 @@ class RayFollower:
         Args:
             scenario: JSON of the ``SimulationConfig``.
         """
-        import torch
-
         from lepton_simulations.api import build_fleet
         from lepton_simulations.backend import Alone
         from lepton_simulations.config import SimulationConfig
+        from lepton_simulations.threads import one_thread
 
-        torch.set_num_threads(1)
+        one_thread().__enter__()  # for good: this process does nothing else
         self._follower = Follower(Alone(build_fleet(SimulationConfig.model_validate_json(scenario))))
 
     def handle(self, body: str, names: list[str], *arrays: NDArray[Any]) -> tuple[str, dict[str, Any]]:

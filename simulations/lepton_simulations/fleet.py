@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lepton_fl.errors import DataContractError, Rejection, RunError, UpdateRejected
 from lepton_fl.plan import LocalPlan, RoundPlan, RunSpec
-from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
+from lepton_fl.rounds.accumulator import Accumulator
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import collect_evaluation
@@ -24,7 +24,7 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.tasks.federated import FederatedDataset
 from lepton_fl.tasks.metrics import Sums
-from lepton_fl.vector import Vector, encode
+from lepton_fl.vector import Vector
 from lepton_fl.wire.records import Records
 from lepton_simulations.backend import Outcome, Part, Trained
 from lepton_simulations.world import World, WorldConfig
@@ -60,7 +60,6 @@ class VirtualFleet:
     engine_note: str = ""  # why it is not the fastest engine; '' = it is
     _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)  # prepared
     _engine: "Engine | None" = None
-    _updates: NDArray[np.int32] | None = None  # (K, P), reused
 
     @classmethod
     def build(
@@ -181,13 +180,11 @@ class VirtualFleet:
         if not works:
             return Part([], refused)
         result = self.engine.train(model, works, plan.local, should_stop=should_stop)
-        encoded = encode(result.deltas, plan.grid_step, plan.clip_norm, out=self._buffer(len(works)))
-        failures = {**encoded.refused, **result.failures}
-        refused |= {names[row]: failure for row, failure in failures.items()}
         counts = np.array([len(work.data) for work in works], np.int64)
+        added = accumulator.add_deltas(result.deltas, counts, leave_out=result.failures)
+        failures = {**added.refused, **result.failures}
+        refused |= {names[row]: failure for row, failure in failures.items()}
         kept = [row for row in range(len(works)) if row not in failures]
-        updates = encoded.updates if len(kept) == len(works) else encoded.updates[kept]
-        accumulator.add(UpdateBatch(updates, counts[kept]))
         losses, seen = result.loss_sum.tolist(), result.seen.tolist()
         return Part([Trained(names[r], int(counts[r]), losses[r], seen[r]) for r in kept], refused)
 
@@ -215,12 +212,6 @@ class VirtualFleet:
 
         data = self.rows(device_id, TRAIN)
         return ClientWork(data, batch_seed(self.seed, device_id, plan.round, plan.attempt))
-
-    def _buffer(self, rows: int) -> NDArray[np.int32]:
-        if self._updates is None or len(self._updates) < rows:
-            self._updates = np.empty((max(rows, self.chunk), self.size), np.int32)
-        part: NDArray[np.int32] = self._updates[:rows]
-        return part
 
     def _choose_engine(self) -> None:
         from lepton_simulations.engines import ClientWork, choose

@@ -27,11 +27,12 @@ from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.task import Task
 from lepton_fl.wire.messages import Request
-from lepton_simulations.api import _one_thread, build_fleet
+from lepton_simulations.api import build_fleet
 from lepton_simulations.backends import local_backend
 from lepton_simulations.config import DataConfig, EngineConfig, SimulationConfig
 from lepton_simulations.exchange import InMemoryExchange
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
+from lepton_simulations.threads import one_thread
 from lepton_simulations.world.config import DevicesConfig, FaultsConfig
 from lepton_strategies.local_grid import AppNodes, EngineNodes, LocalGrid, Nodes
 
@@ -95,7 +96,7 @@ def local_grid(
         raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}.") from error
     with ExitStack() as stack:
         stack.enter_context(flower_process())
-        stack.enter_context(_one_thread())
+        stack.enter_context(one_thread())
         fleet = build_fleet(config, task if isinstance(task, Task) else None)
         backend = stack.enter_context(local_backend(fleet, workers))
         exchange = _Checked(InMemoryExchange(fleet, backend), plan)

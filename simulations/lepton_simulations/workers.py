@@ -37,6 +37,7 @@ from lepton_fl.vector import Vector
 from lepton_fl.wire.messages import MODEL, UPDATE, Request
 from lepton_fl.wire.records import Records
 from lepton_simulations.backend import Outcome, Part, Shard, chunks, refusal_from_json, refusal_to_json
+from lepton_simulations.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -337,17 +338,17 @@ def _serve(
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _one_thread()
     server = _Server(shard, board, desk)
-    while os.getppid() == parent:
-        try:
-            if not pipe.poll(PARENT_CHECK_S):
-                continue
-            answer = server.handle(json.loads(pipe.recv_bytes()))
-            if answer is not None:
-                pipe.send_bytes(json.dumps(answer).encode())
-        except (EOFError, OSError):
-            return
+    with one_thread():
+        while os.getppid() == parent:
+            try:
+                if not pipe.poll(PARENT_CHECK_S):
+                    continue
+                answer = server.handle(json.loads(pipe.recv_bytes()))
+                if answer is not None:
+                    pipe.send_bytes(json.dumps(answer).encode())
+            except (EOFError, OSError):
+                return
 
 
 @dataclass(eq=False)
@@ -378,12 +379,6 @@ class _Server:
             self.accumulator = Accumulator(self.plan, self.desk.total)
         part = self.shard.train(self.plan, self.board.model, devices, self.accumulator, self.board.stopped)
         return part.to_json() | {"weight": self.accumulator.weight, "reports": self.accumulator.reports}
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _encode(outcome: Outcome, update: NDArray[np.int32]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from lepton_fl.errors import RunError, UpdateRejected
+from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import LocalPlan, RoundPlan, RunSpec
 from lepton_fl.rounds import accumulator as module
 from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
+from lepton_fl.vector import check_norm, encode
 
 INT32 = 2**31 - 1
 
@@ -139,3 +140,83 @@ def test_what_is_refused_changes_nothing(updates, counts, message):
 def test_nothing_to_average():
     with pytest.raises(RunError, match="nothing to average"):
         Accumulator(plan(2)).finalize()
+
+
+# --- encoding and adding in one pass ---------------------------------------------------------------------
+
+
+def deltas_of(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """Updates of very different length, so that some are clipped and some are not."""
+    rng = np.random.default_rng(seed)
+    lengths = 10.0 ** rng.uniform(-4, 1, (count, 1))
+    return (rng.standard_normal((count, size)) * lengths / size**0.5).astype(np.float32)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 7.0, 300.0])
+@pytest.mark.parametrize(("count", "size"), [(1, 3), (1, 40_000), (3, 4096), (33, 9000)])
+def test_one_pass_gives_the_same_sum_as_encoding_first(clip_norm, count, size):
+    deltas, counts = deltas_of(count, size), np.arange(1, count + 1) * 1000
+    the_plan = plan(size, max_weight=2**16, clip_norm=clip_norm)
+    one, two = Accumulator(the_plan), Accumulator(the_plan)
+    found = one.add_deltas(deltas, counts)
+    encoded = encode(deltas, the_plan.grid_step, clip_norm)
+    two.add(UpdateBatch(encoded.updates, counts))
+    assert not found.refused
+    assert_array_equal(found.norms, encoded.norms)
+    assert (one.reports, one.weight) == (two.reports, two.weight)
+    assert_array_equal(one.finalize(), two.finalize())
+
+
+def test_heavy_devices_are_added_exactly_too():
+    deltas, counts = deltas_of(4, 50), np.full(4, 2**22)
+    the_plan = plan(50, max_weight=2**22, clip_norm=0.5)
+    one, two = Accumulator(the_plan), Accumulator(the_plan)
+    one.add_deltas(deltas, counts, leave_out=[1])
+    kept = [0, 2, 3]
+    two.add(UpdateBatch(encode(deltas, the_plan.grid_step, 0.5).updates[kept], counts[kept]))
+    assert one.weight == two.weight == 3 * 2**22
+    assert_array_equal(one.finalize(), two.finalize())
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e4])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_row_is_refused_and_the_others_are_added(clip_norm, bad):
+    deltas, counts = deltas_of(5, 5000), np.full(5, 10)
+    the_plan = plan(5000, clip_norm=clip_norm)
+    expected = Accumulator(the_plan)
+    expected.add_deltas(deltas[[0, 2, 4]], counts[:3])
+    deltas[1, 4999] = bad
+    accumulator = Accumulator(the_plan)
+    found = accumulator.add_deltas(deltas, counts, leave_out=[3])
+    assert list(found.refused) == [1]
+    assert found.refused[1].reason is Rejection.NON_FINITE
+    assert "4999" in str(found.refused[1])
+    assert (accumulator.reports, accumulator.weight) == (3, 30)
+    assert_array_equal(accumulator.finalize(), expected.finalize())
+
+
+def test_what_the_grid_cannot_hold_is_refused_unless_it_is_clipped():
+    deltas = np.array([[200.0, 0.0], [1.0, 1.0]], np.float32)  # the grid ends at 128
+    unclipped = Accumulator(plan(2)).add_deltas(deltas, np.array([1, 1]))
+    assert unclipped.refused[0].reason is Rejection.OUT_OF_RANGE
+    assert not Accumulator(plan(2, clip_norm=1.0)).add_deltas(deltas, np.array([1, 1])).refused
+
+
+def test_what_is_added_in_one_pass_is_checked():
+    with pytest.raises(UpdateRejected, match="shape"):
+        Accumulator(plan(2)).add_deltas(np.zeros((1, 3), np.float32), np.array([1]))
+    with pytest.raises(UpdateRejected, match="float64"):
+        Accumulator(plan(2)).add_deltas(np.zeros((1, 2)), np.array([1]))
+    with pytest.raises(UpdateRejected, match="num_examples"):
+        Accumulator(plan(2)).add_deltas(np.zeros((1, 2), np.float32), np.array([0]))
+
+
+def test_a_device_that_did_not_clip_is_refused_exactly():
+    bound = int(0.5 * 2**24)
+    check_norm(np.array([bound, 0], np.int32), 2.0**-24, 0.5)
+    with pytest.raises(UpdateRejected, match="L2 norm"):
+        check_norm(np.array([bound, 1], np.int32), 2.0**-24, 0.5)
+    long = 2**31 - 1
+    check_norm(np.array([long, 0], np.int32), 2.0**-24, long * 2.0**-24)  # beyond what float64 adds exactly
+    with pytest.raises(UpdateRejected, match="L2 norm"):
+        check_norm(np.array([long, 1], np.int32), 2.0**-24, long * 2.0**-24)

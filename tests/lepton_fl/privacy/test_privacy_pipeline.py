@@ -59,8 +59,8 @@ def test_the_integers_are_the_clipped_update_to_one_step(deltas, step, clip):
         norm = float(np.linalg.norm(exact))
         clipped = exact * min(1.0, clip / norm) if norm else exact
         error = np.abs(encoded.updates[row] * step - clipped)
-        # A clipped one is a quarter of a millionth shorter, so that no rounding can make it longer.
-        assert np.all(error <= step * (1 + 1e-6) + 3.1e-7 * np.abs(clipped))
+        # A clipped one may be half a millionth shorter, so that no rounding can make it longer.
+        assert np.all(error <= step * (1 + 1e-6) + 4.8e-7 * np.abs(clipped))
         assert np.all(np.abs(encoded.updates[row] * step) <= np.abs(clipped) * (1 + 1e-9))
 
 
