@@ -435,7 +435,7 @@ class AnyOrder(RuleBasedStateMachine):
             for dealer in range(self.c.server.n):
                 self.kinds.setdefault(dealer, set()).add("b" if dealer in members else "m")
 
-    @precondition(lambda self: not self.over and self.sent)
+    @precondition(lambda self: self.sent)
     @rule(pick=st.integers(0, 50))
     def an_old_message_comes_again(self, pick):
         (device, _), message = sorted(self.sent.items(), key=str)[pick % len(self.sent)]
