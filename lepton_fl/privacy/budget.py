@@ -145,11 +145,12 @@ class Account:
 
     budget: Budget
     entries: Mapping[str, Entry] = field(default_factory=dict)
+    carried: Mapping[Event, int] = field(default_factory=dict)  # committed entries whose keys were forgotten
 
     @cached_property
     def events(self) -> dict[Event, int]:
         """What counts: everything but the voided."""
-        counts: dict[Event, int] = {}
+        counts = dict(self.carried)
         for entry in self.entries.values():
             if entry.state != "voided":
                 counts[entry.event] = counts.get(entry.event, 0) + 1
@@ -214,6 +215,25 @@ class Account:
                 hint="Without it, the reservation stays spent.",
             )
         return self._with(replace(self._reserved(key), state="voided", evidence=evidence))
+
+    def record(self, key: str, event: Event) -> "Account":
+        """Add what turned out to have been released, without asking; never refused.
+
+        Raises:
+            StateConflict: there is an entry of this key already.
+        """
+        if key in self.entries:
+            raise StateConflict(f"Entry {key!r} of budget {self.budget.name!r} exists already.")
+        return self._with(Entry(key, event, "committed"))
+
+    def compacted(self) -> "Account":
+        """The same account, its settled entries counted and forgotten: it no longer grows with the run."""
+        carried = dict(self.carried)
+        for entry in self.entries.values():
+            if entry.state == "committed":
+                carried[entry.event] = carried.get(entry.event, 0) + 1
+        left = {key: entry for key, entry in self.entries.items() if entry.state == "reserved"}
+        return replace(self, entries=left, carried=carried)
 
     def _reserved(self, key: str) -> Entry:
         entry = self.entries.get(key)

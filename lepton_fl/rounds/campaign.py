@@ -11,7 +11,7 @@ with another cohort, a bounded number of times; then the run ends with a verdict
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil
 from random import Random
 from typing import Any, Literal, Protocol, Self
@@ -19,13 +19,14 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import ConfigError, LeptonError, QuorumError, RunError
+from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, RunError
 from lepton_fl.plan import MAX_RETRIED, RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
-from lepton_fl.rounds.collect import TRAINING, Collected, collect_evaluation, collect_training
+from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_evaluation, collect_training
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
+from lepton_fl.rounds.private import PrivateRounds, PrivateState, redact
 from lepton_fl.tasks.metrics import Metrics, Sums
 from lepton_fl.vector import Layout, Vector, vector_digest
 
@@ -68,6 +69,7 @@ class RunState:
     best: Best | None = None
     stale: int = 0  # evaluations since the best one
     retried: tuple[tuple[int, int], ...] = ()  # (round, attempt) of rounds whose first attempt did not count
+    private: PrivateState | None = None  # of a private run, after its first round
 
     @cached_property
     def model_sha256(self) -> str:
@@ -107,7 +109,7 @@ class Evaluated:
 class Verdict:
     """How a run ended, in one word and one sentence."""
 
-    outcome: Literal["completed", "stopped", "failed"]
+    outcome: Literal["completed", "stopped", "failed", "exhausted"]  # the last: a privacy budget is spent
     reason: str
 
 
@@ -161,12 +163,14 @@ class Campaign:
     claim: Callable[[Sequence[str]], bool] = lambda _: True  # take a drawn cohort; False: another run has it
     clock: Callable[[], float] = time.monotonic
     look_s: float = 1.0  # a waiting run looks around at least so often; inf in virtual time, which can jump
+    private: PrivateRounds | None = None  # of a run with privacy
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
 
     def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
         """Train until the last round, an early stop, a request to stop, or a failure."""
         try:
             personal_of(self.spec.local, self.work.layout)  # a wrong pattern ends the run now
+            self._resume_privacy(state)
             while True:
                 if self._evaluation_due(state):
                     state = self._evaluate(state)
@@ -178,8 +182,19 @@ class Campaign:
                 if advanced is None:
                     return Verdict("stopped", f"Stopped on request in round {state.round + 1}.")
                 state = advanced
+        except BudgetRefused as refusal:  # the last model stays as it is
+            return Verdict("exhausted", f"{refusal} {refusal.hint}".strip())
         except LeptonError as error:
             return Verdict("failed", f"{error} {error.hint}".strip())
+
+    def _resume_privacy(self, state: RunState) -> None:
+        if self.private is not None:
+            self.private.resume(state.private, state.round)
+        elif self.spec.privacy is not None:
+            raise ConfigError(
+                "run.privacy is set, and nothing here charges it or adds its noise.",
+                hint="Private runs work in `lepton simulate`.",
+            )
 
     def _finished(self, state: RunState) -> str:
         watch, best = self.spec.early_stop, state.best
@@ -201,10 +216,11 @@ class Campaign:
                 return None
             state = state.on(attempt=state.attempt + 1)
             plan = self._plan("train", number, state, cohort, self.spec.cohort.size)
+            if self.private:
+                self.private.reserve(plan)
             self.book.planned(plan)
             began = self.clock()
-            control = control_of(self.spec.local, state.server, len(state.model))
-            collected, mean = collect_training(plan, state.model, self.exchange, control, self.clock)
+            collected, mean = self._collect(plan, state)
             if mean is None:
                 stopped = should_stop()
                 cause, failures = collected.summary(), failures + 1
@@ -215,7 +231,7 @@ class Campaign:
             after = advance(self.spec, self.work, plan, state, mean, collected.reports)
             del mean
             seconds = self.clock() - began
-            metrics = TRAINING.summarise(collected.sums)
+            after, metrics = self._settled(after, collected)
             self.book.committed(Committed(after, collected, metrics, seconds, _bytes_down(plan)))
             return after
         raise RunError(
@@ -223,12 +239,34 @@ class Campaign:
             hint="See `lepton run show` for each device's reason; cohort.max_attempts bounds the attempts.",
         )
 
+    def _collect(self, plan: RoundPlan, state: RunState) -> tuple[Collected, NDArray[np.float64] | None]:
+        """One attempt; of a private run, its noise is in the mean."""
+        control = control_of(self.spec.local, state.server, len(state.model))
+        finish = partial(self.private.release, plan) if self.private else None
+        collected, mean = collect_training(plan, state.model, self.exchange, control, self.clock, finish)
+        if self.private:
+            redact(collected)
+            if mean is None:
+                self.private.void(plan, f"Nothing was added up: {collected.summary()}.")
+        return collected, mean
+
+    def _settled(self, after: RunState, collected: Collected) -> tuple[RunState, dict[str, float]]:
+        """The state to commit, and what may be told of the round."""
+        if self.private is None:
+            return after, TRAINING.summarise(collected.sums)
+        accepted = [d for d, entry in collected.participation.items() if entry.outcome == ACCEPTED]
+        return after.on(private=self.private.commit(collected.plan, accepted)), self.private.metrics()
+
+    def _candidates(self) -> Sequence[Candidate]:
+        found = self.roster.candidates()
+        return self.private.rested(found) if self.private else found
+
     def _quorum(self, should_stop: Callable[[], bool]) -> tuple[str, ...] | None:
         """Wait for enough eligible devices and draw from them; None: asked to stop."""
         spec, needed, asked = self.spec.cohort, self._needed(), self._asked()
         began, shown, shown_at = self.clock(), "", 0.0
         while not should_stop():
-            candidates = self.roster.candidates()
+            candidates = self._candidates()
             ids, waited = eligible(candidates), self.clock() - began
             full = len(ids) >= min(asked, self._could_come(candidates))
             if len(ids) >= needed and (full or waited >= spec.fill_wait_s):
@@ -291,12 +329,17 @@ class Campaign:
         return after
 
     def _evaluate_on_devices(self, state: RunState) -> Collected | None:
-        ids = eligible(self.roster.candidates()) if self.work.evaluate_on_devices else []
+        ids = eligible(self.roster.candidates()) if self._on_devices else []
         size = self.spec.evaluate_cohort or self.spec.cohort.size
         if not ids:
             return None
         plan = self._plan("evaluate", state.round, state, draw(ids, size, self.rng), size)
         return collect_evaluation(plan, state.model, self.exchange, self.work.metrics, self.clock)
+
+    @property
+    def _on_devices(self) -> bool:
+        """Whether devices evaluate; their counts would be a release, which a private run does not make."""
+        return self.work.evaluate_on_devices and self.spec.privacy is None
 
     def _heard(self, collected: Collected | None) -> bool:
         """Whether the watched metric can be expected; a silent fleet does not end a run."""
@@ -307,7 +350,7 @@ class Campaign:
     def _watched(self) -> str:
         """The devices' figure, unless only the central one is computed."""
         name = self.spec.early_stop.metric
-        return name if self.work.evaluate_on_devices or name.startswith("central_") else f"central_{name}"
+        return name if self._on_devices or name.startswith("central_") else f"central_{name}"
 
     def _judge(self, state: RunState, metrics: Mapping[str, float]) -> tuple[RunState, bool]:
         watch, best = self.spec.early_stop, state.best

@@ -26,6 +26,7 @@ from lepton_fl.wire.records import Records
 ACCEPTED = "accepted"
 SURPLUS = "surplus"  # asked, but the round closed with enough others before it answered
 Clock = Callable[[], float]  # seconds since some moment
+Finish = Callable[[Aggregator], NDArray[np.float64]]  # makes one update of those of a round
 TRAINING = TrainingLoss()  # what every training reports, whatever the task
 
 
@@ -82,6 +83,7 @@ def collect_training(
     exchange: Exchange,
     auxiliary: Vector | None = None,
     clock: Clock = time.monotonic,
+    finish: Finish | None = None,
 ) -> tuple[Collected, NDArray[np.float64] | None]:
     """One attempt at a training round.
 
@@ -91,6 +93,7 @@ def collect_training(
         exchange: carries the request and the answers.
         auxiliary: (A,) what else devices need; None where ``plan.auxiliary`` is 0.
         clock: says when each answer came.
+        finish: makes the update of what was aggregated, if enough have answered; None = as it is.
 
     Returns:
         What happened, and the (P + A,) mean update, or None if fewer than ``plan.min_reports`` came.
@@ -109,7 +112,9 @@ def collect_training(
 
     request = Request.of(plan, model, auxiliary)
     collected = _collect(plan, request, exchange, TRAINING, take, take_many, clock)
-    return collected, (aggregator.finalize() if collected.enough else None)
+    if not collected.enough:
+        return collected, None
+    return collected, (finish(aggregator) if finish else aggregator.finalize())
 
 
 def make_aggregator(plan: RoundPlan) -> Aggregator:

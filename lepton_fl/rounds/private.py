@@ -1,0 +1,376 @@
+"""Device-level central privacy in rounds: who may be asked, what is charged, the noise, what is remembered.
+
+    private = PrivateRounds(spec, run_id, prepared(spec, coordinates=P), ledger, sealing_key=key)
+    private.resume(state.private, state.round)
+    private.reserve(plan)                        # before anybody is asked; BudgetRefused
+    mean = private.release(plan, accumulator)    # noise on the exact sum, then the public denominator
+    state = state.on(private=private.commit(plan, accepted))      # or private.void(plan, evidence)
+
+The coordinator sees updates, losses and example counts, as everywhere under central trust. What leaves it is
+the noisy mean: losses and counts are neither reported nor journalled in a private run.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_fl.errors import RunError, StateCorrupt
+from lepton_fl.plan import PrivacySpec, RoundPlan, RunSpec
+from lepton_fl.privacy.budget import Budget
+from lepton_fl.privacy.events import Event, Gaussian, from_json, to_json
+from lepton_fl.privacy.factorization import participations
+from lepton_fl.privacy.mechanisms import Correlated, Independent, ReleaseMechanism
+from lepton_fl.privacy.noise import Keystream
+from lepton_fl.privacy.planning import Prepared, prepare
+from lepton_fl.privacy.sealing import seal, unseal
+from lepton_fl.privacy.spec import refuse_conflicts
+from lepton_fl.rounds.accumulator import BLOCK, Accumulator, Aggregator
+from lepton_fl.rounds.cohort import Candidate
+from lepton_fl.rounds.collect import Collected
+from lepton_fl.rounds.ledger import Ledger
+
+_STATE_FORMAT = "lepton private rounds 1"
+
+
+def refuse_run(spec: RunSpec, *, central_evaluation: bool, also: Iterable[str] = ()) -> None:
+    """Refuse a run whose guarantee would not be true, or that rounds cannot keep yet.
+
+    Args:
+        spec: of the run; without ``privacy`` there is nothing to refuse.
+        central_evaluation: whether models are evaluated on public rows, and on no device.
+        also: further reasons, which the caller has found.
+
+    Raises:
+        ConfigError: names every conflict at once.
+    """
+    privacy = spec.privacy
+    if privacy is None:
+        return
+    missing = {
+        "unit='example' is not trained by devices yet": privacy.unit == "example",
+        "trust='distributed' is not carried by rounds yet": privacy.trust == "distributed",
+        "adaptive_clip is not carried by rounds yet": privacy.adaptive_clip is not None,
+        "sampling='poisson' needs cohorts of random size, which are not drawn yet": (
+            privacy.sampling == "poisson"
+        ),
+        "weight_cap is not known to devices yet": privacy.weight_cap > 0,
+    }
+    refuse_conflicts(
+        privacy,
+        spec,
+        secure_aggregation=False,
+        central_evaluation=central_evaluation,
+        also=[*also, *(why for why, is_so in missing.items() if is_so)],
+    )
+
+
+def prepared(spec: RunSpec, coordinates: int) -> Prepared:
+    """The mechanism of a run; takes seconds for correlated noise.
+
+    Args:
+        spec: of the run, with ``privacy``.
+        coordinates: P of the model.
+
+    Raises:
+        ConfigError: the numbers contradict each other.
+    """
+    return prepare(
+        _privacy(spec),
+        rounds=spec.rounds,
+        cohort=spec.cohort.size,
+        coordinates=coordinates,
+        grid_step=spec.grid_step,
+    )
+
+
+def budget_of(spec: RunSpec, ready: Prepared, name: str) -> Budget:
+    """The budget that a run needs, and no more: its epsilon, or what its noise is worth."""
+    privacy = _privacy(spec)
+    return Budget(name, privacy.epsilon or ready.epsilon, privacy.delta, adjacency=privacy.adjacency)
+
+
+@dataclass(frozen=True)
+class PrivateState:
+    """What the next private round depends on; part of a run's committed state.
+
+    Attributes:
+        noise: what the mechanism remembers, sealed; empty if it remembers nothing.
+        took_part: device -> the last round that it counted in, and how many; forgotten when neither matters.
+        charged: what the run has cost so far, counted.
+        separation: the smallest number of rounds between two participations of a device; the contract's, if
+            that was kept.
+        times: the most participations of a device; the contract's, if that was kept.
+    """
+
+    noise: bytes = field(default=b"", repr=False)
+    took_part: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    charged: Mapping[Event, int] = field(default_factory=dict)
+    separation: int = 1
+    times: int = 0
+
+    def to_bytes(self) -> bytes:
+        """A line of JSON, and the sealed noise."""
+        header = {
+            "format": _STATE_FORMAT,
+            "took_part": {device: list(pair) for device, pair in self.took_part.items()},
+            "charged": [[to_json(event), count] for event, count in self.charged.items()],
+            "separation": self.separation,
+            "times": self.times,
+        }
+        return json.dumps(header, sort_keys=True, separators=(",", ":")).encode() + b"\n" + self.noise
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read back what :meth:`to_bytes` wrote.
+
+        Raises:
+            StateCorrupt: it is something else.
+        """
+        line, _, noise = data.partition(b"\n")
+        try:
+            header = json.loads(line)
+            if header["format"] != _STATE_FORMAT:
+                raise ValueError("another format")
+            took_part = {str(d): (int(last), int(times)) for d, (last, times) in header["took_part"].items()}
+            charged = {from_json(text): int(count) for text, count in header["charged"]}
+            return cls(noise, took_part, charged, int(header["separation"]), int(header["times"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateCorrupt(
+                f"Expected the state of private rounds, got bytes that are none ({error})."
+            ) from error
+
+
+class PrivateRounds:
+    """Keeps the guarantee of one run; made anew, or resumed, whenever its rounds start."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        run_id: str,
+        ready: Prepared,
+        ledger: Ledger,
+        *,
+        sealing_key: bytes,
+        stream: Callable[[RoundPlan], Keystream] = lambda plan: Keystream(),
+    ) -> None:
+        """Prepare; nothing is charged yet.
+
+        Args:
+            spec: of the run, with ``privacy`` of device level and central trust.
+            run_id: its name in the ledger.
+            ready: see ``prepared``.
+            ledger: what is charged.
+            sealing_key: 32 bytes; encrypts remembered noise at rest.
+            stream: of an attempt's noise; fresh from the operating system, but in a simulation.
+        """
+        if ready.mechanism is None:
+            raise RunError("The noise of this guarantee is not the coordinator's.")
+        self._spec, self._privacy, self._run_id = spec, _privacy(spec), run_id
+        self._start: ReleaseMechanism = ready.mechanism
+        self._mechanism = self._following = self._start
+        self._ready, self._ledger, self._key, self._stream = ready, ledger, sealing_key, stream
+        self._round = 0  # the last committed one
+        self._pending: list[Event] = []  # what the attempt in hand costs
+        self._state = self._fresh()
+
+    def resume(self, state: PrivateState | None, round_number: int) -> None:
+        """Go on after a committed round.
+
+        Args:
+            state: as it was committed; None before the first round.
+            round_number: that round; 0 before the first.
+
+        Raises:
+            StateCorrupt: there is no such state, or it belongs to another run, round or key.
+        """
+        if state is None and round_number:
+            raise StateCorrupt(
+                f"Round {round_number} of run {self._run_id} is committed without a state of its privacy.",
+                hint="What it has spent is not known. Start a new run.",
+            )
+        self._state, self._round = state or self._fresh(), round_number
+        self._mechanism, self._pending = self._start, []
+        if state is not None and isinstance(self._start, Correlated):
+            opened = unseal(state.noise, self._key, run_id=self._run_id, round_number=round_number)
+            self._mechanism = self._start.restored(opened)
+
+    def _fresh(self) -> PrivateState:
+        return PrivateState(separation=self._privacy.min_separation, times=self._privacy.max_participations)
+
+    # --- who may be asked ---------------------------------------------------------------------------
+
+    def rested(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """The same candidates; those who would break the participation contract stand as resting."""
+        if not self._privacy.has_contract:
+            return candidates
+        return [
+            replace(c, standing="resting")
+            if c.standing == "eligible" and not self.may_ask(c.device_id)
+            else c
+            for c in candidates
+        ]
+
+    def may_ask(self, device_id: str) -> bool:
+        """Whether a device may take part in the next round."""
+        last, times = self._state.took_part.get(device_id, (-self._privacy.min_separation, 0))
+        most = self._privacy.max_participations
+        return self._round + 1 - last >= self._privacy.min_separation and not 0 < most <= times
+
+    # --- what is charged ----------------------------------------------------------------------------
+
+    def reserve(self, plan: RoundPlan) -> None:
+        """Set aside what an attempt costs.
+
+        Raises:
+            BudgetRefused: it does not fit; nobody may be asked.
+        """
+        doubts = self._ledger.in_doubt(self._run_id, plan.round)
+        event, again = self._mechanism.charge(plan.round), self._mechanism.charge(plan.round, repeat=True)
+        # What was charged for an attempt in doubt stays charged; each further one costs a repeated release.
+        self._ledger.reserve(self._run_id, plan.round, plan.attempt, again if doubts else event)
+        self._pending = [e for e in (event, *[again] * doubts) if e is not None]
+
+    def void(self, plan: RoundPlan, evidence: str) -> None:
+        """Give back what was set aside: nothing was released."""
+        self._ledger.void(self._run_id, plan.round, plan.attempt, evidence)
+        self._pending = []
+
+    # --- the release --------------------------------------------------------------------------------
+
+    def release(self, plan: RoundPlan, aggregator: Aggregator) -> NDArray[np.float64]:
+        """The private mean update, (P,) float64; the aggregator's sum is used up.
+
+        The denominator is the planned cohort: how many have answered depends on the devices.
+
+        Raises:
+            RunError: the updates were not added exactly.
+        """
+        if not isinstance(aggregator, Accumulator):
+            raise RunError(f"Noise is added to exact sums; {plan.aggregation.name!r} makes none.")
+        total = aggregator.subtotal().total
+        stream = self._stream(plan)
+        self._following = self._mechanism.release(total, plan.round, stream).following
+        return scaled(total, plan.grid_step / self._spec.cohort.size)
+
+    def commit(self, plan: RoundPlan, accepted: Iterable[str]) -> PrivateState:
+        """Settle a release.
+
+        Args:
+            plan: of the attempt.
+            accepted: the devices whose updates are in the sum.
+
+        Returns:
+            What is to be committed with the round.
+        """
+        self._ledger.commit(self._run_id, plan.round, plan.attempt)
+        self._mechanism, self._round = self._following, plan.round
+        before = self._state
+        seen = self._seen(before, plan.round, sorted(accepted))
+        for event in self._pending:
+            seen = _charged(seen, event)
+        if (extra := self._violation(before, seen)) is not None:
+            self._ledger.record(self._run_id, plan.round, plan.attempt, extra)
+            seen = _charged(seen, extra)
+        self._pending = []
+        self._state = replace(seen, noise=self._sealed(plan.round))
+        return self._state
+
+    def _sealed(self, round_number: int) -> bytes:
+        if not isinstance(self._mechanism, Correlated):
+            return b""
+        state = self._mechanism.state()
+        return seal(state, self._key, run_id=self._run_id, round_number=round_number)
+
+    def _seen(self, state: PrivateState, round_number: int, accepted: Sequence[str]) -> PrivateState:
+        """The participations after a round, and how far the contract was kept."""
+        if not self._privacy.has_contract:
+            return state
+        took_part = dict(state.took_part)
+        separation, times = state.separation, state.times
+        for device_id in accepted:
+            last, before = took_part.get(device_id, (round_number - separation, 0))
+            separation = min(separation, max(1, round_number - last))
+            times = max(times, before + 1) if times else 0
+            took_part[device_id] = round_number, before + 1
+        if not times:  # only the separation is promised: whoever has rested is as if never asked
+            rested = round_number + 1 - self._privacy.min_separation
+            took_part = {d: pair for d, pair in took_part.items() if pair[0] > rested}
+        return replace(state, took_part=took_part, separation=separation, times=times)
+
+    def _violation(self, before: PrivateState, after: PrivateState) -> Event | None:
+        """What a broken contract costs on top, so that all charges together are those of the run as it is."""
+        if (before.separation, before.times) == (after.separation, after.times):
+            return None
+        planned = self._whole(self._spec.rounds, before)
+        actual = self._whole(self._spec.rounds, after)
+        if planned is None or actual is None:
+            return None
+        more = 1 / actual.noise_multiplier**2 - 1 / planned.noise_multiplier**2
+        return Gaussian(1 / sqrt(more)) if more > 0 else None
+
+    def _whole(self, rounds: int, state: PrivateState) -> Gaussian | None:
+        """What so many rounds cost together; None where each round is charged by itself."""
+        if isinstance(self._start, Correlated):
+            return self._start.event_of(rounds, state.separation, state.times)
+        if isinstance(self._start, Independent) and self._start.participations:
+            return self._start.event_of(participations(rounds, state.separation, state.times))
+        return None
+
+    # --- what may be told ---------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last committed round.
+
+        ``epsilon`` is what the rounds so far have cost, ``epsilon_charged`` what is charged for them:
+        correlated noise is paid before the first round, for all of them.
+        """
+        counts, whole = dict(self._state.charged), self._whole(self._spec.rounds, self._fresh())
+        if whole is not None and counts.get(whole):
+            so_far = self._whole(self._round, self._fresh())
+            assert so_far is not None  # as above
+            counts[whole] -= 1
+            counts[so_far] = counts.get(so_far, 0) + 1
+        return {
+            "epsilon": self._epsilon(counts),
+            "epsilon_charged": self._epsilon(self._state.charged),
+            "delta": self._privacy.delta,
+            "noise_multiplier": self._ready.noise_multiplier,
+            "clip_norm": self._privacy.clip_norm,
+        }
+
+    def _epsilon(self, counts: Mapping[Event, int]) -> float:
+        reader = budget_of(self._spec, self._ready, self._run_id).reader(counts)
+        return reader.epsilon(counts, self._privacy.delta)
+
+
+def redact(collected: Collected) -> None:
+    """Forget what devices said of themselves: losses, example counts, seconds, and the words of refusals."""
+    collected.sums = {}
+    collected.participation = {
+        device_id: replace(entry, detail="", num_examples=0, seconds=0.0)
+        for device_id, entry in collected.participation.items()
+    }
+
+
+def scaled(total: NDArray[np.int64], factor: float) -> NDArray[np.float64]:
+    """``total * factor`` in the place of ``total``, which is used up."""
+    mean = total.view(np.float64)  # same item size
+    for start in range(0, len(mean), BLOCK):
+        part = slice(start, start + BLOCK)
+        mean[part] = total[part] * factor
+    return mean
+
+
+def _charged(state: PrivateState, event: Event) -> PrivateState:
+    return replace(state, charged={**state.charged, event: state.charged.get(event, 0) + 1})
+
+
+def _privacy(spec: RunSpec) -> PrivacySpec:
+    if spec.privacy is None:
+        raise RunError("This run asks for no privacy.")
+    return spec.privacy
