@@ -10,6 +10,7 @@ from lepton_fl.config import load
 from lepton_fl.errors import ConfigError, TaskError
 from lepton_fl.files import BlobStore, canonical_json, write_atomic
 from lepton_fl.plan import RunSpec
+from lepton_fl.rounds.private import refuse_run
 from lepton_server.store import Run, Store
 
 JOURNAL_FORMAT = "lepton run journal 1"
@@ -41,12 +42,18 @@ def run_spec(path: Path | None, given: dict[str, Any], model: type[RunFile] = Ru
     if size is not None and "run.cohort.min_reports" not in overrides and path is None:
         overrides["run.cohort.min_reports"] = max(1, size // 2)
     spec = load(model, path, env={}, overrides=overrides).value.run
-    refuse_buffered(spec)
+    refuse_unknown(spec)
     return spec
 
 
-def refuse_buffered(spec: RunSpec) -> None:
-    """This process drives rounds; raises ConfigError for a run that needs none."""
+def refuse_unknown(spec: RunSpec) -> None:
+    """Refuse what this process cannot do: a run without rounds, or one whose privacy has no ledger.
+
+    Raises:
+        ConfigError: names all that stands in the way of the privacy.
+    """
+    no_ledger = "the coordinator keeps no privacy ledger yet, which would charge its releases and refuse them"
+    refuse_run(spec, central_evaluation=bool(spec.central_data), also=[no_ledger])
     if spec.mode == "buffered":
         raise ConfigError(
             "The coordinator drives synchronous rounds only; run.mode is 'buffered'.",

@@ -27,7 +27,7 @@ from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink
 from lepton_server.ops import Meters
 from lepton_server.patience import PASSING, RETRY_S, Interrupted, Patience, Stopped, one_line
-from lepton_server.requests import refuse_buffered
+from lepton_server.requests import refuse_unknown
 from lepton_server.store import Store, TaskRegistered
 from lepton_server.workshop import Workshop
 
@@ -197,7 +197,7 @@ class RunDriver:
 
     def _run(self, run_id: str) -> Verdict:
         spec = RunSpec.model_validate_json(json.dumps(self._store.run(run_id).spec))
-        refuse_buffered(spec)
+        refuse_unknown(spec)
         patience = self._patience(run_id)
         self._record_start(run_id, patience)
         work, initial = self._prepare(spec, patience)

@@ -7,7 +7,8 @@
         metrics.csv, .parquet  the same as tables
         participation.parquet  one line a device
         state.json             the commit point: what the next round depends on; its size does not grow
-        checkpoints/           models and optimiser states (safetensors), named by SHA-256
+        checkpoints/           models and optimiser states (safetensors), named by SHA-256; of a private run,
+                               the sealed noise and who took part when
         plots/  tensorboard/   for people; see ``plot`` and ``sinks``
         model.safetensors      the final model, by tensor names
 
@@ -35,6 +36,7 @@ from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated, RunState
 from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.optimizers import ServerState
+from lepton_fl.rounds.private import PrivateState
 from lepton_fl.vector import Layout, Vector
 from lepton_simulations.appended import AppendedFile, on_disk
 from lepton_simulations.config import SimulationConfig
@@ -167,7 +169,7 @@ class MemoryBook:
             round=round_.state.round,
             reports=round_.collected.reports,
             asked=len(round_.collected.plan.cohort),
-            train_loss=round_.metrics.get("loss", 0.0),
+            train_loss=round_.metrics.get("loss"),
             metrics={},
             outcomes=dict(sorted(Counter(str(entry.outcome) for entry in entries).items())),
             bytes_up=sum(attempt.bytes_up for attempt in attempts),
@@ -239,7 +241,7 @@ class FolderBook(MemoryBook):
         self._blobs = BlobStore(self.folder / "checkpoints")
         self._journal = AppendedFile(self.folder / "journal.jsonl")
         self._metrics = AppendedFile(self.folder / "metrics.jsonl")
-        self._checkpoint = self._best_checkpoint = ""
+        self._checkpoint = self._best_checkpoint = self._private = ""
         self._csv_due = 0.0
         self._board: EventFile | None = None
 
@@ -317,6 +319,8 @@ class FolderBook(MemoryBook):
         """Journal a round and make it durable."""
         tensors = {MODEL: round_.state.model, **round_.state.server.slots}
         self._checkpoint = self._blobs.put(_encode(tensors))
+        if round_.state.private:
+            self._private = self._blobs.put(round_.state.private.to_bytes())
         super().committed(round_)
 
     def evaluated(self, evaluation: Evaluated) -> None:
@@ -362,6 +366,7 @@ class FolderBook(MemoryBook):
                 "evaluated": state.evaluated,
                 "stale": state.stale,
                 "retried": state.retried,
+                "private": self._private,
                 "best": asdict(state.best) if state.best else None,
             },
             "random": self._rng.getstate(),
@@ -370,7 +375,7 @@ class FolderBook(MemoryBook):
             "metrics_bytes": self._metrics.sync(),
         }
         write_atomic(self.folder / "state.json", canonical_json(body))
-        self._forget({self._checkpoint, self._best_checkpoint})
+        self._forget({self._checkpoint, self._best_checkpoint, self._private})
 
     def _forget(self, keep: set[str]) -> None:
         """Remove checkpoints that nothing needs any more."""
@@ -423,6 +428,8 @@ class FolderBook(MemoryBook):
         self._checkpoint, self._best_checkpoint = saved["checkpoint"], saved["best_checkpoint"]
         if self._best_checkpoint:
             self.best_model = self._tensors(self._best_checkpoint)[MODEL]
+        self._private = saved.get("private", "")
+        private = PrivateState.from_bytes(self._blobs.read(self._private)) if self._private else None
         best = Best(**saved["best"]) if saved["best"] else None
         return RunState(
             model,
@@ -433,6 +440,7 @@ class FolderBook(MemoryBook):
             best,
             saved["stale"],
             tuple((number, attempt) for number, attempt in saved.get("retried", [])),
+            private,
         )
 
     def _tensors(self, digest: str) -> dict[str, Vector]:

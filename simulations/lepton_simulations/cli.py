@@ -203,7 +203,7 @@ def _say_what(result: "Result") -> None:
 
 
 def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | None = None) -> None:
-    from lepton_fl.errors import RunError
+    from lepton_fl.errors import BudgetRefused, RunError
 
     if format == Format.JSON:
         rows = [{**vars(row), "traffic_bytes": row.traffic} for row in result.rows]
@@ -214,6 +214,8 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
         print_data(body, format=format)
     if result.verdict.outcome == "failed":
         raise RunError(result.verdict.reason)
+    if result.verdict.outcome == "exhausted":
+        raise BudgetRefused(result.verdict.reason)
     if format == Format.TEXT:
         say(result.verdict.reason)
     if result.verdict.outcome == "stopped":
@@ -314,7 +316,9 @@ def _sentence(row: "Row", rounds: int) -> str:
     digits = len(str(rounds))
     parts = [f"round {row.round:>{digits}}/{rounds}", f"devices {row.reports}/{row.asked}"]
     parts += [f"{name} {_figure(row, name)}" for name in FIGURES if row.metric(name) is not None]
-    parts += [f"train loss {row.train_loss:.4f}", f"{row.traffic / 1e6:.2f} MB"]
+    if row.train_loss is not None:
+        parts.append(f"train loss {row.train_loss:.4f}")
+    parts.append(f"{row.traffic / 1e6:.2f} MB")
     if row.time_s:
         parts.append(f"at {_duration(row.time_s)}")
     if row.epsilon is not None:
@@ -404,7 +408,7 @@ def _columns(rows: "list[Row]") -> "list[tuple[str, Callable[[Row], str]]]":
         ("round", lambda row: str(row.round)),
         ("devices", lambda row: f"{row.reports}/{row.asked}"),
         *(figure(name) for name in FIGURES if any(row.metric(name) is not None for row in rows)),
-        ("train loss", lambda row: f"{row.train_loss:.4f}"),
+        ("train loss", lambda row: "" if row.train_loss is None else f"{row.train_loss:.4f}"),
         ("MB", lambda row: f"{row.traffic / 1e6:.2f}"),
         ("seconds", lambda row: f"{row.seconds:.2f}"),
     ]

@@ -31,7 +31,7 @@ class Row:
     round: int
     reports: int
     asked: int
-    train_loss: float
+    train_loss: float | None  # None: devices do not tell it, as in a private run
     metrics: Mapping[str, float]  # of the evaluation after it; empty if there was none
     outcomes: Mapping[str, int]  # of all attempts: accepted, surplus or a Rejection, and how often
     bytes_up: int  # from the devices
