@@ -37,6 +37,7 @@ from lepton_simulations.dispatch import VirtualDispatcher
 from lepton_simulations.exchange import CoordinatorCrash, InMemoryExchange, Interrupted
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
 from lepton_simulations.labels import simulated
+from lepton_simulations.private import Guard, refuse_scenario
 from lepton_simulations.replaying import as_recorded, recorded_world
 from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
 from lepton_simulations.settings import Strategy, explicit, run_settings
@@ -235,7 +236,13 @@ def build_fleet(config: SimulationConfig, task: Task | None = None) -> VirtualFl
     _refuse_what_has_no_meaning(config.run, task)
     folder = Path(config.data.folder) if config.data.folder else None
     data = federated_dataset(task, folder, config.data.partition, config.data.seed)
+    refuse_scenario(_fitted(config, data), len(data.clients))
     engine = config.engine
+    if config.run.local.keeps_state and engine.backend != "local":
+        raise ConfigError(
+            f"engine.backend = {engine.backend!r} does not go with local.control_variates or local.personal.",
+            hint="What devices remember lies in memory that the workers of one machine share; use 'local'.",
+        )
     if config.replay.file:
         world = recorded_world(config, data.clients)
     else:
@@ -261,6 +268,7 @@ def _run(
 ) -> Result:
     rng = Random(config.engine.seed)  # noqa: S311 - a simulation is to be repeatable, nobody is protected
     with ExitStack() as stack:
+        fleet.remember(Path(config.output.folder) if config.output.folder else None)
         backend = make_backend(fleet, config, stack)
         if backend is None:
             return _followed(config, fleet)
@@ -268,6 +276,8 @@ def _run(
         book = _book(config, fleet, rng, on_round, stack)
         labels = simulated(config, len(fleet.devices), fleet.engine.name)
         state = _start(config, fleet, book, resume, labels)
+        if fleet.memory:
+            fleet.memory.rewind(state.round)
         verdict = _campaign(config, fleet, exchange, backend, book, rng, state, should_stop)
         final = book.state or state
         result = Result(
@@ -310,12 +320,13 @@ def _campaign(
     work = fleet.work(exchange, on_devices=config.data.evaluate == "devices")
     roster, clock = VirtualRoster(fleet), fleet.world.clock
     seams = config.run, config.run_id, work, exchange, roster, book, rng
+    guard = Guard(config, fleet.size)
     while True:
         if config.run.mode == "buffered":
             dispatcher = VirtualDispatcher(fleet, backend)
             campaign: Campaign = BufferedCampaign(*seams, clock=clock, look_s=inf, dispatcher=dispatcher)
         else:
-            campaign = Campaign(*seams, clock=clock, look_s=inf)
+            campaign = Campaign(*seams, clock=clock, look_s=inf, private=guard.start(state))
         try:
             return campaign.run(state, should_stop)
         except CoordinatorCrash as crash:

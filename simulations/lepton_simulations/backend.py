@@ -5,21 +5,24 @@ that must be looked at one by one answer with records, as on a real fleet. Sums 
 is the same whichever backend computes it.
 
     backend.begin(plan, request)
-    for part in backend.train(devices): ...          # in any order
+    for part in backend.train(devices, costs): ...   # in any order
     subtotal = backend.subtotal()                    # of all that was trained since begin
     for device, outcome in backend.answer(others): ...   # in the order asked
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+import numpy as np
 
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal
 from lepton_fl.vector import Vector
-from lepton_fl.wire.messages import MODEL, Request
+from lepton_fl.wire.messages import AUXILIARY, MODEL, Request
 from lepton_fl.wire.records import Records
 
 Outcome = Records | UpdateRejected
@@ -75,6 +78,11 @@ class Shard(Protocol):
         ...
 
     @property
+    def update_size(self) -> int:
+        """Number of coordinates of an update: P, and the auxiliary ones (``RoundPlan.update_size``)."""
+        ...
+
+    @property
     def chunk(self) -> int:
         """How many devices are best trained in one call."""
         ...
@@ -92,11 +100,12 @@ class Shard(Protocol):
         self,
         plan: RoundPlan,
         model: Vector,
+        auxiliary: Vector | None,
         devices: Sequence[str],
         accumulator: Accumulator,
         should_stop: Callable[[], bool],
     ) -> Part:
-        """Train devices and add their updates into the accumulator."""
+        """Train devices and add their updates into the accumulator; ``auxiliary`` as in ``Request``."""
         ...
 
 
@@ -107,8 +116,13 @@ class Backend(Protocol):
         """Tell everybody the model and the settings of an attempt; the sum starts at zero."""
         ...
 
-    def train(self, devices: Sequence[str]) -> Generator[Part, None, None]:
-        """Train ordinary devices; closing the generator stops what still trains."""
+    def train(self, devices: Sequence[str], costs: Sequence[int]) -> Generator[Part, None, None]:
+        """Train ordinary devices; closing the generator stops what still trains.
+
+        Args:
+            devices: those that cost the most first.
+            costs: of each of them, in examples.
+        """
         ...
 
     def answer(self, devices: Sequence[str]) -> Generator[tuple[str, Outcome], None, None]:
@@ -153,12 +167,13 @@ class Alone:
         self._plan, self._records = plan, request.to_records()
         self._accumulator = None
 
-    def train(self, devices: Sequence[str]) -> Generator[Part, None, None]:
+    def train(self, devices: Sequence[str], costs: Sequence[int]) -> Generator[Part, None, None]:
         """See ``Backend``."""
         self._accumulator = self._accumulator or Accumulator(self._plan)
-        for chunk in chunks(devices, self._shard.chunk, 1):
+        for chunk in chunks(devices, costs, self._shard.chunk, 1):
+            arrays = self._records.arrays
             yield self._shard.train(
-                self._plan, self._records.arrays[MODEL], chunk, self._accumulator, lambda: False
+                self._plan, arrays[MODEL], arrays.get(AUXILIARY), chunk, self._accumulator, lambda: False
             )
 
     def answer(self, devices: Sequence[str]) -> Generator[tuple[str, Outcome], None, None]:
@@ -171,7 +186,25 @@ class Alone:
         return (self._accumulator or Accumulator(self._plan)).subtotal()
 
 
-def chunks(devices: Sequence[str], size: int, workers: int) -> list[Sequence[str]]:
-    """Cut a cohort into pieces of at most ``size``, and small enough that every worker gets some."""
-    size = max(1, min(size, -(-len(devices) // workers)))
-    return [devices[start : start + size] for start in range(0, len(devices), size)]
+def chunks(devices: Sequence[str], costs: Sequence[int], size: int, workers: int) -> list[list[str]]:
+    """Cut a cohort into pieces of about the same work.
+
+    Args:
+        devices: in an order in which neighbours are alike.
+        costs: of each of them.
+        size: no piece holds more devices.
+        workers: as many pieces as all of them can work on at a time, again and again.
+    """
+    if not devices:
+        return []
+    ends = np.cumsum(np.asarray(costs, np.float64) + 1.0)
+    middles = (ends - (np.asarray(costs, np.float64) + 1.0) / 2) / ends[-1]
+    count = workers * -(-len(devices) // (size * workers))
+    while True:
+        count = min(count, len(devices))
+        places = np.minimum((middles * count).astype(np.int64), count - 1)
+        starts = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(devices)]
+        pieces = [list(devices[a:b]) for a, b in pairwise(starts)]
+        if count == len(devices) or max(map(len, pieces)) <= size:
+            return pieces
+        count += workers

@@ -107,14 +107,16 @@ class Cluster:
         if self._own:
             self._own.begin(plan, request)
 
-    def train(self, devices: Sequence[str]) -> Generator[Part, None, None]:
+    def train(self, devices: Sequence[str], costs: Sequence[int]) -> Generator[Part, None, None]:
         """See ``Backend``; every machine gets an even share."""
         own, shares = self._shares(devices)
-        self._link.send([Note({"do": "train", "devices": share}) for share in shares])
+        cost = dict(zip(devices, costs, strict=True))
+        orders = [{"do": "train", "devices": share, "costs": [cost[d] for d in share]} for share in shares]
+        self._link.send([Note(order) for order in orders])
         answers = self._link.receive()
         try:
             if self._own and own:
-                yield from self._own.train(own)
+                yield from self._own.train(own, [cost[d] for d in own])
             for answer in answers:
                 yield Part.from_json(_checked(answer).body)
         finally:
@@ -178,7 +180,7 @@ class Follower:
             self._backend.begin(plan, Request.read(Records(note.arrays, note.body["config"], {})))
             return Note({})
         if note.body["do"] == "train":
-            parts = list(self._backend.train(note.body["devices"]))
+            parts = list(self._backend.train(note.body["devices"], note.body["costs"]))
             refused = {d: r for part in parts for d, r in part.refused.items()}
             return Note(Part([t for part in parts for t in part.trained], refused).to_json())
         if note.body["do"] == "answer":

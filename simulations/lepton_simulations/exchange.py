@@ -115,12 +115,14 @@ class InMemoryExchange:
             yield AddedUp(reports, self._sums(), self._backend.subtotal())
 
     def tell(self, plan: RoundPlan, device_id: str, refusal: UpdateRejected | None) -> None:
-        """Count who was accepted; virtual devices do not mind."""
+        """Count who was accepted; who was not forgets what the attempt left behind."""
         self._accepted += refusal is None
+        if refusal is not None and plan.kind == "train" and self._fleet.memory:
+            self._fleet.memory.refused(device_id)
 
     def _fates(self, plan: RoundPlan) -> list[Fate]:
         """Of those who are heard of before the deadline, in the order of arrival."""
-        size, train = 4 * plan.num_coordinates + ENVELOPE, plan.kind == "train"
+        size, train = 4 * plan.update_size + ENVELOPE, plan.kind == "train"
         fates = self._fleet.world.fates(
             plan,
             lambda device_id: self._fleet.examples(plan, device_id),
@@ -154,7 +156,7 @@ class InMemoryExchange:
         # Devices of like size together: a chunk takes as long as its longest. The longest first.
         devices = sorted(ordinary, key=lambda d: (-size[d], d))
         refused: dict[str, UpdateRejected] = {}
-        with closing(self._backend.train(devices)) as parts:
+        with closing(self._backend.train(devices, [size[d] for d in devices])) as parts:
             for part in parts:
                 refused |= part.refused
                 for trained in part.trained:
@@ -185,7 +187,7 @@ def _first(fates: Sequence[Fate], at: int, wanted: int) -> tuple[Sequence[Fate],
 
 
 def _report(plan: RoundPlan, trained: Trained, fate: Fate) -> Report:
-    size = 4 * plan.num_coordinates + ENVELOPE
+    size = 4 * plan.update_size + ENVELOPE
     return Report(trained.device_id, trained.num_examples, fate.seconds, size, fate.arrives_s)
 
 

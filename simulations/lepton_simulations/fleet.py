@@ -6,17 +6,19 @@ Campaign(spec, run_id, fleet.work(exchange), exchange, VirtualRoster(fleet), boo
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import DataContractError, Rejection, RunError, UpdateRejected
+from lepton_fl.files import make_private_folder
 from lepton_fl.plan import LocalPlan, RoundPlan, RunSpec
-from lepton_fl.rounds.accumulator import Accumulator
+from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import collect_evaluation
@@ -24,14 +26,17 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.tasks.federated import FederatedDataset
 from lepton_fl.tasks.metrics import Sums
-from lepton_fl.vector import Vector
+from lepton_fl.vector import Vector, encode
 from lepton_fl.wire.records import Records
 from lepton_simulations.backend import Outcome, Part, Trained
+from lepton_simulations.memory import FleetMemory, outgoing
 from lepton_simulations.world import World, WorldConfig
 from lepton_strategies.desk import PartitionDesk, batch_seed
 
 if TYPE_CHECKING:
+    from lepton_fl.training.local import LocalState
     from lepton_fl.training.trainer import Device, Trainer
+    from lepton_simulations import engines
     from lepton_simulations.engines import ClientWork, Engine
 
 TRAIN: Final = "train"
@@ -58,6 +63,7 @@ class VirtualFleet:
     tier: Tier = "auto"
     unfit: dict[str, str] = field(default_factory=dict)  # device -> how its data break the contract
     engine_note: str = ""  # why it is not the fastest engine; '' = it is
+    memory: FleetMemory | None = None  # where the run needs devices that remember something
     _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)  # prepared
     _engine: "Engine | None" = None
 
@@ -109,6 +115,26 @@ class VirtualFleet:
         return self.trainer.layout.size
 
     @property
+    def update_size(self) -> int:
+        """Number of coordinates of an update."""
+        return self.size * (2 if self.local.control_variates else 1)
+
+    def remember(self, folder: Path | None) -> None:
+        """Open the devices' memory, if the run needs one: before any worker is started.
+
+        Args:
+            folder: of the run, for a file; None = in memory only.
+
+        Raises:
+            StateError, StateCorrupt: see ``FleetMemory``.
+            ConfigError: ``local.personal`` does not fit the model.
+        """
+        if self.local.keeps_state:
+            if folder:
+                make_private_folder(folder)
+            self.memory = FleetMemory(self.devices, self.local, self.trainer.layout, folder)
+
+    @property
     def engine(self) -> "Engine":
         """What trains ordinary devices."""
         assert self._engine is not None
@@ -156,8 +182,15 @@ class VirtualFleet:
         """Let one device answer with records, through the code of an edge client."""
         from lepton_fl.training.respond import respond
 
+        remembered = self.memory and not device_id.startswith(CENTRAL)
         desk = PartitionDesk(
-            device_id, self.task, self.trainer, self.rows, seed=self.seed, should_stop=should_stop
+            device_id,
+            self.task,
+            self.trainer,
+            self.rows,
+            seed=self.seed,
+            should_stop=should_stop,
+            memory=self.memory.of(device_id) if self.memory and remembered else None,
         )
         return respond(request, desk)
 
@@ -165,6 +198,7 @@ class VirtualFleet:
         self,
         plan: RoundPlan,
         model: Vector,
+        auxiliary: Vector | None,
         devices: Sequence[str],
         accumulator: Accumulator,
         should_stop: Callable[[], bool],
@@ -179,14 +213,41 @@ class VirtualFleet:
                 refused[device_id] = UpdateRejected(Rejection.DATA_CONTRACT, str(error), hint=error.hint)
         if not works:
             return Part([], refused)
+        states = self._states(names, plan, model, auxiliary)
+        if states:
+            works = [_with_state(work, state) for work, state in zip(works, states, strict=True)]
         result = self.engine.train(model, works, plan.local, should_stop=should_stop)
         counts = np.array([len(work.data) for work in works], np.int64)
-        added = accumulator.add_deltas(result.deltas, counts, leave_out=result.failures)
-        failures = {**added.refused, **result.failures}
+        if states:
+            failures = self._add_and_remember(names, plan, states, result, counts, accumulator)
+        else:
+            added = accumulator.add_deltas(result.deltas, counts, leave_out=result.failures)
+            failures = {**added.refused, **result.failures}
         refused |= {names[row]: failure for row, failure in failures.items()}
         kept = [row for row in range(len(works)) if row not in failures]
         losses, seen = result.loss_sum.tolist(), result.seen.tolist()
         return Part([Trained(names[r], int(counts[r]), losses[r], seen[r]) for r in kept], refused)
+
+    def _add_and_remember(
+        self,
+        names: Sequence[str],
+        plan: RoundPlan,
+        states: "Sequence[LocalState]",
+        result: "engines.Trained",
+        counts: NDArray[np.int64],
+        accumulator: Accumulator,
+    ) -> dict[int, UpdateRejected]:
+        """Add what devices with a memory send, and keep what they remember; says who failed."""
+        assert self.memory is not None
+        sent = outgoing(states, result.deltas, result.steps, plan.local.learning_rate)
+        encoded = encode(sent, plan.grid_step, plan.clip_norm)
+        failures = {**encoded.refused, **result.failures}
+        kept = [row for row in range(len(names)) if row not in failures]
+        accumulator.add(UpdateBatch(encoded.updates[kept], counts[kept]))
+        for row in kept:
+            left = states[row].leaves(result.deltas[row], encoded.updates[row], plan.grid_step)
+            self.memory.keep(names[row], plan, left)
+        return failures
 
     def work(self, exchange: Exchange, *, on_devices: bool = False) -> Work:
         """What a campaign must know of the task.
@@ -202,10 +263,21 @@ class VirtualFleet:
             layout_digest=self.trainer.layout.digest,
             num_coordinates=self.size,
             metrics=task.metrics,
-            evaluate_on_devices=on_devices or not self.parts,
+            evaluate_on_devices=on_devices or not self.parts or bool(self.local.personal),
+            layout=self.trainer.layout,
         )
-        central = partial(_evaluate_centrally, self, exchange, work) if self.parts else None
+        shared = self.parts and not self.local.personal  # nobody uses the shared copy of a personal part
+        central = partial(_evaluate_centrally, self, exchange, work) if shared else None
         return Work(**{**vars(work), "evaluate_centrally": central})
+
+    def _states(
+        self, names: Sequence[str], plan: RoundPlan, model: Vector, auxiliary: Vector | None
+    ) -> "list[LocalState]":
+        """What the devices bring besides their data; empty where they remember nothing."""
+        if self.memory is None:
+            return []
+        trained = self.trainer.num_trained
+        return [self.memory.state(name, plan, model, auxiliary, trained) for name in names]
 
     def _work_of(self, device_id: str, plan: RoundPlan) -> "ClientWork":
         from lepton_simulations.engines import ClientWork
@@ -249,6 +321,11 @@ class VirtualFleet:
             return own
         shares = np.array_split(np.arange(count), len(self.devices))
         return {c: rows for c, rows in zip(self.devices, shares, strict=True) if len(rows)}
+
+
+def _with_state(work: "ClientWork", state: "LocalState") -> "ClientWork":
+    start = state.start if state.personal is not None else None
+    return replace(work, correction=state.correction, start=start)
 
 
 def _evaluate_centrally(fleet: VirtualFleet, exchange: Exchange, work: Work, model: Vector) -> Sums:

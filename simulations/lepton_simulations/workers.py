@@ -6,7 +6,7 @@ else is JSON over a pipe. Nothing is pickled.
 
     with Pool(fleet, workers=2) as pool:
         pool.begin(plan, request)
-        for part in pool.train(["device-0", "device-1"]): ...
+        for part in pool.train(["device-0", "device-1"], [60, 60]): ...
         subtotal = pool.subtotal()
 
 A worker that dies takes its part of the sum with it: what it had trained is trained again by the others, and
@@ -34,7 +34,7 @@ from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal
 from lepton_fl.vector import Vector
-from lepton_fl.wire.messages import MODEL, UPDATE, Request
+from lepton_fl.wire.messages import AUXILIARY, MODEL, UPDATE, Request
 from lepton_fl.wire.records import Records
 from lepton_simulations.backend import Outcome, Part, Shard, chunks, refusal_from_json, refusal_to_json
 from lepton_simulations.threads import one_thread
@@ -52,8 +52,9 @@ Chunk = Sequence[str]
 class Board:
     """Memory that parent and workers share: the model of the round and a stop flag."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, auxiliary: int) -> None:
         self.model: Vector = _shared(size, np.dtype(np.float32))
+        self.auxiliary: Vector = _shared(auxiliary, np.dtype(np.float32))  # empty where nothing needs it
         self._stop = _shared(1, np.dtype(np.uint8))
 
     def stop(self, value: bool) -> None:
@@ -108,7 +109,7 @@ class Pool:
 
     def __init__(self, shard: Shard, workers: int) -> None:
         self._shard = shard
-        self._board = Board(shard.size)
+        self._board = Board(shard.size, shard.update_size - shard.size)
         self._fork = multiprocessing.get_context("fork")
         self._attempt = 0
         self._opening = b""
@@ -140,6 +141,8 @@ class Pool:
         self._attempt += 1
         self._plan = plan
         self._board.model[:] = records.arrays[MODEL]
+        if AUXILIARY in records.arrays:
+            self._board.auxiliary[:] = records.arrays[AUXILIARY]
         self._board.stop(False)
         settings = plan.model_copy(
             update={"cohort": ()}
@@ -151,9 +154,9 @@ class Pool:
 
     # --- training in chunks -------------------------------------------------------------------------
 
-    def train(self, devices: Sequence[str]) -> Generator[Part, None, None]:
+    def train(self, devices: Sequence[str], costs: Sequence[int]) -> Generator[Part, None, None]:
         """See ``Backend``; the parts come as they are ready."""
-        waiting = deque(chunks(devices, self._shard.chunk, len(self._workers)))
+        waiting = deque[Chunk](chunks(devices, costs, self._shard.chunk, len(self._workers)))
         told: set[str] = set()  # devices whose part was yielded; they may be trained again after a death
         self._board.stop(False)
         try:
@@ -172,7 +175,7 @@ class Pool:
     def subtotal(self) -> Subtotal:
         """See ``Backend``."""
         used = [worker for worker in self._workers if worker.reports]
-        total = used[0].desk.total if used else np.zeros(self._shard.size, np.int64)
+        total = used[0].desk.total if used else np.zeros(self._shard.update_size, np.int64)
         for worker in used[1:]:
             total = total + worker.desk.total
         return Subtotal(total, sum(w.weight for w in used), sum(w.reports for w in used))
@@ -299,7 +302,7 @@ class Pool:
 
     def _start(self) -> Worker:
         ours, theirs = self._fork.Pipe()
-        desk = Desk.of(self._shard.size)
+        desk = Desk.of(self._shard.update_size)
         inherited = [ours, *(w.pipe for w in self._workers)]  # a copy of these would keep a pipe from ending
         arguments = (self._shard, self._board, theirs, desk, inherited, os.getpid())
         process = self._fork.Process(target=_serve, args=arguments, daemon=True)
@@ -369,7 +372,10 @@ class _Server:
             return None
         if "train" in message:
             return self._train(message["train"])
-        request = Records({MODEL: self.board.model}, self.config, {})
+        arrays = {MODEL: self.board.model}
+        if self.config["auxiliary-sha256"]:
+            arrays[AUXILIARY] = self.board.auxiliary
+        request = Records(arrays, self.config, {})
         return _encode(self.shard.respond(message["device"], request, self.board.stopped), self.desk.update)
 
     def _train(self, devices: Chunk) -> dict[str, Any]:
@@ -377,7 +383,10 @@ class _Server:
         if self.accumulator is None:
             self.desk.total[:] = 0
             self.accumulator = Accumulator(self.plan, self.desk.total)
-        part = self.shard.train(self.plan, self.board.model, devices, self.accumulator, self.board.stopped)
+        auxiliary = self.board.auxiliary if self.plan.auxiliary else None
+        part = self.shard.train(
+            self.plan, self.board.model, auxiliary, devices, self.accumulator, self.board.stopped
+        )
         return part.to_json() | {"weight": self.accumulator.weight, "reports": self.accumulator.reports}
 
 

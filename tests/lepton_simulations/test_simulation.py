@@ -24,9 +24,9 @@ from lepton_fl.tasks.models import initial_model
 from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.task import load_task, resolve
 from lepton_simulations.api import run_scenario, simulate
+from lepton_simulations.backends import local_backend
 from lepton_simulations.book import FolderBook
 from lepton_simulations.config import SimulationConfig
-from lepton_simulations.backends import local_backend
 from lepton_simulations.exchange import InMemoryExchange
 from lepton_simulations.fleet import VirtualFleet
 from lepton_simulations.journal import verify_journal

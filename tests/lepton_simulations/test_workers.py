@@ -52,7 +52,7 @@ class Question:
     factor: int
 
     def to_records(self) -> Records:
-        return Records({"model": self.model}, {"factor": self.factor}, {})
+        return Records({"model": self.model}, {"factor": self.factor, "auxiliary-sha256": ""}, {})
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Toy:
     """Devices named by what they do."""
 
     size: int = 3
+    update_size: int = 3
     chunk: int = 3
     on_gpu: bool = False
 
@@ -78,7 +79,7 @@ class Toy:
         if act == "wait":
             time.sleep(float(argument))
 
-    def train(self, plan, model, devices, accumulator, should_stop) -> Part:
+    def train(self, plan, model, auxiliary, devices, accumulator, should_stop) -> Part:
         """A device of name d<n> has the update n times the model, and the weight n."""
         for device_id in devices:
             self.act(device_id, should_stop)
@@ -122,7 +123,7 @@ def ask(pool, *devices, **question):
 def train(pool, *devices, model=MODEL):
     """The sum, and what became of each device."""
     pool.begin(PLAN, Question(model, 1))
-    parts = list(pool.train(devices))
+    parts = list(pool.train(devices, [1] * len(devices)))
     refused = {d: str(r) for part in parts for d, r in part.refused.items()}
     return pool.subtotal(), [t for part in parts for t in part.trained], refused
 
@@ -228,7 +229,7 @@ def test_the_sum_is_exact_and_the_same_whoever_computes_it(pool):
 
 def test_devices_trained_later_in_the_attempt_are_added(pool):
     train(pool, "d1", "d2", "d3", "d4")
-    assert len(list(pool.train(["d5"]))) == 1
+    assert len(list(pool.train(["d5"], [1]))) == 1
     assert_array_equal(pool.subtotal().total, expected([1, 2, 3, 4, 5]))
     assert_array_equal(pool.subtotal().total, expected([1, 2, 3, 4, 5]))  # asking changes nothing
 
@@ -261,18 +262,37 @@ def test_only_the_device_that_kills_its_worker_fails(pool):
 
 def test_closing_early_stops_the_training(pool):
     pool.begin(PLAN, Question(MODEL, 1))
-    parts = pool.train(["d1", "d2", "d3", "d4", "d5", "d6", "loop 1", "loop 2", "loop 3"])
+    parts = pool.train(["d1", "d2", "d3", "d4", "d5", "d6", "loop 1", "loop 2", "loop 3"], [1] * 9)
     next(parts)
     parts.close()
     subtotal, _, _ = train(pool, "d3")
     assert_array_equal(subtotal.total, expected([3]))
 
 
-def test_no_part_is_larger_than_the_chunk_and_every_worker_gets_one():
-    assert chunks(["a", "b", "c", "d"], 10, 2) == [["a", "b"], ["c", "d"]]
-    assert chunks(["a", "b", "c", "d", "e"], 2, 2) == [["a", "b"], ["c", "d"], ["e"]]
-    assert chunks([], 10, 2) == []
-    assert chunks(["a"], 10, 2) == [["a"]]
+@pytest.mark.parametrize(
+    ("count", "size", "workers"), [(4, 10, 2), (5, 2, 2), (100, 33, 2), (7, 3, 4), (1, 9, 8)]
+)
+def test_parts_are_even_and_no_larger_than_the_chunk(count, size, workers):
+    devices = [f"d{n}" for n in range(count)]
+    parts = chunks(devices, [60] * count, size, workers)
+    assert [d for part in parts for d in part] == devices
+    assert max(map(len, parts)) <= size
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert len(parts) % workers == 0 or len(parts) == count
+
+
+def test_parts_of_unlike_devices_have_the_same_work():
+    costs = sorted(np.random.default_rng(0).lognormal(4, 0.8, 100).astype(int).tolist(), reverse=True)
+    parts = chunks([str(n) for n in range(100)], costs, 33, 2)
+    work = [sum(costs[int(d)] for d in part) for part in parts]
+    assert max(map(len, parts)) <= 33
+    assert max(work) < 1.5 * min(work)
+
+
+def test_nobody_is_no_part_and_work_may_be_nothing():
+    assert chunks([], [], 10, 2) == []
+    assert chunks(["a", "b"], [0, 0], 10, 2) == [["a"], ["b"]]
+    assert chunks(["a", "b", "c"], [10**9, 0, 0], 10, 2) == [["a"], ["b", "c"]]
 
 
 def test_no_process_stays_behind():

@@ -1,0 +1,67 @@
+"""SCAFFOLD and personal heads in a simulation: workers, faults and interruptions change no bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from lepton_fl.errors import ConfigError
+from lepton_simulations import simulate
+
+torch.set_num_threads(1)
+
+HEAD = ("classifier.layers.2.*",)
+LOCAL = {"learning_rate": 0.05, "batch_size": 16, "control_variates": True, "personal": HEAD}
+
+
+def run(**changes):
+    settings = {
+        "clients": 6,
+        "rounds": 5,
+        "cohort": {"size": 3, "min_reports": 2},
+        "partition": "dirichlet",
+        "weighting": "equal",
+        "evaluate_every": 0,
+        "drop_out": 0.3,
+        "corrupt": 0.2,
+        "local": LOCAL,
+        "workers": 0,
+    }
+    return simulate("digits", **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return run()
+
+
+def test_the_result_does_not_depend_on_the_workers(whole):
+    other = run(workers=2)
+    assert other.weights_sha256 == whole.weights_sha256
+    assert other.journal_sha256 == whole.journal_sha256
+
+
+def test_a_run_that_was_stopped_goes_on_with_every_devices_memory(whole, tmp_path):
+    looks = iter([False] * 12 + [True] * 1000)
+    stopped = run(folder=tmp_path / "run", should_stop=lambda: next(looks))
+    assert stopped.verdict.outcome == "stopped"
+    assert run(folder=tmp_path / "run", resume=True).weights_sha256 == whole.weights_sha256
+
+
+def test_without_its_memory_it_would_be_another_run(whole, tmp_path):
+    looks = iter([False] * 12 + [True] * 1000)
+    run(folder=tmp_path / "run", should_stop=lambda: next(looks))
+    table = tmp_path / "run" / "devices.memory"
+    table.write_bytes(bytes(table.stat().st_size))
+    assert run(folder=tmp_path / "run", resume=True).weights_sha256 != whole.weights_sha256
+
+
+def test_the_shared_copy_of_the_head_stays_as_it_was(whole):
+    mask = whole.layout.select(HEAD)
+    start = run(rounds=1, drop_out=0.0, corrupt=0.0)
+    assert np.array_equal(whole.model[mask], start.model[mask])
+    assert (whole.model[~mask] != start.model[~mask]).any()
+
+
+def test_a_wrong_pattern_is_named():
+    with pytest.raises(ConfigError, match="no such layer"):
+        run(local={**LOCAL, "personal": ("no such layer",)})
