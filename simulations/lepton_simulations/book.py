@@ -23,6 +23,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -382,6 +383,8 @@ class FolderBook(MemoryBook):
         for path in self._blobs.folder.glob("??/*"):
             if path.parent.name + path.name not in keep:
                 path.unlink(missing_ok=True)
+                with suppress(OSError):  # another one is in there
+                    path.parent.rmdir()
 
     def _write_csv(self) -> None:
         began = time.monotonic()

@@ -46,7 +46,7 @@ class Line:
     best: float | None
     best_round: int | None
     rounds_to_target: int | None  # None: not reached
-    time_s_to_target: float | None  # virtual seconds
+    time_s_to_target: float | None  # virtual seconds; None also where no time passes
     bytes_to_target: int | None  # of the whole fleet, both ways
     time_s: float  # virtual seconds, of the whole run
     seconds: float  # wall seconds, of the whole run
@@ -191,7 +191,7 @@ def _line(run: Run, metric: str, mode: str, target: float | None) -> Line:
         best=best[0] if best else None,
         best_round=best[1] if best else None,
         rounds_to_target=reached.round if reached else None,
-        time_s_to_target=reached.time_s if reached else None,
+        time_s_to_target=reached.time_s if reached and reached.time_s else None,
         bytes_to_target=None if there is None else sum(row.traffic for row in run.rows[: there + 1]),
         time_s=last.time_s if last else 0.0,
         seconds=sum(row.seconds for row in run.rows),
