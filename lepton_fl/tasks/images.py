@@ -31,6 +31,12 @@ def _cnn(side: int, width: int, hidden: int) -> "nn.Module":
     return CNN((1, side, side), 10, width, hidden)
 
 
+def _mlp(side: int, hidden: int) -> "nn.Module":
+    from lepton_fl.tasks.models import MLP
+
+    return MLP(side * side, 10, (hidden,))
+
+
 def _digits(folder: Path | None) -> Corpus:
     """scikit-learn's bundled 1,797 digits; a fixed 360 of them are the test set. ``folder`` is not used."""
     try:
@@ -67,6 +73,19 @@ mnist_by_writer = Task(
     transform=partial(_scale, peak=255.0),
     data=partial(read_corpus, file="mnist_by_writer.npz", users=True),
     local=LocalPlan(learning_rate=0.1, batch_size=10, epochs=2),
+)
+
+# A smaller model than the convolutional one: noise grows with the number of coordinates, 50,890 here.
+mnist_by_writer_mlp = Task(
+    name="mnist_by_writer_mlp",
+    version="1",
+    model=partial(_mlp, side=28, hidden=64),
+    contract=mnist_by_writer.contract,
+    loss="cross_entropy",
+    metrics=Classification(10),
+    transform=partial(_scale, peak=255.0),
+    data=mnist_by_writer.data,
+    local=mnist_by_writer.local,
 )
 
 _GARMENTS = (

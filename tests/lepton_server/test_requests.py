@@ -14,6 +14,14 @@ def test_a_buffered_run_is_refused_with_where_it_works(tmp_path):
     assert "lepton simulate" in caught.value.hint
 
 
+def test_a_private_run_is_refused_with_all_that_stands_in_its_way(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\ntask = "digits"\n[run.privacy]\nepsilon = 8.0\ndelta = 1e-5\n')
+    with pytest.raises(ConfigError, match="no privacy ledger yet") as caught:
+        run_spec(path, {})
+    assert "evaluate_every" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("local", "words"),
     [("control_variates = true\nmomentum = 0.9", "plain SGD"), ('personal = [""]', "personal")],
