@@ -165,6 +165,7 @@ class Campaign:
     look_s: float = 1.0  # a waiting run looks around at least so often; inf in virtual time, which can jump
     private: PrivateRounds | None = None  # of a run with privacy
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
+    _known: tuple[Sequence[Candidate], list[str]] = field(default=((), []), init=False)
 
     def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
         """Train until the last round, an early stop, a request to stop, or a failure."""
@@ -267,8 +268,8 @@ class Campaign:
         began, shown, shown_at = self.clock(), "", 0.0
         while not should_stop():
             candidates = self._candidates()
-            ids, waited = eligible(candidates), self.clock() - began
-            full = len(ids) >= min(asked, self._could_come(candidates))
+            ids, waited = self._eligible(candidates), self.clock() - began
+            full = len(ids) >= asked or len(ids) >= self._could_come(candidates)
             if len(ids) >= needed and (full or waited >= spec.fill_wait_s):
                 cohort = draw(ids, asked, self.rng)
                 if self.claim(cohort):  # else another run was faster: look again, within the same bounds
@@ -289,6 +290,12 @@ class Campaign:
             fill = spec.fill_wait_s - waited
             self.roster.wait(min(left, fill if fill > 0 else self.look_s, self.look_s))
         return None
+
+    def _eligible(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Found and sorted once, for as long as the roster gives the very same tuple."""
+        if self._known[0] is not candidates or not isinstance(candidates, tuple):
+            self._known = candidates, eligible(candidates)
+        return self._known[1]
 
     def _asked(self) -> int:
         return ceil(self.spec.cohort.size * self.spec.cohort.over_selection)

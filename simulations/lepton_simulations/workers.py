@@ -112,7 +112,7 @@ class Pool:
         self._board = Board(shard.size, shard.update_size - shard.size)
         self._fork = multiprocessing.get_context("fork")
         self._attempt = 0
-        self._opening = b""
+        self._opening: dict[str, Any] = {}
         self._plan: RoundPlan | None = None
         self._workers: list[Worker] = []
         for _ in range(workers):
@@ -144,11 +144,8 @@ class Pool:
         if AUXILIARY in records.arrays:
             self._board.auxiliary[:] = records.arrays[AUXILIARY]
         self._board.stop(False)
-        settings = plan.model_copy(
-            update={"cohort": ()}
-        ).to_json()  # who else takes part is nobody's business
-        opening = {"plan": settings, "config": dict(records.config)}
-        self._opening = json.dumps(opening).encode()
+        settings = plan.model_copy(update={"cohort": ()})  # a device need not know the others
+        self._opening = {"plan": settings.model_dump_json(), "config": dict(records.config)}
         for worker in self._workers:
             worker.done, worker.weight, worker.reports = [], 0, 0
 
@@ -244,19 +241,17 @@ class Pool:
 
     def _tell(self, worker: Worker, message: dict[str, Any]) -> Worker:
         """Send a message, after the attempt's settings if they are new to the worker."""
-        body = json.dumps(message).encode()
         try:
-            self._send(worker, body)
+            self._send(worker, message)
         except OSError:  # it died while idle
             worker = self._replace(worker)
-            self._send(worker, body)
+            self._send(worker, message)
         return worker
 
-    def _send(self, worker: Worker, body: bytes) -> None:
-        if worker.attempt != self._attempt:
-            worker.pipe.send_bytes(self._opening)
-            worker.attempt = self._attempt
-        worker.pipe.send_bytes(body)
+    def _send(self, worker: Worker, message: dict[str, Any]) -> None:
+        opening = {} if worker.attempt == self._attempt else self._opening
+        worker.pipe.send_bytes(json.dumps(opening | message).encode())
+        worker.attempt = self._attempt
 
     def _ready(self, timeout: float | None) -> list[Worker]:
         """The workers that have something to say, or have died; waits for one."""
@@ -347,9 +342,7 @@ def _serve(
             try:
                 if not pipe.poll(PARENT_CHECK_S):
                     continue
-                answer = server.handle(json.loads(pipe.recv_bytes()))
-                if answer is not None:
-                    pipe.send_bytes(json.dumps(answer).encode())
+                pipe.send_bytes(json.dumps(server.handle(json.loads(pipe.recv_bytes()))).encode())
             except (EOFError, OSError):
                 return
 
@@ -365,11 +358,10 @@ class _Server:
     config: dict[str, Any] = field(default_factory=dict)
     accumulator: Accumulator | None = None
 
-    def handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
+    def handle(self, message: dict[str, Any]) -> dict[str, Any]:
         if "plan" in message:
-            self.plan, self.config = RoundPlan.from_json(message["plan"]), message["config"]
+            self.plan, self.config = RoundPlan.model_validate_json(message["plan"]), message["config"]
             self.accumulator = None
-            return None
         if "train" in message:
             return self._train(message["train"])
         arrays = {MODEL: self.board.model}

@@ -108,7 +108,7 @@ class World:
         self.seed = seed
         self._devices = devices
         self._row = {device_id: row for row, device_id in enumerate(devices.ids)}
-        self._eligible = [Candidate(d, "eligible") for d in devices.ids]
+        self._eligible = tuple(Candidate(d, "eligible") for d in devices.ids)
         self._offline = [Candidate(d, "offline", "outside its hours") for d in devices.ids]
         self._steady = not _changes(config)
         self._ideal = {d: Fate(d, 0.0) for d in devices.ids} if config == WorldConfig() else None
@@ -137,14 +137,16 @@ class World:
         """When the standing of some device changes next; inf = never."""
         return inf if self._steady else float(self._state(now)[1].min(initial=inf))
 
-    def candidates(self, now: float, unfit: Mapping[str, str] | None = None) -> list[Candidate]:
-        """Every device with its standing, for a roster.
+    def candidates(self, now: float, unfit: Mapping[str, str] | None = None) -> Sequence[Candidate]:
+        """Every device with its standing, for a roster; the very same tuple as long as nothing can change.
 
         Args:
             now: virtual seconds.
             unfit: device -> how its data break the contract; these sit out.
         """
         if self._steady:
+            if not unfit:
+                return self._eligible
             found = list(self._eligible)
         else:
             there = self.standings(now).tolist()
