@@ -154,6 +154,26 @@ def epsilon_curve(
     return [(n, epsilon_for(mechanism, replace(contract, rounds=n), noise_multiplier, delta)) for n in rounds]
 
 
+def spending_curve(
+    mechanism: Central,
+    contract: Contract,
+    noise_multiplier: float,
+    delta: float,
+    rounds: Iterable[int],
+    adjacency: Adjacency = "zero-out",
+) -> list[tuple[int, float]]:
+    """Epsilon of the first n rounds of one run, for a plot: what it is worth if it ends there."""
+    factors, found = _factorization(mechanism, contract), []
+    for n in rounds:
+        if mechanism in ("every-round", "poisson"):
+            events = events_of(mechanism, replace(contract, rounds=n), noise_multiplier)
+        else:
+            moved = sensitivity(factors, n, contract.min_separation, contract.max_participations)
+            events = {Gaussian(noise_multiplier / moved): 1}
+        found.append((n, _reader(mechanism, events, adjacency).epsilon(events, delta)))
+    return found
+
+
 def _choice(mechanism: Central, contract: Contract, multiplier: float, epsilon: float) -> Choice:
     factors = _factorization(mechanism, contract)
     terms = (contract.rounds, contract.min_separation, contract.max_participations)
