@@ -100,7 +100,10 @@ class Recorded:
 
     def __init__(self, folder):
         self.world = None
-        clock = lambda: 1.7e9 + (self.world.clock() if self.world else 0.0)  # noqa: E731
+
+        def clock() -> float:
+            return 1.7e9 + (self.world.clock() if self.world else 0.0)
+
         self.store = open_store(folder / "lepton.db", clock=clock)
         self.checkpoints = Checkpoints(self.store, BlobStore(folder / "blobs"))
         for number, device_id in enumerate(IDS):
