@@ -98,6 +98,11 @@ class LeptonStrategy(Strategy):
                 "Flower's loop waits for all replies of a round; it cannot run mode = 'buffered'.",
                 hint="Use lepton_strategies.run_campaign in the server app, or a simulation.",
             )
+        if self._spec.privacy is not None:
+            raise ConfigError(
+                "Flower's loop charges no privacy and adds no noise; it cannot run a spec with privacy.",
+                hint="Private runs work in `lepton simulate`.",
+            )
         self._state = self._next_state(server_round, arrays)
         return self._ask("train", server_round, self._spec.cohort.size, grid)
 

@@ -142,6 +142,12 @@ def test_flowers_loop_our_campaign_and_the_simulation_agree_bit_for_bit(name, fl
     assert_array_equal(outcome.model, state.model)
 
 
+def test_a_private_run_is_never_run_in_the_clear(honest):
+    strategy = FedAvg("digits", privacy={"noise_multiplier": 1.0, "mechanism": "independent"})
+    with pytest.raises(ConfigError, match="adds no noise"):
+        train(strategy, honest)
+
+
 def test_fedprox_stays_closer_to_the_global_model(fleet, honest):
     start = from_arrays(initial_arrays("digits"))
     moved = {}
