@@ -24,8 +24,8 @@ from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.sources import DeviceData
 from lepton_fl.tasks.task import load_task, resolve
 from lepton_fl.wire.messages import Request
-from lepton_simulations.book import MemoryBook
 from lepton_simulations.backend import Alone
+from lepton_simulations.book import MemoryBook
 from lepton_simulations.exchange import InMemoryExchange
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
 from lepton_strategies import FedAvg, FedProx, client_app, initial_arrays, run_campaign, to_state_dict
