@@ -1,15 +1,18 @@
 """Private runs in a simulation: the real mechanisms, repeatable, and labelled for what they are."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from lepton_fl.cli.app import run
 from lepton_fl.errors import ConfigError
 from lepton_fl.plan import PrivacySpec
 from lepton_fl.privacy.accounting import GdpExact
 from lepton_fl.privacy.planning import prepare
+from lepton_simulations import private
 from lepton_simulations.api import simulate
 
 DELTA = 1e-2
@@ -127,3 +130,26 @@ def test_what_would_not_be_true_is_refused_before_anything_is_trained(changes, w
 def test_a_wrong_section_is_named():
     with pytest.raises(ConfigError, match="privacy"):
         small(privacy={**PRIVACY, "epsilon": 1.0})
+
+
+def test_a_spent_budget_ends_a_simulation_with_its_own_word(monkeypatch, tmp_path, capsys):
+    """A plan always fits its own budget; here, half of it was spent elsewhere."""
+    real = private.budget_of
+
+    def half(*of):
+        budget = real(*of)
+        return replace(budget, epsilon=0.5 * budget.epsilon)
+
+    monkeypatch.setattr(private, "budget_of", half)
+    spent = small(privacy={"mechanism": "independent", "noise_multiplier": 1.0, "delta": DELTA})
+    assert spent.verdict.outcome == "exhausted"
+    assert 0 < len(spent.rows) < 4
+    assert np.isfinite(spent.model).all()
+    scenario = tmp_path / "s.toml"
+    scenario.write_text(
+        '[run]\ntask = "digits"\n[run.privacy]\nmechanism = "independent"\nnoise_multiplier = 1.0\n'
+        "delta = 0.01\n[data.partition]\nclients = 12\n"
+    )
+    argv = ["simulate", str(scenario), "--output", str(tmp_path / "run"), "--workers=0", "--rounds=3"]
+    assert run([*argv, "--set", "output.plots=false"]) == 8
+    assert "budget-refused" in capsys.readouterr().err
