@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lepton_simulations.api import run_scenario
-from lepton_simulations.rows import Row
 from lepton_simulations.config import SimulationConfig
+from lepton_simulations.rows import Row
 
 SCENARIOS = Path(__file__).parent.parent / "simulations"
 TASKS = ("mnist_by_writer", "fashion_mnist", "beijing_air", "heart_disease", "shakespeare")
