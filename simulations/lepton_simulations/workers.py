@@ -9,8 +9,9 @@ else is JSON over a pipe. Nothing is pickled.
         for part in pool.train(["device-0", "device-1"], [60, 60]): ...
         subtotal = pool.subtotal()
 
-A worker that dies takes its part of the sum with it: what it had trained is trained again by the others, and
-only a device that kills its worker when it trains alone counts as failed.
+A worker that dies while it trains takes its part of the sum with it: what it had trained is trained again by
+the others. Only a device that kills its worker again and again when it is alone counts as failed, so a death
+that no device has caused (memory ran out, somebody killed it) changes no result.
 """
 
 import json
@@ -19,7 +20,7 @@ import mmap
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -30,7 +31,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import Rejection, RunError, UpdateRejected
+from lepton_fl.errors import DiskFull, Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal
 from lepton_fl.vector import Vector
@@ -42,6 +43,7 @@ from lepton_simulations.threads import one_thread
 log = logging.getLogger(__name__)
 
 AHEAD = 4  # answers per worker that may wait for an earlier one; bounds the parent's memory
+DEATHS = 2  # of its worker, when it was alone, until a device counts as failed
 QUEUED = 2  # chunks given to a worker at a time, so that it need not wait for the next one
 PATIENCE_S = 30.0  # for a worker to notice that its round is over, before it is replaced
 PARENT_CHECK_S = 5.0  # how often an idle worker looks whether its parent is alive
@@ -114,6 +116,9 @@ class Pool:
         self._attempt = 0
         self._opening: dict[str, Any] = {}
         self._plan: RoundPlan | None = None
+        self._kept: list[Subtotal] = []  # of workers that died after they had trained
+        self._deaths: Counter[str] = Counter()  # of workers, by the device that was alone with them
+        self._told: set[str] = set()  # whose part was yielded; they may be trained again after a death
         self._workers: list[Worker] = []
         for _ in range(workers):
             self._workers.append(self._start())
@@ -145,6 +150,7 @@ class Pool:
             self._board.auxiliary[:] = records.arrays[AUXILIARY]
         self._board.stop(False)
         settings = plan.model_copy(update={"cohort": ()})  # a device need not know the others
+        self._kept, self._deaths, self._told = [], Counter(), set()
         self._opening = {"plan": settings.model_dump_json(), "config": dict(records.config)}
         for worker in self._workers:
             worker.done, worker.weight, worker.reports = [], 0, 0
@@ -154,7 +160,7 @@ class Pool:
     def train(self, devices: Sequence[str], costs: Sequence[int]) -> Generator[Part, None, None]:
         """See ``Backend``; the parts come as they are ready."""
         waiting = deque[Chunk](chunks(devices, costs, self._shard.chunk, len(self._workers)))
-        told: set[str] = set()  # devices whose part was yielded; they may be trained again after a death
+        told = self._told
         self._board.stop(False)
         try:
             while waiting or any(worker.queue for worker in self._workers):
@@ -171,18 +177,28 @@ class Pool:
 
     def subtotal(self) -> Subtotal:
         """See ``Backend``."""
-        used = [worker for worker in self._workers if worker.reports]
-        total = used[0].desk.total if used else np.zeros(self._shard.update_size, np.int64)
-        for worker in used[1:]:
-            total = total + worker.desk.total
-        return Subtotal(total, sum(w.weight for w in used), sum(w.reports for w in used))
+        parts = [*self._kept, *(_sum_of(worker) for worker in self._workers if worker.reports)]
+        total = parts[0].total if parts else np.zeros(self._shard.update_size, np.int64)
+        for part in parts[1:]:
+            total = total + part.total
+        return Subtotal(total, sum(p.weight for p in parts), sum(p.reports for p in parts))
 
     def _hand_out(self, waiting: deque[Chunk]) -> None:
         for depth in range(QUEUED):
             for worker in list(self._workers):
                 if waiting and len(worker.queue) <= depth:
-                    chunk = waiting.popleft()
-                    self._tell(worker, {"train": list(chunk)}).queue.append(chunk)
+                    self._hand_to(worker, waiting)
+
+    def _hand_to(self, worker: Worker, waiting: deque[Chunk]) -> None:
+        message = {"train": list(waiting[0])}
+        if not worker.queue:
+            worker = self._tell(worker, message)
+        else:
+            try:
+                self._send(worker, message)
+            except OSError:  # it died at work, which is seen to where its answer is waited for
+                return
+        worker.queue.append(waiting.popleft())
 
     def _take_part(self, worker: Worker, waiting: deque[Chunk]) -> Part:
         try:
@@ -198,10 +214,15 @@ class Pool:
         code = self._bury(worker)
         suspects, others = worker.queue.popleft(), [*worker.done, *worker.queue]
         waiting.extend(others)
-        if len(suspects) > 1:
+        if len(suspects) > 1 or not self._blamed(suspects[0]):
             waiting.extend([device_id] for device_id in suspects)
             return Part([])
         return Part([], {suspects[0]: _died(code)})
+
+    def _blamed(self, device_id: str) -> bool:
+        """Count a death of the worker that was alone with a device; whether it is held to be its cause."""
+        self._deaths[device_id] += 1
+        return self._deaths[device_id] >= DEATHS
 
     # --- one by one ---------------------------------------------------------------------------------
 
@@ -209,33 +230,40 @@ class Pool:
         """See ``Backend``."""
         self._board.stop(False)
         done: dict[int, Outcome] = {}
+        again = deque[int]()  # places whose worker died
         sent = shown = 0
         try:
             while shown < len(devices):
                 for worker in [w for w in self._workers if not w.busy]:
-                    if sent < min(len(devices), shown + AHEAD * len(self._workers)):
-                        self._tell(worker, {"device": devices[sent]}).place = sent
-                        sent += 1
+                    if again:
+                        place = again.popleft()
+                    elif sent < min(len(devices), shown + AHEAD * len(self._workers)):
+                        place, sent = sent, sent + 1
+                    else:
+                        break
+                    self._tell(worker, {"device": devices[place]}).place = place
                 if shown not in done:
                     for worker in self._ready(None):
-                        self._take_answer(worker, done)
+                        self._take_answer(worker, devices, done, again)
                 while shown in done:
                     yield devices[shown], done.pop(shown)
                     shown += 1
         finally:
             self._drain()
 
-    def _take_answer(self, worker: Worker, done: dict[int, Outcome]) -> None:
+    def _take_answer(
+        self, worker: Worker, devices: Sequence[str], done: dict[int, Outcome], again: deque[int]
+    ) -> None:
         place, worker.place = worker.place, None
         assert place is not None
         try:
             done[place] = _decode(worker.pipe.recv_bytes(), worker.desk.update)
         except (EOFError, OSError):
-            if worker.done:
-                raise RunError(
-                    "A worker process died with a part of the round's sum.", hint="Resume the run."
-                ) from None
-            done[place] = _died(self._bury(worker))
+            code = self._bury(worker)
+            if self._blamed(devices[place]):
+                done[place] = _died(code)
+            else:
+                again.append(place)
 
     # --- processes ----------------------------------------------------------------------------------
 
@@ -263,6 +291,11 @@ class Pool:
         worker.process.join(1.0)
         code = worker.process.exitcode
         self._replace(worker)
+        if code == -signal.SIGBUS:  # what devices remember lies in a file: see ``memory``
+            raise DiskFull(
+                "No space was left for what the devices remember; the last committed round is safe.",
+                hint="Free some space, then continue with --resume.",
+            )
         log.warning("a worker process died (exit code %s) and was replaced", code)
         return code
 
@@ -281,7 +314,7 @@ class Pool:
         try:
             worker.pipe.recv_bytes()
         except (EOFError, OSError):
-            self._bury(worker)
+            self._replace(worker)
             return
         if worker.place is not None:
             worker.place = None
@@ -289,6 +322,8 @@ class Pool:
             worker.done.append(worker.queue.popleft())
 
     def _replace(self, worker: Worker) -> Worker:
+        if worker.reports and not worker.queue:  # its sum was whole, and the parent has that memory, too
+            self._kept.append(_sum_of(worker))
         worker.pipe.close()
         _end(worker.process, patience=0.0)
         fresh = self._start()
@@ -312,10 +347,14 @@ class Pool:
         return Worker(process, ours, desk)
 
 
+def _sum_of(worker: Worker) -> Subtotal:
+    return Subtotal(worker.desk.total, worker.weight, worker.reports)
+
+
 def _died(code: int | None) -> UpdateRejected:
     return UpdateRejected(
         Rejection.FAILED,
-        f"The worker process died (exit code {code}) while this device trained.",
+        f"The worker process died (exit code {code}) each time this device worked.",
         hint="Exit code -9 usually means that memory ran out; use fewer workers.",
     )
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from lepton_fl.errors import Rejection, UpdateRejected
+from lepton_fl.errors import DiskFull, Rejection, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import UpdateBatch
 from lepton_fl.wire.records import Records
@@ -68,6 +69,8 @@ class Toy:
         act, _, argument = device_id.partition(" ")
         if act == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if act == "full":  # as when a page of a file cannot be had
+            os.kill(os.getpid(), signal.SIGBUS)
         if act == "once" and not Path(argument).exists():
             Path(argument).touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -267,6 +270,62 @@ def test_closing_early_stops_the_training(pool):
     parts.close()
     subtotal, _, _ = train(pool, "d3")
     assert_array_equal(subtotal.total, expected([3]))
+
+
+def test_a_worker_that_dies_with_more_to_do_loses_none_of_it(pool):
+    """A second chunk is on its way to it when the parent finds out."""
+    pool.begin(PLAN, Question(MODEL, 1))
+    victim, other = pool._workers
+    parts = pool.train(["wait 0.3", *(f"d{n}" for n in range(1, 9))], [1] * 9)
+    waiting = deque([["d1", "d2"], ["d3"]])
+    parts.close()
+    victim.queue.append(["d4"])  # that it was given
+    victim.process.kill()
+    victim.process.join()
+    pool._hand_to(victim, waiting)
+    assert list(waiting) == [["d1", "d2"], ["d3"]]  # still to be handed out
+    victim.queue.clear()
+    pool._hand_to(other, waiting)
+    assert (list(waiting), list(other.queue)) == ([["d3"]], [["d1", "d2"]])
+
+
+def test_deaths_that_no_device_has_caused_change_no_result(pool, tmp_path):
+    """As when memory runs out: the same devices, the same sum."""
+    devices = [f"once {tmp_path / f'died {n}'}" for n in range(4)]
+    subtotal, trained, refused = train(pool, *devices, "d3")
+    assert (subtotal.reports, len(trained), refused) == (5, 5, {})
+    assert_array_equal(subtotal.total, expected([1, 1, 1, 1, 3]))
+    answers = ask(pool, *(f"once {tmp_path / f'died again {n}'}" for n in range(4)), "a")
+    assert [reason(o) for _, o in answers] == ["answered"] * 5
+
+
+def test_what_is_trained_again_after_an_earlier_call_is_not_reported_again(pool, tmp_path):
+    """A round that asks for more devices, and a worker that dies then."""
+    train(pool, "d1", "d2", "d3", "d4", "d5", "d6")
+    later = [f"once {tmp_path / 'a'}", f"once {tmp_path / 'b'}"]
+    parts = list(pool.train(later, [1, 1]))
+    assert sorted(t.device_id for part in parts for t in part.trained) == sorted(later)
+    assert_array_equal(pool.subtotal().total, expected([1, 2, 3, 4, 5, 6, 1, 1]))
+
+
+def test_a_full_disk_is_nobodys_fault(pool):
+    with pytest.raises(DiskFull, match="what the devices remember"):
+        train(pool, "d1", "full")
+    assert train(pool, "d1", "d2")[0].reports == 2
+
+
+def test_a_sum_outlives_a_worker_that_dies_after_it_has_trained(pool):
+    """While it is idle, and while a device answers singly."""
+    train(pool, "d1", "d2", "d3", "d4", "d5", "d6")
+    for worker in list(pool._workers):
+        worker.process.kill()
+        worker.process.join()
+    assert_array_equal(pool.subtotal().total, expected(range(1, 7)))
+    list(pool.train(["d7", "d8"], [1, 1]))
+    assert [reason(o) for _, o in pool.answer(["die", "a"])] == ["failed", "answered"]
+    subtotal = pool.subtotal()
+    assert_array_equal(subtotal.total, expected(range(1, 9)))
+    assert (subtotal.reports, subtotal.weight) == (8, 36)
 
 
 @pytest.mark.parametrize(
