@@ -39,6 +39,9 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+_CONTAINERS = (dict, list, tuple)
+
+
 def canonical_json(obj: object) -> bytes:
     """Encode ``obj`` as the one JSON text that stands for it, in UTF-8.
 
@@ -49,24 +52,27 @@ def canonical_json(obj: object) -> bytes:
     Raises:
         ValueError: NaN, infinity, a key that is not text, text that is not Unicode, or another type.
     """
-    _check_keys(obj)
     try:
         text = json.dumps(obj, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8")
+        data = text.encode("utf-8")
     except (TypeError, RecursionError, UnicodeEncodeError) as error:
         raise ValueError(f"Not representable as canonical JSON: {error}") from error
+    _check_keys(obj)
+    return data
 
 
 def _check_keys(obj: object) -> None:
     """Refuse keys that ``json`` would silently turn into text: 1 and "1" would become one key."""
-    if isinstance(obj, dict):
-        for key, value in obj.items():
-            if not isinstance(key, str):
-                raise ValueError(f"Expected text as a JSON key, got {key!r}.")
-            _check_keys(value)
-    elif isinstance(obj, list | tuple):
-        for value in obj:
-            _check_keys(value)
+    waiting = [obj] if isinstance(obj, _CONTAINERS) else []
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            for key in item:
+                if not isinstance(key, str):
+                    raise ValueError(f"Expected text as a JSON key, got {key!r}.")
+            waiting += [value for value in item.values() if isinstance(value, _CONTAINERS)]
+        else:
+            waiting += [value for value in item if isinstance(value, _CONTAINERS)]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o644) -> None:

@@ -190,8 +190,14 @@ def scaling(deltas: Vector, step: float, clip_norm: float = 0.0) -> Scaling:
         with np.errstate(over="ignore", invalid="ignore"):
             wrong = np.flatnonzero(~(peaks.astype(np.float64) * rounded <= GRID_LIMIT))
     rounded[wrong] = 0
-    refused = {int(row): _refusal(deltas[row], step) for row in wrong}
+    refused = {int(row): refusal(deltas[row], step) for row in wrong}
     return Scaling(rounded, norms, refused)
+
+
+def unclipped(deltas: Vector, step: float) -> Scaling:
+    """Of K updates that nobody has looked at yet, without a bound: whoever adds them must look."""
+    count = len(deltas)
+    return Scaling(np.full(count, 1 / step, np.float32), np.full(count, np.nan))
 
 
 def whole_numbers(deltas: Vector, found: Scaling) -> Iterator[tuple[slice, Vector]]:
@@ -200,7 +206,7 @@ def whole_numbers(deltas: Vector, found: Scaling) -> Iterator[tuple[slice, Vecto
     A piece is a buffer that the next one overwrites.
     """
     count, size = deltas.shape
-    width = _PIECE * max(1, 8 // max(1, count))
+    width = _PIECE * max(1, 16 // max(1, count))
     buffer = np.empty((count, min(width, size)), np.float32)
     factors, refused = found.factors[:, None], list(found.refused)
     for start in range(0, size, width):
@@ -246,7 +252,8 @@ def _check_square(square: int, bound: float, step: float) -> None:
         )
 
 
-def _refusal(delta: Vector, step: float) -> UpdateRejected:
+def refusal(delta: Vector, step: float) -> UpdateRejected:
+    """Why an update does not go onto the grid: not finite, or out of range."""
     wrong = np.flatnonzero(~np.isfinite(delta))
     if len(wrong):
         return UpdateRejected(

@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
-from lepton_fl.vector import EXACT, Scaling, Vector, encode, scaling, whole_numbers
+from lepton_fl.vector import (
+    EXACT,
+    GRID_LIMIT,
+    Scaling,
+    Vector,
+    encode,
+    refusal,
+    scaling,
+    to_grid,
+    unclipped,
+    whole_numbers,
+)
 
 BLOCK = 1 << 14  # coordinates handled at a time, so that temporaries stay in cache
 
@@ -114,26 +125,57 @@ class Accumulator:
         """
         plan = self._plan
         check_batch(plan, deltas, num_examples, np.float32)
-        found = scaling(deltas, plan.grid_step, plan.clip_norm)
         weights = self.weights(num_examples)
-        without = {*found.refused, *leave_out}
-        weights[list(without)] = 0
+        weights[list(leave_out)] = 0
         if int(weights.sum()) > EXACT >> 31:
-            encoded, kept = encode(deltas, plan.grid_step, plan.clip_norm), np.flatnonzero(weights)
-            self.add(UpdateBatch(encoded.updates[kept], num_examples[kept]))
-            return found
-        factors, squares = weights.astype(np.float64), np.zeros(len(deltas))
-        for part, whole in whole_numbers(deltas, found):
-            exact = whole.astype(np.float64)
-            if plan.clip_norm:
-                squares += np.vecdot(exact, exact)
-            self._sum[part] += _weighted(factors, exact)
-        # SLACK is far above what float64 rounds: should this ever fail, the bound is not kept.
-        if plan.clip_norm and float(squares.max(initial=0.0)) > (plan.clip_norm / plan.grid_step) ** 2:
-            raise RunError(f"An update is longer than clip_norm={plan.clip_norm:g} after clipping.")
-        self.reports += len(deltas) - len(without)
+            return self._add_heavy(deltas, num_examples, weights)
+        found = self._add_clipped(deltas, weights) if plan.clip_norm else self._add_whole(deltas, weights)
+        self.reports += len(deltas) - len({*found.refused, *leave_out})
         self.weight += int(weights.sum())
         return found
+
+    def _add_heavy(
+        self, deltas: Vector, num_examples: NDArray[np.int64], weights: NDArray[np.int64]
+    ) -> Scaling:
+        """Weights beyond what float64 adds exactly: slower."""
+        encoded = encode(deltas, self._plan.grid_step, self._plan.clip_norm)
+        weights[list(encoded.refused)] = 0
+        kept = np.flatnonzero(weights)
+        self.add(UpdateBatch(encoded.updates[kept], num_examples[kept]))
+        return scaling(deltas, self._plan.grid_step, self._plan.clip_norm)
+
+    def _add_clipped(self, deltas: Vector, weights: NDArray[np.int64]) -> Scaling:
+        """Look at every update, then add; sets the weights of those refused to zero."""
+        step, clip_norm = self._plan.grid_step, self._plan.clip_norm
+        found, squares = scaling(deltas, step, clip_norm), np.zeros(len(deltas))
+        weights[list(found.refused)] = 0
+        factors = weights.astype(np.float64)
+        for part, whole in whole_numbers(deltas, found):
+            exact = whole.astype(np.float64)
+            squares += np.vecdot(exact, exact)
+            self._sum[part] += _weighted(factors, exact)
+        # SLACK is far above what float64 rounds: should this ever fail, the bound is not kept.
+        if float(squares.max(initial=0.0)) > (clip_norm / step) ** 2:
+            raise RunError(f"An update is longer than clip_norm={clip_norm:g} after clipping.")
+        return found
+
+    def _add_whole(self, deltas: Vector, weights: NDArray[np.int64]) -> Scaling:
+        """Look while adding, for almost never is anything wrong; take back what is refused after all."""
+        step, refused = self._plan.grid_step, dict[int, UpdateRejected]()
+        found = unclipped(deltas, step)
+        factors = weights.astype(np.float64)
+        for part, whole in whole_numbers(deltas, found):
+            if refused:
+                whole[list(refused)] = 0
+            peak = max(float(whole.max()), -float(whole.min()))  # NaN survives
+            if not peak <= GRID_LIMIT:
+                for row in np.flatnonzero(~(np.abs(whole).max(axis=1) <= GRID_LIMIT)).tolist():
+                    refused[row] = refusal(deltas[row], step)
+                    before = to_grid(deltas[row, : part.start], step).astype(np.int64)
+                    self._sum[: part.start] -= before * weights[row]
+                    whole[row] = weights[row] = factors[row] = 0
+            self._sum[part] += _weighted(factors, whole.astype(np.float64))
+        return Scaling(found.factors, found.norms, refused)
 
     def weights(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """The weight of devices with so many examples: (K,) to (K,)."""
@@ -142,7 +184,7 @@ class Accumulator:
         return np.minimum(counts, self._plan.max_weight)
 
     def merge(self, subtotal: Subtotal) -> None:
-        """Add the sum over a part of the cohort.
+        """Add the sum over a part of the cohort; it is used up, for a first one takes the sum's place.
 
         Raises:
             UpdateRejected: wrong shape or type.
@@ -153,7 +195,10 @@ class Accumulator:
                 f"Expected a sum of shape {self._sum.shape} and type int64, got {subtotal.total.shape} "
                 f"{subtotal.total.dtype}.",
             )
-        self._sum += subtotal.total
+        if self.reports:
+            self._sum += subtotal.total
+        else:
+            self._sum = subtotal.total
         self.reports += subtotal.reports
         self.weight += subtotal.weight
 

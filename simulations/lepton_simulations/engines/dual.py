@@ -200,6 +200,8 @@ class DualDense:
             small = torch.mm(rows, rows.t(), out=self._room.get("small gram", count, count))
             gram[:places, :places].copy_(small.index_select(0, index).index_select(1, index))
             return
-        torch.mm(rows, rows.t(), out=gram[:count, :count])
-        if count < places:
-            gram[count:places, :count].zero_()
+        # A step meets the rows of earlier steps only: the first rows and the last columns are never read.
+        earlier = min(count, places - self._width)
+        if earlier:
+            torch.mm(rows[self._width :], rows[:earlier].t(), out=gram[self._width : count, :earlier])
+            gram[count:places, :earlier].zero_()
