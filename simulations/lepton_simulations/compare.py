@@ -93,6 +93,11 @@ def read_run(folder: Path) -> Run:
     require(folder / "journal.jsonl", last, head)
     labels = read_json(folder / "scenario.json").get(SIMULATED, [])
     rows = [row for row in read_rows(folder) if row.round <= rounds]
+    if [row.round for row in rows] != list(range(1, rounds + 1)):
+        raise StateCorrupt(
+            f"{folder / 'metrics.jsonl'} does not hold each of the {rounds} rounds once.",
+            hint="Restore it from a copy.",
+        )
     scenario = read_scenario(folder)
     return Run(folder.name, folder, scenario, tuple(map(str, labels)), rows, last.sha256, weights)
 

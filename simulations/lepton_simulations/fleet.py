@@ -297,6 +297,9 @@ class VirtualFleet:
                 continue
             if len(samples) == SAMPLES:
                 break
+        if not samples:
+            why = next(iter(self.unfit.values()), "none holds training rows")
+            raise DataContractError(f"No device can train: {why}", hint="Repair the data of some device.")
         self._engine, self.engine_note = choose(self.trainer, self.local, samples, tier=self.tier)
 
     def _prepare_training(self) -> None:

@@ -333,6 +333,15 @@ def test_folders_without_a_run_and_damaged_ones(recorded, tmp_path):
         read_run(tmp_path / "run")
 
 
+def test_rows_that_are_missing_are_noticed(tmp_path):
+    small(rounds=2, folder=tmp_path / "run")
+    path = tmp_path / "run/metrics.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(row for row in rows if json.loads(row)["round"] != 1))
+    with pytest.raises(StateCorrupt, match="each of the"):
+        read_run(tmp_path / "run")
+
+
 # --- replay ---------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 from lepton_fl.config import load
-from lepton_fl.errors import ConfigError, DiskFull, LeptonError, StateCorrupt, StateError, StateLocked
+from lepton_fl.errors import (
+    ConfigError,
+    DataContractError,
+    DiskFull,
+    LeptonError,
+    StateCorrupt,
+    StateError,
+    StateLocked,
+)
 from lepton_fl.tasks.federated import federated_dataset
 from lepton_fl.tasks.losses import loss_of
 from lepton_fl.tasks.models import initial_model
@@ -51,6 +59,11 @@ def small(**changes):
 @pytest.fixture(scope="module")
 def undisturbed():
     return small(rounds=4)
+
+
+def test_a_fleet_of_which_nobody_can_train_says_why():
+    with pytest.raises(DataContractError, match=r"No device can train: .* of row 0"):
+        small(faults={"corrupt_data": 1.0})
 
 
 # --- reproducible -------------------------------------------------------------------------------------
