@@ -189,7 +189,7 @@ def participation(collected: Collected, *, seconds: bool = False) -> list[dict[s
         collected: one attempt.
         seconds: with the devices' own seconds and moments of arrival; only where they are virtual.
     """
-    bytes_down = 4 * collected.plan.num_coordinates
+    bytes_down = 4 * collected.plan.update_size  # as many as it sends: the model, and the auxiliary vector
     entries = []
     for entry in collected.participation.values():
         outcome = _OUTCOMES.get(entry.outcome, "rejected")

@@ -65,3 +65,10 @@ def test_the_shared_copy_of_the_head_stays_as_it_was(whole):
 def test_a_wrong_pattern_is_named():
     with pytest.raises(ConfigError, match="no such layer"):
         run(local={**LOCAL, "personal": ("no such layer",)})
+
+
+def test_the_bytes_of_the_devices_are_those_of_the_round(whole):
+    """The control goes down with the model."""
+    per_device = 2 * 4 * whole.layout.size
+    assert sum(tally.bytes_down for tally in whole.tallies.values()) == sum(r.bytes_down for r in whole.rows)
+    assert whole.rows[0].bytes_down == per_device * whole.rows[0].asked * whole.rows[0].attempts
