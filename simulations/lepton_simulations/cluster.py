@@ -13,8 +13,8 @@ computes.
 
 import json
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -113,23 +113,20 @@ class Cluster:
         cost = dict(zip(devices, costs, strict=True))
         orders = [{"do": "train", "devices": share, "costs": [cost[d] for d in share]} for share in shares]
         self._link.send([Note(order) for order in orders])
-        answers = self._link.receive()
-        try:
+        with self._answers() as answers:
             if self._own and own:
                 yield from self._own.train(own, [cost[d] for d in own])
             for answer in answers:
-                yield Part.from_json(_checked(answer).body)
-        finally:
-            for _ in answers:  # closed early: nobody may be left with an answer in hand
-                pass
+                yield Part.from_json(answer.body)
 
     def answer(self, devices: Sequence[str]) -> Generator[tuple[str, Outcome], None, None]:
         """See ``Backend``."""
         own, shares = self._shares(devices)
         self._link.send([Note({"do": "answer", "devices": share}) for share in shares])
-        found: dict[str, Outcome] = dict(self._own.answer(own)) if self._own else {}
-        for note in self._link.receive():
-            found |= _outcomes(_checked(note))
+        with self._answers() as answers:
+            found: dict[str, Outcome] = dict(self._own.answer(own)) if self._own else {}
+            for note in answers:
+                found |= _outcomes(note)
         for device_id in devices:
             yield device_id, found.pop(device_id)
 
@@ -137,11 +134,11 @@ class Cluster:
         """See ``Backend``."""
         self._link.send([Note({"do": "subtotal"})] * self._link.followers)
         total, weight, reports = np.zeros(self._size, np.int64), 0, 0
-        for answer in self._link.receive():
-            body = _checked(answer).body
-            if body["reports"]:
-                total += answer.arrays["total"]
-            weight, reports = weight + body["weight"], reports + body["reports"]
+        with self._answers() as answers:
+            for answer in answers:
+                if answer.body["reports"]:
+                    total += answer.arrays["total"]
+                weight, reports = weight + answer.body["weight"], reports + answer.body["reports"]
         if self._own:
             own = self._own.subtotal()
             total += own.total
@@ -156,8 +153,19 @@ class Cluster:
 
     def _tell(self, notes: Sequence[Note]) -> None:
         self._link.send(notes)
-        for answer in self._link.receive():
-            _checked(answer)
+        with self._answers() as answers:
+            for _ in answers:
+                pass
+
+    @contextmanager
+    def _answers(self) -> Iterator[Iterator[Note]]:
+        """The answers to what was sent last, checked; whatever happens, nobody is left with one in hand."""
+        answers = self._link.receive()
+        try:
+            yield map(_checked, answers)
+        finally:
+            for _ in answers:
+                pass
 
 
 class Follower:

@@ -92,6 +92,44 @@ def test_a_machine_that_fails_is_heard_of(monkeypatch):
     assert "32 GB are not enough" in result.verdict.reason
 
 
+class Stubborn:
+    """A backend that fails at everything."""
+
+    def answer(self, devices):
+        raise MemoryError("full")
+
+    def subtotal(self):
+        raise MemoryError("full")
+
+
+class Counting(Direct):
+    """Knows how many answers nobody has taken."""
+
+    left = 0
+
+    def receive(self):
+        self.left = len(self._answers)
+        for answer in self._answers:
+            self.left -= 1
+            yield answer
+
+
+@pytest.mark.parametrize("own_fails", [False, True])
+@pytest.mark.parametrize("ask", ["answer", "subtotal", "tell"])
+def test_after_a_failure_nobody_is_left_with_an_answer(ask, own_fails):
+    """Else the next question would get the answer to this one."""
+    link = Counting(*(Follower(Stubborn()) for _ in range(3)))
+    cluster = Cluster(link, Stubborn() if own_fails else None)
+    asks = {
+        "answer": lambda: list(cluster.answer(["a", "b", "c", "d"])),
+        "subtotal": cluster.subtotal,
+        "tell": lambda: cluster._tell([Note({"do": "subtotal"})] * 3),
+    }
+    with pytest.raises((RunError, MemoryError), match="full"):
+        asks[ask]()
+    assert link.left == 0
+
+
 def test_answers_cross_whole():
     class Two:
         def answer(self, devices):
