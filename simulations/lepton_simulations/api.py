@@ -40,7 +40,7 @@ from lepton_simulations.labels import simulated
 from lepton_simulations.private import Guard, refuse_scenario
 from lepton_simulations.replaying import as_recorded, recorded_world
 from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
-from lepton_simulations.settings import Strategy, explicit, run_settings
+from lepton_simulations.settings import Strategy, explicit, refused, run_settings
 from lepton_simulations.threads import one_thread
 from lepton_simulations.world import DevicesConfig, FaultsConfig, World
 
@@ -183,9 +183,7 @@ def simulate(
             output=OutputConfig(folder=str(folder)),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}.") from error
+        raise refused(error) from error
     loaded = task if isinstance(task, Task) else None
     return run_scenario(
         config,

@@ -32,6 +32,7 @@ from lepton_simulations.backends import local_backend
 from lepton_simulations.config import DataConfig, EngineConfig, SimulationConfig
 from lepton_simulations.exchange import InMemoryExchange
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
+from lepton_simulations.settings import refused
 from lepton_simulations.threads import one_thread
 from lepton_simulations.world.config import DevicesConfig, FaultsConfig
 from lepton_strategies.local_grid import AppNodes, EngineNodes, LocalGrid, Nodes
@@ -91,9 +92,7 @@ def local_grid(
             faults=FaultsConfig.model_validate(faults or {}),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}.") from error
+        raise refused(error) from error
     with ExitStack() as stack:
         stack.enter_context(flower_process())
         stack.enter_context(one_thread())

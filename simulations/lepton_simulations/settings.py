@@ -8,7 +8,7 @@ A strategy is a name or an object of ``lepton_strategies``; whatever else is giv
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.plan import RunSpec
@@ -66,6 +66,15 @@ def run_settings(
     if cohort:
         given = _merged(given, {"cohort": cohort if isinstance(cohort, Mapping) else {"size": cohort}})
     return RunSpec.model_validate({**_merged(given, more), "task": name, "rounds": rounds, "seed": seed})
+
+
+def refused(error: ValidationError) -> ConfigError:
+    """The first setting that is wrong, its value and the bound; or what is wrong with several, in words."""
+    first = error.errors()[0]
+    where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], Mapping | list | tuple):
+        return ConfigError(f"{where}: {message}." if where else f"{message}.")
+    return ConfigError(f"{where} = {first['input']!r}: {message}.")
 
 
 def _of_strategy(strategy: Strategy, task: str) -> dict[str, Any]:

@@ -374,7 +374,8 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         ({"drop_out": 2}, "drop_out"),
         ({"workers": -7}, "workers"),
         ({"localy": 1}, "localy"),
-        ({"cohort": {"size": 2, "min_reports": 3}}, "min_reports=3 exceeds size=2"),
+        ({"cohort": {"size": 2, "min_reports": 3}}, "^cohort: min_reports=3 exceeds size=2.$"),
+        ({"mode": "buffered", "aggregation": {"name": "median"}}, "^mode = 'buffered' cannot be combined"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
