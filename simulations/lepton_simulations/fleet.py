@@ -192,7 +192,10 @@ class VirtualFleet:
             should_stop=should_stop,
             memory=self.memory.of(device_id) if self.memory and remembered else None,
         )
-        return respond(request, desk)
+        reply = respond(request, desk)
+        if self.memory and self.memory.full:  # the reply says that the device failed, which it has not
+            raise self.memory.full
+        return reply
 
     def train(
         self,

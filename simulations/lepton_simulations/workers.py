@@ -202,10 +202,11 @@ class Pool:
 
     def _take_part(self, worker: Worker, waiting: deque[Chunk]) -> Part:
         try:
-            reply = json.loads(worker.pipe.recv_bytes())
+            body = worker.pipe.recv_bytes()
         except (EOFError, OSError):
             return self._lost(worker, waiting)
         worker.done.append(worker.queue.popleft())
+        reply = _read(body)
         worker.weight, worker.reports = reply["weight"], reply["reports"]
         return Part.from_json(reply)
 
@@ -291,11 +292,6 @@ class Pool:
         worker.process.join(1.0)
         code = worker.process.exitcode
         self._replace(worker)
-        if code == -signal.SIGBUS:  # what devices remember lies in a file: see ``memory``
-            raise DiskFull(
-                "No space was left for what the devices remember; the last committed round is safe.",
-                hint="Free some space, then continue with --resume.",
-            )
         log.warning("a worker process died (exit code %s) and was replaced", code)
         return code
 
@@ -381,7 +377,7 @@ def _serve(
             try:
                 if not pipe.poll(PARENT_CHECK_S):
                     continue
-                pipe.send_bytes(json.dumps(server.handle(json.loads(pipe.recv_bytes()))).encode())
+                pipe.send_bytes(json.dumps(server.answer(json.loads(pipe.recv_bytes()))).encode())
             except (EOFError, OSError):
                 return
 
@@ -397,7 +393,13 @@ class _Server:
     config: dict[str, Any] = field(default_factory=dict)
     accumulator: Accumulator | None = None
 
-    def handle(self, message: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._handle(message)
+        except DiskFull as error:  # nobody's fault, so it is the parent's to raise
+            return {"full": {"message": str(error), "hint": error.hint}}
+
+    def _handle(self, message: dict[str, Any]) -> dict[str, Any]:
         if "plan" in message:
             self.plan, self.config = RoundPlan.model_validate_json(message["plan"]), message["config"]
             self.accumulator = None
@@ -421,6 +423,14 @@ class _Server:
         return part.to_json() | {"weight": self.accumulator.weight, "reports": self.accumulator.reports}
 
 
+def _read(body: bytes) -> dict[str, Any]:
+    """A worker's reply; raises the DiskFull that it met."""
+    reply: dict[str, Any] = json.loads(body)
+    if "full" in reply:
+        raise DiskFull(reply["full"]["message"], hint=reply["full"]["hint"])
+    return reply
+
+
 def _encode(outcome: Outcome, update: NDArray[np.int32]) -> dict[str, Any]:
     if isinstance(outcome, UpdateRejected):
         return {"refused": refusal_to_json(outcome)}
@@ -434,7 +444,7 @@ def _encode(outcome: Outcome, update: NDArray[np.int32]) -> dict[str, Any]:
 
 
 def _decode(body: bytes, update: NDArray[np.int32]) -> Outcome:
-    reply = json.loads(body)
+    reply = _read(body)
     if "refused" in reply:
         return refusal_from_json(reply["refused"])
     # Copied, so that the worker can go on with the next device.

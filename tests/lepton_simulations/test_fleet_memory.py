@@ -1,5 +1,6 @@
 """The memory of a virtual fleet: a real device's rules, shared with workers, found again by a resumed run."""
 
+import errno
 import os
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 
-from lepton_fl.errors import StateCorrupt, StateError
+from lepton_fl.errors import DiskFull, StateCorrupt, StateError
 from lepton_fl.plan import LocalPlan, RunSpec
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
 from lepton_fl.rounds.optimizers import ServerState
@@ -85,6 +86,38 @@ def test_devices_that_never_took_part_take_no_room(tmp_path):
     found = (tmp_path / TABLE).stat()
     assert found.st_size > 4e8
     assert found.st_blocks * 512 < 4e6
+
+
+def no_room(descriptor, start, length):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_without_room_nothing_is_written_and_nothing_is_lost(tmp_path, monkeypatch):
+    """A row that was written once can be written again."""
+    fleet = FleetMemory(DEVICES, BOTH, LAYOUT, tmp_path)
+    for device_id, number in (("a", 1), ("b", 1)):
+        fleet.of(device_id).keep("run", number, 1, vectors(number))
+    fleet.of("a").recall("run", lambda r, a: True)
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    fleet.of("a").keep("run", 2, 1, vectors(2))
+    assert fleet.full is None
+    with pytest.raises(DiskFull, match="last committed round is safe"):
+        fleet.of("b").recall("run", lambda r, a: True)
+    with pytest.raises(DiskFull):
+        fleet.of("c").keep("run", 2, 1, vectors(2))
+    assert fleet.full is not None
+    monkeypatch.undo()
+    same(fleet.of("a").recall("run", lambda r, a: True), vectors(2))
+    same(fleet.of("b").recall("run", lambda r, a: True), vectors(1))
+    assert fleet.of("c").recall("run", lambda r, a: True) == {}
+
+
+def test_rows_that_were_written_have_room(tmp_path):
+    layout = Layout.of_shapes({"body": (100_000,)})
+    fleet = FleetMemory(DEVICES, LocalPlan(control_variates=True), layout, tmp_path)
+    before = (tmp_path / TABLE).stat().st_blocks
+    fleet._make_real(1, 2)
+    assert (tmp_path / TABLE).stat().st_blocks - before >= 400_000 // 512
 
 
 def test_forked_workers_write_what_the_parent_reads():

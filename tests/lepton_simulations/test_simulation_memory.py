@@ -1,5 +1,8 @@
 """SCAFFOLD and personal heads in a simulation: workers, faults and interruptions change no bit."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +48,36 @@ def test_a_run_that_was_stopped_goes_on_with_every_devices_memory(whole, tmp_pat
     stopped = run(folder=tmp_path / "run", should_stop=lambda: next(looks))
     assert stopped.verdict.outcome == "stopped"
     assert run(folder=tmp_path / "run", resume=True).weights_sha256 == whole.weights_sha256
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_disk_ends_the_run_by_name_and_it_can_go_on(whole, tmp_path, monkeypatch, workers):
+    rows, allocate = iter(range(4)), os.posix_fallocate
+
+    def full(descriptor, start, length):
+        if next(rows, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        allocate(descriptor, start, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    ended = run(folder=tmp_path / "run", workers=workers)
+    assert ended.verdict.outcome == "failed"
+    assert "No space was left" in ended.verdict.reason
+    monkeypatch.undo()
+    again = run(folder=tmp_path / "run", workers=workers, resume=True)
+    assert again.weights_sha256 == whole.weights_sha256
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_disk_is_not_the_failure_of_a_device_that_answers_singly(tmp_path, monkeypatch, workers):
+    def full(descriptor, start, length):
+        if start:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    ended = run(folder=tmp_path / "run", workers=workers, corrupt=1.0, drop_out=0.0)
+    assert "No space was left" in ended.verdict.reason
+    assert not any(tally.asked for tally in ended.tallies.values())
 
 
 def test_without_its_memory_it_would_be_another_run(whole, tmp_path):
