@@ -107,8 +107,11 @@ class Counting(Direct):
 
     left = 0
 
-    def receive(self):
+    def send(self, notes):
+        super().send(notes)
         self.left = len(self._answers)
+
+    def receive(self):
         for answer in self._answers:
             self.left -= 1
             yield answer
