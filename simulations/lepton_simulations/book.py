@@ -41,7 +41,16 @@ from lepton_fl.rounds.private import PrivateState
 from lepton_fl.vector import Layout, Vector
 from lepton_simulations.appended import AppendedFile, on_disk
 from lepton_simulations.config import SimulationConfig
-from lepton_simulations.journal import EMPTY, Chain, Head, checked, outcome_of, participation, require
+from lepton_simulations.journal import (
+    EMPTY,
+    Chain,
+    Head,
+    bytes_down,
+    checked,
+    outcome_of,
+    participation,
+    require,
+)
 from lepton_simulations.rows import Row, Tally, device_columns, row_columns, write_csv, write_parquet
 from lepton_simulations.sinks import EventFile
 
@@ -174,7 +183,7 @@ class MemoryBook:
             metrics={},
             outcomes=dict(sorted(Counter(str(entry.outcome) for entry in entries).items())),
             bytes_up=sum(attempt.bytes_up for attempt in attempts),
-            bytes_down=round_.bytes_down * len(attempts),
+            bytes_down=round_.bytes_down + sum(map(bytes_down, self._abandoned)),
             seconds=self._lap(),
             attempts=len(attempts),
             time_s=now,

@@ -189,7 +189,7 @@ def participation(collected: Collected, *, seconds: bool = False) -> list[dict[s
         collected: one attempt.
         seconds: with the devices' own seconds and moments of arrival; only where they are virtual.
     """
-    bytes_down = 4 * collected.plan.update_size  # as many as it sends: the model, and the auxiliary vector
+    each = _bytes_down(collected)
     entries = []
     for entry in collected.participation.values():
         outcome = _OUTCOMES.get(entry.outcome, "rejected")
@@ -199,11 +199,21 @@ def participation(collected: Collected, *, seconds: bool = False) -> list[dict[s
             "reason": "" if outcome in ("counted", "surplus") else str(entry.outcome),
             "examples": entry.num_examples,
             "bytes_up": entry.num_bytes,
-            "bytes_down": bytes_down,
+            "bytes_down": each,
         }
         times = {"seconds": entry.seconds, "arrived_s": entry.arrived_s}
         entries.append(body | times if seconds else body)
     return entries
+
+
+def bytes_down(collected: Collected) -> int:
+    """Of one attempt, to all devices that were asked in it."""
+    return _bytes_down(collected) * len(collected.participation)
+
+
+def _bytes_down(collected: Collected) -> int:
+    """To one device: as many as it sends, the model and the auxiliary vector."""
+    return 4 * collected.plan.update_size
 
 
 def outcome_of(entry: Mapping[str, Any]) -> str:

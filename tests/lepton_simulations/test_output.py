@@ -5,14 +5,18 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from lepton_fl.errors import ConfigError, NotFound, StateCorrupt
 from lepton_fl.plan import RunSpec
+from lepton_fl.rounds.campaign import Committed, RunState, Work, plan_round
+from lepton_fl.rounds.collect import Collected, Participation
+from lepton_fl.tasks import Classification
 from lepton_simulations import labels
 from lepton_simulations.api import run_scenario, simulate
-from lepton_simulations.book import read_rows, read_scenario
+from lepton_simulations.book import MemoryBook, read_rows, read_scenario
 from lepton_simulations.compare import compare, draw, read_run, read_runs
 from lepton_simulations.config import DataConfig, OutputConfig, ReplayConfig, SimulationConfig
 from lepton_simulations.labels import PRIVACY_IS_SIMULATED, simulated
@@ -62,6 +66,26 @@ def test_every_device_is_in_the_participation(recorded):
     assert data["asked"].sum() == sum(sum(row.outcomes.values()) for row in recorded.rows)
     assert (data.filter(like="outcome_").sum(axis=1) == data["asked"]).all()
     assert data["bytes_up"].sum() == sum(row.bytes_up for row in recorded.rows)
+    assert data["bytes_down"].sum() == sum(row.bytes_down for row in recorded.rows)
+
+
+def attempt(number, devices):
+    """An attempt at round 1 of which nobody answers."""
+    work = Work("pkg:task", "1", "", 10, Classification(3))
+    state = RunState(np.zeros(10, np.float32), attempt=number)
+    cohort = tuple(f"d{n}" for n in range(devices))
+    plan = plan_round(RunSpec(task="pkg:task"), "run", work, "train", 1, state, cohort, 1, "00")
+    return Collected(plan, {d: Participation(d, "offline") for d in cohort})
+
+
+def test_every_attempt_has_the_bytes_of_its_own_cohort():
+    book = MemoryBook()
+    book.abandoned(attempt(1, 3), "nobody came")
+    book.abandoned(attempt(2, 7), "nobody came")
+    counts = attempt(3, 5)
+    book.committed(Committed(RunState(np.zeros(10, np.float32), round=1), counts, {}, 1.0, 4 * 10 * 5))
+    assert book.rows[0].bytes_down == 4 * 10 * (3 + 7 + 5)
+    assert sum(tally.bytes_down for tally in book.tallies.values()) == book.rows[0].bytes_down
 
 
 def test_the_files_say_the_same(recorded):
