@@ -67,6 +67,7 @@ class Result:
     journal_sha256: str = ""  # the hash of the last event: equal exactly when the same happened
     simulated: tuple[str, ...] = ()  # what is simulated, in words
     tallies: Mapping[str, Tally] = field(default_factory=dict)  # what became of each device
+    engine_note: str = ""  # why not the fastest engine trained, in one sentence; '' = it did, or as asked for
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -160,7 +161,8 @@ def simulate(
         resume: continue the run in ``folder`` at its last committed round.
         on_round: called after each round, and again after its evaluation.
         on_progress: called within a round with the devices dealt with so far, and all of them.
-        should_stop: asked between client steps; what a resumed run then repeats comes out the same.
+        should_stop: asked between client steps; what a resumed run then repeats comes out the same, except
+            in a buffered run, whose devices at work begin anew.
         **run: further settings of the run, as in the [run] section of a scenario: ``local``, ``server``,
             ``schedule``, ``weighting``, ``early_stop``, ... They win over the strategy's.
 
@@ -290,6 +292,7 @@ def _run(
             journal_sha256=book.journal_sha256,
             simulated=labels,
             tallies=dict(book.tallies),
+            engine_note=fleet.engine_note,
         )
         if isinstance(book, FolderBook):
             book.finish(final.model)

@@ -56,7 +56,8 @@ def simulate(
 ) -> None:
     """Train on virtual devices, on this machine, with the code of a real fleet.
 
-    Ctrl-C stops after the client step in hand, and --resume goes on to the same bits.
+    Ctrl-C stops after the client step in hand, and --resume goes on to the same bits; only a buffered
+    run goes on to others, since the devices that were at work begin anew.
     """
     seeds = dict.fromkeys(("run.seed", "data.seed", "engine.seed"), seed)
     options: dict[str, Any] = {
@@ -199,6 +200,8 @@ def _run(config: "SimulationConfig", format: Format, *, resume: bool = False) ->
 
 def _say_what(result: "Result") -> None:
     say(f"Simulated: {'; '.join(result.simulated)}.")
+    if result.engine_note:
+        say(result.engine_note)
     say(f"Weights {result.weights_sha256[:16]}, journal {result.journal_sha256[:16]} (SHA-256).")
 
 
@@ -209,7 +212,8 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
         rows = [{**vars(row), "traffic_bytes": row.traffic} for row in result.rows]
         verdict = {"outcome": result.verdict.outcome, "reason": result.verdict.reason}
         hashes = {"weights_sha256": result.weights_sha256, "journal_sha256": result.journal_sha256}
-        places = {"folder": result.folder, "plot": plot, "simulated": result.simulated}
+        words = {"simulated": result.simulated, "engine_note": result.engine_note}
+        places = {"folder": result.folder, "plot": plot, **words}
         body = {"task": result.task, **verdict, **places, **hashes, "best": result.best, "rounds": rows}
         print_data(body, format=format)
     if result.verdict.outcome == "failed":

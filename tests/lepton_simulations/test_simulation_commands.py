@@ -62,6 +62,15 @@ def test_json_is_one_document(scenario, capsys):
     assert "4 virtual devices: rows dealt at random" in document["simulated"]
 
 
+def test_the_end_says_why_not_the_fastest_engine_trained(scenario, capsys):
+    run(["simulate", str(scenario)])
+    assert "engine is not used" not in capsys.readouterr().err.replace("\n", " ")
+    adam = ["simulate", str(scenario), "--output", "adam", "--set", "run.local.optimizer=adam"]
+    assert run(adam) == 0
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "The fused engine is not used: the optimiser is 'adam'." in said
+
+
 def test_refused_devices_are_counted_by_name(scenario, capsys):
     scenario.write_text(SCENARIO.replace("size = 2", "size = 4") + "[faults]\ncorrupt = 0.5\n")
     assert run(["simulate", str(scenario)]) == 0
