@@ -13,8 +13,9 @@
         model.safetensors      the final model, by tensor names
 
 ``state.json`` is replaced atomically and says how long the journal and the rows were, so whatever a crash
-left behind them is cut off, and a resumed run continues bit for bit as if nothing had happened. Wall-clock
-seconds are in the rows and nowhere else.
+left behind them is cut off, and a resumed run continues bit for bit as if nothing had happened. Only a
+buffered run does not: devices that were at work are not in it and begin anew. Wall-clock seconds are in the
+rows and nowhere else.
 """
 
 import fcntl
@@ -481,15 +482,19 @@ def read_scenario(folder: Path) -> SimulationConfig:
         raise StateCorrupt(f"{folder / 'scenario.json'} is not a scenario: {error}.") from error
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Path, length: int | None = None) -> list[Row]:
     """The rows of a run, as they were at its last commit point or later.
+
+    Args:
+        folder: of the run.
+        length: bytes to read of ``metrics.jsonl``, as in the commit point; None = all of it.
 
     Raises:
         StateCorrupt: they cannot be read.
     """
     path, rows = folder / "metrics.jsonl", dict[int, Row]()
     try:
-        for line in path.read_bytes().splitlines():
+        for line in path.read_bytes()[:length].splitlines():
             row = Row.from_json(json.loads(line))
             rows[row.round] = row  # an evaluated row replaces the committed one
     except (OSError, ValueError, TypeError) as error:

@@ -4,18 +4,20 @@
     comparison = compare(runs, metric="accuracy")
     comparison.lines[0].rounds_to_target
 
-Reading a run checks its journal from the first event to the commit point.
+Reading a run checks its journal from the first event to the commit point, and the figures of its rows against
+the journal; only wall seconds are in no journal.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from lepton_fl.errors import ConfigError, NotFound, StateCorrupt
 from lepton_simulations.book import SIMULATED, read_json, read_rows, read_scenario
 from lepton_simulations.config import SimulationConfig
-from lepton_simulations.journal import EMPTY, Head, checked, require
+from lepton_simulations.journal import EMPTY, Event, Head, checked, require
 from lepton_simulations.plot import figure_of, plot_runs, score_of
 from lepton_simulations.rows import Row
 
@@ -68,7 +70,7 @@ class Comparison:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run and check its journal.
+    """Read a run, check its journal, and hold its rows against it.
 
     Args:
         folder: as ``lepton simulate`` has written it; the run may still be going on.
@@ -83,23 +85,73 @@ def read_run(folder: Path) -> Run:
     try:
         noted, length = saved["journal"], int(saved["journal"]["bytes"])
         head, rounds = Head(noted["seq"], noted["hash"]), int(saved["state"]["round"])
+        written = int(saved["metrics_bytes"])
     except (KeyError, TypeError, ValueError) as error:
         raise StateCorrupt(f"{folder / 'state.json'} is not a saved state ({error}).") from error
-    last, weights = EMPTY, ""
+    last, told = EMPTY, Told()
     for event, now in checked(folder / "journal.jsonl", length):
         last = now
-        if event.kind == "round.committed":
-            weights = event.body["model_sha256"]
+        told.hear(event)
     require(folder / "journal.jsonl", last, head)
     labels = read_json(folder / "scenario.json").get(SIMULATED, [])
-    rows = [row for row in read_rows(folder) if row.round <= rounds]
+    rows = [row for row in read_rows(folder, written) if row.round <= rounds]
     if [row.round for row in rows] != list(range(1, rounds + 1)):
         raise StateCorrupt(
             f"{folder / 'metrics.jsonl'} does not hold each of the {rounds} rounds once.",
             hint="Restore it from a copy.",
         )
+    for row in rows:
+        _hold_against(folder, row, told.figures.get(row.round, {}))
     scenario = read_scenario(folder)
-    return Run(folder.name, folder, scenario, tuple(map(str, labels)), rows, last.sha256, weights)
+    return Run(folder.name, folder, scenario, tuple(map(str, labels)), rows, last.sha256, told.weights)
+
+
+@dataclass
+class Told:
+    """What a journal says of each round, by the names of ``Row``."""
+
+    weights: str = ""  # after the last committed round
+    figures: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _up: int = 0  # bytes of attempts that were abandoned since the last committed round
+    _down: int = 0
+
+    def hear(self, event: Event) -> None:
+        """Take the next event; raises StateCorrupt where it does not say what it must."""
+        try:
+            self._take(event, event.body)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StateCorrupt(
+                f"Event {event.seq} ({event.kind}) is not as a simulation writes it."
+            ) from error
+
+    def _take(self, event: Event, body: Mapping[str, Any]) -> None:
+        if event.kind == "round.abandoned":
+            self._up += sum(entry["bytes_up"] for entry in body["participation"])
+            self._down += sum(entry["bytes_down"] for entry in body["participation"])
+        elif event.kind == "round.committed":
+            self.weights = body["model_sha256"]
+            self.figures[body["round"]] = {
+                "train_loss": body["metrics"].get("loss"),
+                "epsilon": body["metrics"].get("epsilon"),
+                "time_s": event.time,
+                "bytes_up": self._up + body["bytes_up"],
+                "bytes_down": self._down + body["bytes_down"],
+                "metrics": {},
+            }
+            self._up = self._down = 0
+        elif event.kind == "round.evaluated":
+            self.figures[body["round"]]["metrics"] = body["metrics"]
+
+
+def _hold_against(folder: Path, row: Row, figures: Mapping[str, Any]) -> None:
+    """Refuse a row of which the journal says something else."""
+    differing = [name for name, value in figures.items() if getattr(row, name) != value]
+    if differing or not figures:
+        raise StateCorrupt(
+            f"{folder / 'metrics.jsonl'} and the journal differ in round {row.round}: "
+            f"{', '.join(differing) or 'it is not in the journal'}.",
+            hint="The journal is as it was written; restore metrics.jsonl from a copy.",
+        )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

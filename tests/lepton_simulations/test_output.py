@@ -1,6 +1,7 @@
 """Rows as tables, plots, TensorBoard, labels, strategies by name, comparisons."""
 
 import json
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lepton_fl.errors import ConfigError, NotFound, StateCorrupt
+from lepton_fl.files import canonical_json
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.campaign import Committed, RunState, Work, plan_round
 from lepton_fl.rounds.collect import Collected, Participation
@@ -364,6 +366,49 @@ def test_rows_that_are_missing_are_noticed(tmp_path):
     path.write_bytes(b"".join(row for row in rows if json.loads(row)["round"] != 1))
     with pytest.raises(StateCorrupt, match="each of the"):
         read_run(tmp_path / "run")
+
+
+def changed(row, name):
+    """A row with another figure."""
+    if name == "metrics":
+        return row | {"metrics": dict.fromkeys(row["metrics"], 1.0)}
+    return row | {name: (row[name] or 0) + 1}
+
+
+@pytest.mark.parametrize("name", ["metrics", "train_loss", "epsilon", "time_s", "bytes_up", "bytes_down"])
+def test_figures_that_are_not_the_journals_are_noticed(tmp_path, name):
+    """The rows are outside the hash chain; nobody can make a run look better by them."""
+    small(rounds=2, folder=tmp_path / "run", devices=DEVICES)
+    path = tmp_path / "run/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    rows[-1] = changed(rows[-1], name)
+    path.write_bytes(b"".join(canonical_json(row) + b"\n" for row in rows))
+    state = json.loads((tmp_path / "run/state.json").read_bytes())
+    state["metrics_bytes"] = path.stat().st_size
+    (tmp_path / "run/state.json").write_bytes(canonical_json(state))
+    with pytest.raises(StateCorrupt, match=f"differ in round 2: {name}"):
+        read_run(tmp_path / "run")
+
+
+def test_rows_after_the_commit_point_are_not_read(recorded, tmp_path):
+    """A run that is still going on writes them first."""
+    shutil.copytree(recorded.folder, tmp_path / "run")
+    with open(tmp_path / "run/metrics.jsonl", "ab") as file:
+        file.write(b'{"round": 4, "rep')
+    assert read_run(tmp_path / "run").rows == recorded.rows
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"drop_out": 0.6, "cohort": {"size": 4, "min_reports": 3}},
+        {"rounds": 2, "mode": "buffered", "buffer": {"size": 2, "concurrency": 3}, "drop_out": 0.2},
+        {"faults": {"crash_rounds": (2,)}, "evaluate_every": 2},
+    ],
+)
+def test_runs_with_abandoned_attempts_agree_with_their_journals(tmp_path, changes):
+    result = small(folder=tmp_path / "run", devices=DEVICES, **changes)
+    assert read_run(tmp_path / "run").rows == result.rows
 
 
 # --- replay ---------------------------------------------------------------------------------------------
