@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PROTOCOL_VERSION = 1  # of the messages of a round
 MAX_RETRIED = 256  # rounds of which a plan says that not their first attempt counted
+MOST_SECURE = 1000  # devices of one secure sum
+LEAST_STEPS = 1024  # grid steps in the clip norm of a secure run, at least
 STALENESS_SCALE = 2**8  # weights of buffered updates are integers: multiples of 1/256
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -161,6 +163,24 @@ class BufferSpec(Frozen):
     staleness: Annotated[float, Field(ge=0, le=10)] = 0.5  # an update s steps old counts (1 + s)**-staleness
 
 
+class SecureSpec(Frozen):
+    """How secure aggregation is done where it is required (``docs/secure_aggregation.md``)."""
+
+    bits: Literal[32, 16] = 32  # of a coordinate on the wire; 16 are rotated and rounded, half the upload
+    min_cohort: Annotated[int, Field(ge=4, le=1000)] = 16  # devices take part in no smaller sum
+    max_dropout: Annotated[float, Field(ge=0, le=0.333)] = 0.3  # share that may leave; more give no result
+    spread: Annotated[float, Field(ge=1, le=16)] = 4.0  # 16 bits: deviations before a coordinate saturates
+
+    @property
+    def per_thousand(self) -> int:
+        """``max_dropout`` as devices write it."""
+        return round(1000 * self.max_dropout)
+
+    def least_survivors(self, devices: int) -> int:
+        """Of so many devices, these must come through, or there is no sum."""
+        return max(2 * devices // 3 + 1, -(-(1000 - self.per_thousand) * devices // 1000))
+
+
 class EarlyStop(Frozen):
     """Stop when the watched metric has not improved for ``patience`` evaluations; 0 = never."""
 
@@ -292,6 +312,8 @@ class RunSpec(Frozen):
     clip_norm: NonNegative = 0.0  # a device scales its update to this L2 norm if it is longer; 0 = off
     aggregation: AggregationSpec = AggregationSpec()
     privacy: PrivacySpec | None = None  # implies, of device level, clip_norm and weighting = "equal"
+    secure_aggregation: Literal["required", "off"] = "off"  # required: the coordinator learns sums only
+    secure: SecureSpec = SecureSpec()  # how, where it is required; implies grid_step
     evaluate_every: Annotated[int, Field(ge=0)] = 1  # federated evaluation every n rounds; 0 = never
     evaluate_cohort: Annotated[int, Field(ge=0)] = 0  # devices asked to evaluate; 0 = as many as train
     central_data: str = ""  # folder of the task's data set on the coordinator, or "built-in"; empty = none
@@ -309,6 +331,64 @@ class RunSpec(Frozen):
                 if name not in self.model_fields_set:
                     object.__setattr__(self, name, value)
         return self
+
+    @model_validator(mode="after")
+    def _as_secrecy_implies(self) -> Self:
+        """The finest grid on which no sum of a cohort can leave 32 bits."""
+        if self.secure_aggregation == "off":
+            return self
+        if wrong := self._unfit_for_secrecy():
+            raise ValueError(f"secure_aggregation='required' cannot be combined with {'; '.join(wrong)}")
+        finest = self._finest_step()
+        if "grid_step" not in self.model_fields_set and finest > self.grid_step:
+            object.__setattr__(self, "grid_step", finest)
+        # 16 bits are scaled to the ring by the encoding, whatever the grid.
+        if self.secure.bits == 32 and self.grid_step < finest:
+            raise ValueError(
+                f"grid_step={self.grid_step:g}: a sum of {self._most_asked} devices could leave 32 bits; set "
+                f"grid_step={finest:g}, or lower clip_norm, max_weight or the cohort"
+            )
+        steps = self.clip_norm / self.grid_step
+        if steps < LEAST_STEPS:
+            most = int(2**31 // (self._most_asked * LEAST_STEPS))
+            raise ValueError(
+                f"an update of clip_norm={self.clip_norm:g} would have {steps:g} grid steps, fewer than "
+                f"{LEAST_STEPS}: too coarse to learn from; lower max_weight to {most}, or give all devices "
+                "the same weight (weighting='equal')"
+            )
+        return self
+
+    def _unfit_for_secrecy(self) -> list[str]:
+        """What contradicts that only a sum is learnt, or that it is one of enough devices."""
+        cohort, least = self.cohort, self.secure.min_cohort
+        kept = self.secure.least_survivors(self._most_asked)
+        found = {
+            f"aggregation.name={self.aggregation.name!r}, which looks at every update": (
+                not self.aggregation.is_sum
+            ),
+            "mode='buffered', which adds one update at a time": self.mode == "buffered",
+            "privacy, whose mechanisms are not carried by masked rounds yet": self.privacy is not None,
+            "clip_norm=0: without a bound on updates a sum could leave its 32 bits": not self.clip_norm,
+            f"cohort.size={cohort.size}, below secure.min_cohort={least}": cohort.size < least,
+            f"cohorts of {self._most_asked}, above {MOST_SECURE}": self._most_asked > MOST_SECURE,
+            f"cohort.over_selection={cohort.over_selection:g}: a sum needs {kept} of {self._most_asked} "
+            f"devices, the round would close at {cohort.size}": kept > cohort.size,
+        }
+        return [why for why, is_so in found.items() if is_so]
+
+    @property
+    def _most_asked(self) -> int:
+        """Devices asked in one round, at most."""
+        return ceil(self.cohort.size * self.cohort.over_selection)
+
+    def _finest_step(self) -> float:
+        """As ``secagg.encoding.fit`` finds it, not below 2**-24."""
+        weight = self.max_weight if self.weighting == "examples" else 1
+        room = (2**31 - 1) // (self._most_asked * weight)
+        step = 2.0**-24
+        while int(self.clip_norm / step) > room and step < self.clip_norm:
+            step *= 2
+        return step
 
     @model_validator(mode="after")
     def _exact_grid(self) -> Self:
@@ -358,7 +438,8 @@ class RunSpec(Frozen):
     @property
     def min_reports(self) -> int:
         """Fewer reports than this and a round is abandoned: the cohort's bound, and that of the rule."""
-        return max(self.cohort.min_reports, self.aggregation.least_reports)
+        secure = self.secure.min_cohort if self.secure_aggregation == "required" else 1
+        return max(self.cohort.min_reports, self.aggregation.least_reports, secure)
 
     def learning_rate(self, round_number: int) -> float:
         """The local learning rate of a round (first round: 1)."""
@@ -425,6 +506,7 @@ class RoundPlan(Frozen):
     grid_step: float
     clip_norm: float = 0.0
     aggregation: AggregationSpec = AggregationSpec()
+    secure: SecureSpec | None = None  # set: only a sum is learnt, by secure aggregation
     auxiliary: int = 0  # further coordinates of an update, after those of the model: SCAFFOLD's controls
     auxiliary_sha256: str = ""  # of the server's control, where there is one
     population: int = 0  # devices that could ever be asked; 0 = not known, and not needed

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, RunError
+from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, Rejection, RunError
 from lepton_fl.plan import MAX_RETRIED, RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
 from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_evaluation, collect_training
@@ -27,8 +27,10 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, redact
+from lepton_fl.rounds.secure import SecureRounds
 from lepton_fl.tasks.metrics import Metrics, Sums
 from lepton_fl.vector import Layout, Vector, vector_digest
+from lepton_fl.wire.messages import Request
 
 Kind = Literal["train", "evaluate"]
 SHOW_EVERY_S = 5.0  # a cause of waiting that keeps changing is shown at most so often
@@ -164,6 +166,8 @@ class Campaign:
     clock: Callable[[], float] = time.monotonic
     look_s: float = 1.0  # a waiting run looks around at least so often; inf in virtual time, which can jump
     private: PrivateRounds | None = None  # of a run with privacy
+    secure: SecureRounds | None = None  # of a run with secure aggregation
+    _blamed: set[str] = field(default_factory=set, init=False)  # broke the protocol: not asked again
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
     _known: tuple[Sequence[Candidate], list[str]] = field(default=((), []), init=False)
 
@@ -172,6 +176,7 @@ class Campaign:
         try:
             personal_of(self.spec.local, self.work.layout)  # a wrong pattern ends the run now
             self._resume_privacy(state)
+            self._refuse_plain_rounds()
             while True:
                 if self._evaluation_due(state):
                     state = self._evaluate(state)
@@ -195,6 +200,14 @@ class Campaign:
             raise ConfigError(
                 "run.privacy is set, and nothing here charges it or adds its noise.",
                 hint="Private runs work in `lepton simulate`.",
+            )
+
+    def _refuse_plain_rounds(self) -> None:
+        """A run that must not see single updates never falls back to rounds that do."""
+        if self.secure is None and self.spec.secure_aggregation == "required":
+            raise ConfigError(
+                "run.secure_aggregation is 'required', and nothing here runs its protocol.",
+                hint="It runs in `lepton simulate`, and in Flower apps (SecureAggregation).",
             )
 
     def _finished(self, state: RunState) -> str:
@@ -222,6 +235,7 @@ class Campaign:
             self.book.planned(plan)
             began = self.clock()
             collected, mean = self._collect(plan, state)
+            self._blamed |= {d for d, e in collected.participation.items() if e.outcome == Rejection.BLAMED}
             if mean is None:
                 stopped = should_stop()
                 cause, failures = collected.summary(), failures + 1
@@ -243,6 +257,10 @@ class Campaign:
     def _collect(self, plan: RoundPlan, state: RunState) -> tuple[Collected, NDArray[np.float64] | None]:
         """One attempt; of a private run, its noise is in the mean."""
         control = control_of(self.spec.local, state.server, len(state.model))
+        if self.secure and plan.secure:
+            return self.secure.collect(
+                plan, Request.of(plan, state.model, control), self.exchange, self.clock
+            )
         finish = partial(self.private.release, plan) if self.private else None
         collected, mean = collect_training(plan, state.model, self.exchange, control, self.clock, finish)
         if self.private:
@@ -260,6 +278,8 @@ class Campaign:
 
     def _candidates(self) -> Sequence[Candidate]:
         found = self.roster.candidates()
+        if self._blamed:
+            found = [c for c in found if c.device_id not in self._blamed]
         return self.private.rested(found) if self.private else found
 
     def _quorum(self, should_stop: Callable[[], bool]) -> tuple[str, ...] | None:
@@ -345,8 +365,9 @@ class Campaign:
 
     @property
     def _on_devices(self) -> bool:
-        """Whether devices evaluate; their counts would be a release, which a private run does not make."""
-        return self.work.evaluate_on_devices and self.spec.privacy is None
+        """Whether devices evaluate; private and secure runs do not: one device's counts would be seen."""
+        closed = self.spec.privacy is not None or self.spec.secure_aggregation == "required"
+        return self.work.evaluate_on_devices and not closed
 
     def _heard(self, collected: Collected | None) -> bool:
         """Whether the watched metric can be expected; a silent fleet does not end a run."""
@@ -405,6 +426,7 @@ def plan_round(
         grid_step=spec.grid_step,
         clip_norm=spec.clip_norm,
         aggregation=spec.aggregation,
+        secure=spec.secure if kind == "train" and spec.secure_aggregation == "required" else None,
         auxiliary=0 if control is None else len(control),
         auxiliary_sha256="" if control is None else vector_digest(control),
         retried=state.retried if spec.local.keeps_state else (),
@@ -458,7 +480,8 @@ def _min_reports(spec: RunSpec, kind: Kind, asked: int) -> int:
     """A robust rule of so few that they could not outvote anybody is not applied, however few are asked."""
     if kind == "evaluate":
         return min(spec.cohort.min_reports, asked)
-    return max(min(spec.cohort.min_reports, asked), spec.aggregation.least_reports)
+    survivors = spec.secure.least_survivors(asked) if spec.secure_aggregation == "required" else 1
+    return max(min(spec.cohort.min_reports, asked), spec.aggregation.least_reports, survivors)
 
 
 def _better(value: float, than: float, mode: str, margin: float, or_equal: bool) -> bool:

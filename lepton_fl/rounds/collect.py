@@ -71,8 +71,9 @@ class Collected:
             if entry.outcome != ACCEPTED:
                 others[entry.outcome] = others.get(entry.outcome, 0) + 1
         head = f"{self.reports} of {len(self.plan.cohort)} reports"
-        if not (self.enough or self.plan.aggregation.is_sum):
-            head += f" ({self.plan.aggregation.name} needs {self.plan.min_reports})"
+        rule = "secure aggregation" if self.plan.secure else self.plan.aggregation.name
+        if not self.enough and (self.plan.secure or not self.plan.aggregation.is_sum):
+            head += f" ({rule} needs {self.plan.min_reports})"
         causes = ", ".join(f"{n} {name.replace('-', ' ')}" for name, n in sorted(others.items()))
         return f"{head}: {causes}" if causes else head
 
@@ -111,7 +112,7 @@ def collect_training(
         aggregator.merge(part.subtotal)
 
     request = Request.of(plan, model, auxiliary)
-    collected = _collect(plan, request, exchange, TRAINING, take, take_many, clock)
+    collected = collect(plan, request, exchange, TRAINING, take, take_many, clock)
     if not collected.enough:
         return collected, None
     return collected, (finish(aggregator) if finish else aggregator.finalize())
@@ -136,7 +137,7 @@ def collect_evaluation(
         metrics.validate(reply.sums)
         return reply
 
-    return _collect(plan, Request.of(plan, model), exchange, metrics, take, _refuse_sum, clock)
+    return collect(plan, Request.of(plan, model), exchange, metrics, take, _refuse_sum, clock)
 
 
 def _refuse_sum(part: AddedUp) -> None:
@@ -152,7 +153,7 @@ def _records(answer: Answer) -> Records:
 Take = Callable[[Answer], TrainReply | EvaluateReply]
 
 
-def _collect(
+def collect(
     plan: RoundPlan,
     request: Request,
     exchange: Exchange,
@@ -161,6 +162,17 @@ def _collect(
     take_many: Callable[[AddedUp], None],
     clock: Clock,
 ) -> Collected:
+    """Take the answers of one attempt, whatever is made of them.
+
+    Args:
+        plan: of the attempt.
+        request: what the devices are asked.
+        exchange: carries it.
+        metrics: how the devices' counts are added.
+        take: reads and counts one answer, or raises why it does not count.
+        take_many: counts answers that were added up.
+        clock: says when each answer came.
+    """
     began = clock()
     collected = Collected(plan, elapsed_s=lambda: max(0.0, clock() - began))
     with closing(exchange.ask(plan, request)) as answers:

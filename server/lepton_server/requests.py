@@ -54,6 +54,12 @@ def refuse_unknown(spec: RunSpec) -> None:
     """
     no_ledger = "the coordinator keeps no privacy ledger yet, which would charge its releases and refuse them"
     refuse_run(spec, central_evaluation=bool(spec.central_data), also=[no_ledger])
+    if spec.secure_aggregation == "required":
+        raise ConfigError(
+            "The coordinator cannot carry the messages of secure aggregation yet; "
+            "run.secure_aggregation is 'required'.",
+            hint="It works in `lepton simulate` and in any Flower app (lepton_strategies.SecureAggregation).",
+        )
     if spec.mode == "buffered":
         raise ConfigError(
             "The coordinator drives synchronous rounds only; run.mode is 'buffered'.",

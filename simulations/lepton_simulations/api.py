@@ -40,6 +40,7 @@ from lepton_simulations.labels import simulated
 from lepton_simulations.private import Guard, refuse_scenario
 from lepton_simulations.replaying import as_recorded, recorded_world
 from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
+from lepton_simulations.secure import one_by_one, secure_rounds
 from lepton_simulations.settings import Strategy, explicit, refused, run_settings
 from lepton_simulations.threads import one_thread
 from lepton_simulations.world import DevicesConfig, FaultsConfig, World
@@ -237,6 +238,7 @@ def build_fleet(config: SimulationConfig, task: Task | None = None) -> VirtualFl
     folder = Path(config.data.folder) if config.data.folder else None
     data = federated_dataset(task, folder, config.data.partition, config.data.seed)
     refuse_scenario(_fitted(config, data), len(data.clients))
+    secure_rounds(config)  # refuses what it cannot show
     engine = config.engine
     if config.run.local.keeps_state and engine.backend != "local":
         raise ConfigError(
@@ -272,7 +274,13 @@ def _run(
         backend = make_backend(fleet, config, stack)
         if backend is None:
             return _followed(config, fleet)
-        exchange = InMemoryExchange(fleet, backend, on_progress=on_progress, should_stop=should_stop)
+        exchange = InMemoryExchange(
+            fleet,
+            backend,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            one_by_one=one_by_one(config),
+        )
         book = _book(config, fleet, rng, on_round, stack)
         labels = simulated(config, len(fleet.devices), fleet.engine.name)
         state = _start(config, fleet, book, resume, labels)
@@ -327,7 +335,9 @@ def _campaign(
             dispatcher = VirtualDispatcher(fleet, backend)
             campaign: Campaign = BufferedCampaign(*seams, clock=clock, look_s=inf, dispatcher=dispatcher)
         else:
-            campaign = Campaign(*seams, clock=clock, look_s=inf, private=guard.start(state))
+            campaign = Campaign(
+                *seams, clock=clock, look_s=inf, private=guard.start(state), secure=secure_rounds(config)
+            )
         try:
             return campaign.run(state, should_stop)
         except CoordinatorCrash as crash:

@@ -17,6 +17,7 @@ import numpy as np
 from lepton_fl.errors import UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.exchange import AddedUp, Answer, Report
+from lepton_fl.rounds.secure import rounded_loss
 from lepton_fl.tasks.metrics import Sums
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
@@ -51,6 +52,7 @@ class InMemoryExchange:
         *,
         on_progress: Progress = lambda done, wanted: None,
         should_stop: Callable[[], bool] = lambda: False,
+        one_by_one: bool = False,
     ) -> None:
         """Open an exchange.
 
@@ -59,11 +61,13 @@ class InMemoryExchange:
             backend: computes; closed with the exchange.
             on_progress: called as devices of a training round are done.
             should_stop: asked after each chunk; True ends the round with ``Interrupted``.
+            one_by_one: every device answers with records, because its own update is needed.
         """
         self._fleet = fleet
         self._backend = backend
         self._on_progress = on_progress
         self._should_stop = should_stop
+        self._one_by_one = one_by_one
         # Of the attempt in hand:
         self._accepted = 0  # singly
         self._losses: list[float] = []
@@ -98,7 +102,7 @@ class InMemoryExchange:
             world.clock.advance(world.downtime_s(plan))
             raise CoordinatorCrash(plan)
         fates = self._fates(plan)
-        many = plan.kind == "train" and plan.aggregation.is_sum
+        many = plan.kind == "train" and plan.aggregation.is_sum and not self._one_by_one
         counted = dict[str, Report]()
         self._accepted, self._losses, self._seen, at = 0, list[float](), 0, 0
         while at < len(fates) and (wanted := plan.wanted_reports - self._accepted - len(counted)) > 0:
@@ -161,7 +165,7 @@ class InMemoryExchange:
                 refused |= part.refused
                 for trained in part.trained:
                     counted[trained.device_id] = _report(plan, trained, ordinary[trained.device_id])
-                    self._losses.append(trained.loss_sum)
+                    self._losses.append(rounded_loss(trained.loss_sum) if plan.secure else trained.loss_sum)
                     self._seen += trained.seen
                 self._on_progress(self._accepted + len(counted), plan.wanted_reports)
                 self._check_stop()

@@ -81,6 +81,9 @@ def _faults(faults: Mapping[str, Any]) -> Iterator[str]:
 
 def _privacy(body: Mapping[str, Any]) -> Iterator[str]:
     run = body["run"]
+    if run.get("secure_aggregation") == "required":
+        how = body.get("engine", {}).get("secure_aggregation", "ideal")
+        yield f"secure aggregation: {'the whole protocol' if how == 'full' else 'its ideal functionality'}"
     settings = [run.get(key) or body.get(key) for key in _PRIVATE]
     if any(_is_on(setting) for setting in settings):
         yield PRIVACY_IS_SIMULATED
@@ -96,4 +99,4 @@ def _is_on(setting: object) -> bool:
         return any(
             bool(setting.get(key)) for key in ("mechanism", "noise_multiplier", "epsilon", "target_epsilon")
         )
-    return bool(setting)
+    return bool(setting) and setting != "off"

@@ -31,3 +31,14 @@ def test_settings_that_do_not_go_together_are_named(tmp_path, local, words):
     path.write_text(f'[run]\ntask = "digits"\n[run.local]\n{local}\n')
     with pytest.raises(ConfigError, match=words):
         run_spec(path, {})
+
+
+def test_a_secure_run_is_refused_and_never_becomes_a_plain_one(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[run]\ntask = "digits"\nsecure_aggregation = "required"\nclip_norm = 1.0\nweighting = "equal"\n'
+        "cohort.size = 20\n"
+    )
+    with pytest.raises(ConfigError, match="secure_aggregation") as refused:
+        run_spec(path, {})
+    assert "SecureAggregation" in refused.value.hint

@@ -1,0 +1,342 @@
+"""Secure rounds: the plain round's sum, or no sum; who leaves and who cheats is named."""
+
+import os
+from collections.abc import Generator, Mapping
+from random import Random
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from pydantic import ValidationError
+
+from lepton_fl.errors import Rejection, StateError, TrustError, UpdateRejected
+from lepton_fl.plan import RoundPlan, RunSpec, SecureSpec
+from lepton_fl.rounds.campaign import Campaign, RunState, Work, plan_round
+from lepton_fl.rounds.cohort import Candidate
+from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, collect_training
+from lepton_fl.rounds.exchange import Answer
+from lepton_fl.rounds.secure import Told, collect_secure, context_of, encode_reply, encoding_of
+from lepton_fl.rounds.secure_device import Offer, SecureMember, check_request
+from lepton_fl.rounds.spool import FolderSpool
+from lepton_fl.secagg.client import MemoryLedger
+from lepton_fl.secagg.context import Rules
+from lepton_fl.secagg.encoding import fit
+from lepton_fl.secagg.identity import Pinned
+from lepton_fl.secagg.server import Stage
+from lepton_fl.tasks.metrics import TrainingLoss
+from lepton_fl.vector import to_grid
+from lepton_fl.wire.messages import Request, Ticket, TrainReply
+
+SIZE, PLACE = 50, "example.org"
+WORK = Work("pkg:task", "1", "ab" * 32, SIZE, TrainingLoss())
+COHORT = tuple(f"d{i:02}" for i in range(20))
+GOOD = {"task": "pkg:task", "clip_norm": 1.0, "weighting": "equal", "cohort": {"size": 20, "min_reports": 1}}
+
+
+def spec_of(**more) -> RunSpec:
+    return RunSpec.model_validate({**GOOD, "secure_aggregation": "required", **more})
+
+
+def plan_of(spec: RunSpec, **more) -> tuple[RoundPlan, Request]:
+    model = np.linspace(-1, 1, SIZE, dtype=np.float32)
+    state = RunState(model)
+    plan = plan_round(spec, "run", WORK, "train", 1, state, COHORT, len(COHORT), "5a" * 16)
+    plan = plan.model_copy(update=more)
+    return plan, Request.of(plan, model)
+
+
+def reply_of(plan: RoundPlan, device: str) -> TrainReply:
+    number = int(device[1:])
+    delta = np.random.default_rng(number).normal(size=SIZE).astype(np.float32) * 0.1
+    update = to_grid(delta, plan.grid_step, plan.clip_norm)
+    sums = {"loss_sum": np.array([0.5 * number]), "examples": np.array([10 + number])}
+    return TrainReply(Ticket.of(plan), plan.task_version, 3 + number, update, sums, 0.1)
+
+
+class Fleet:
+    """Real members; ``drops`` says before which stage a device falls silent."""
+
+    def __init__(self, plan: RoundPlan, request: Request, drops: Mapping[str, Stage] | None = None) -> None:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        self.plan, self.request, self.drops = plan, request, dict(drops or {})
+        keys = {d: Ed25519PrivateKey.generate() for d in COHORT}
+        self.trust = Pinned({d: k.public_key().public_bytes_raw() for d, k in keys.items()})
+        self.members = {d: SecureMember(d, PLACE, k, self.trust, MemoryLedger()) for d, k in keys.items()}
+        self.asked: list[Stage] = []
+        self.revealed: list[str] = []
+        self.spoil: dict[tuple[Stage, str], object] = {}
+
+    def ask(self, stage: Stage, messages: Mapping[str, bytes]) -> Generator[Told, None, None]:
+        self.asked.append(stage)
+        for device, message in messages.items():
+            if self.drops.get(device, Stage.DONE) <= stage:
+                continue
+            told = self.answer(stage, device, message)
+            change = self.spoil.get((stage, device))
+            yield change(told) if change else told
+
+    def answer(self, stage: Stage, device: str, message: bytes) -> Told:
+        member, encoding = self.members[device], encoding_of(self.plan)
+        if stage is Stage.ADVERTS:
+            return Told(device, member.advert("r1"))
+        if stage is Stage.SHARES:
+            offer = Offer.of(context_of(self.plan, self.request, PLACE)).to_json()
+            return Told(device, member.shares("r1", offer, message))
+        if stage is Stage.UPLOADS:
+            member.deliver("r1", message)
+            vector = encode_reply(self.plan, encoding, reply_of(self.plan, device), os.urandom)
+            tail, body = member.mask("r1", vector)
+            return Told(device, tail, body, 0.1, len(tail) + len(body))
+        if stage is Stage.CONSENTS:
+            return Told(device, member.consent("r1", message))
+        self.revealed.append(device)
+        return Told(device, member.reveal("r1", message))
+
+
+class Plain:
+    """The same devices in a plain round."""
+
+    def __init__(self, devices) -> None:
+        self.devices = devices
+
+    def ask(self, plan, request) -> Generator[Answer, None, None]:
+        for device in self.devices:
+            yield Answer(device, reply_of(plan, device).to_records())
+
+    def tell(self, plan, device_id, refusal) -> None:
+        pass
+
+
+def secure(fleet: Fleet, **more):
+    return collect_secure(fleet.plan, fleet.request, fleet.ask, fleet.trust, PLACE, **more)
+
+
+# --- the plan ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"aggregation": {"name": "median"}}, "median"),
+        ({"clip_norm": 0.0}, "clip_norm=0"),
+        ({"cohort": {"size": 15}}, "cohort.size=15"),
+        ({"cohort": {"size": 1001}}, "1001"),
+        ({"cohort": {"size": 20, "over_selection": 2.0}}, "over_selection"),
+        ({"mode": "buffered"}, "buffered"),
+        ({"weighting": "examples"}, "max_weight"),
+        ({"grid_step": 2.0**-28}, "grid_step=5.96046e-08"),
+        ({"privacy": {"noise_multiplier": 1.0}}, "privacy"),
+    ],
+)
+def test_what_cannot_be_hidden_or_does_not_fit_is_refused_by_name(more, word):
+    with pytest.raises(ValidationError, match=word):
+        spec_of(**more)
+
+
+@pytest.mark.parametrize("weight", [1, 20, 1000])
+@pytest.mark.parametrize("clip", [0.5, 1.0, 37.0])
+def test_the_implied_grid_is_the_finest_that_fits(weight, clip):
+    spec = spec_of(weighting="examples", max_weight=weight, clip_norm=clip)
+    encoding, step = fit(SIZE, 20, weight, clip)
+    assert spec.grid_step == step
+    assert encoding_of(plan_of(spec)[0]).coordinate_bound == encoding.coordinate_bound
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.3, 0.333])
+def test_the_plan_and_the_devices_agree_on_how_many_must_survive(dropout):
+    spec = SecureSpec(max_dropout=dropout)
+    rules = Rules(max_dropout=spec.per_thousand)
+    assert all(spec.least_survivors(n) == rules.least_survivors(n) for n in range(4, 1001))
+
+
+def test_a_run_without_it_is_as_before():
+    spec = RunSpec(task="pkg:task")
+    assert spec.grid_step == 2.0**-24
+    assert plan_of(spec)[0].secure is None
+
+
+def test_a_campaign_that_cannot_hide_refuses():
+    campaign = Campaign(spec_of(), "r", WORK, Plain(()), Nobody(), None, Random(1))
+    verdict = campaign.run(RunState(np.zeros(SIZE, np.float32)))
+    assert verdict.outcome == "failed"
+    assert "secure_aggregation" in verdict.reason
+
+
+class Nobody:
+    def candidates(self):
+        return [Candidate(d, "eligible") for d in COHORT]
+
+    def wait(self, seconds: float) -> None:
+        pass
+
+
+# --- the sum ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["equal", "examples"])
+def test_on_and_off_give_the_same_bits(weighting):
+    plan, request = plan_of(spec_of(weighting=weighting, max_weight=15))
+    collected, mean = secure(Fleet(plan, request))
+    plain, expected = collect_training(plan, request.model, Plain(COHORT))
+    assert_array_equal(mean, expected)
+    assert collected.reports == plain.reports == 20
+    assert {e.outcome for e in collected.participation.values()} == {ACCEPTED}
+    assert collected.sums["examples"] == plain.sums["examples"]
+    assert_allclose(collected.sums["loss_sum"], plain.sums["loss_sum"], atol=1e-4)
+
+
+def test_no_count_of_a_single_device_is_in_the_report():
+    plan, request = plan_of(spec_of())
+    collected, _ = secure(Fleet(plan, request))
+    assert {e.num_examples for e in collected.participation.values()} == {0}
+
+
+def test_sixteen_bits_are_close():
+    plan, request = plan_of(spec_of(secure={"bits": 16}))
+    _, mean = secure(Fleet(plan, request))
+    _, expected = collect_training(plan, request.model, Plain(COHORT))
+    assert np.linalg.norm(mean - expected) < 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("stage", [Stage.SHARES, Stage.UPLOADS, Stage.CONSENTS, Stage.REVEALS])
+def test_six_of_twenty_may_leave_at_any_stage(stage):
+    plan, request = plan_of(spec_of())
+    gone = COHORT[3:9]
+    collected, mean = secure(Fleet(plan, request, dict.fromkeys(gone, stage)))
+    counted = COHORT if stage > Stage.UPLOADS else tuple(d for d in COHORT if d not in gone)
+    _, expected = collect_training(plan, request.model, Plain(counted))
+    assert_array_equal(mean, expected)
+    outcomes = {d: e.outcome for d, e in collected.participation.items()}
+    assert outcomes == {d: ACCEPTED if d in counted else Rejection.OFFLINE.value for d in COHORT}
+
+
+@pytest.mark.parametrize("stage", list(Stage)[:4])
+def test_more_give_nothing_and_nothing_is_revealed(stage):
+    plan, request = plan_of(spec_of())
+    fleet = Fleet(plan, request, dict.fromkeys(COHORT[:7], stage))
+    collected, mean = secure(fleet)
+    assert mean is None
+    assert not collected.enough
+    assert collected.reports == 0
+    assert not collected.sums
+    assert not fleet.revealed
+
+
+def test_silence_at_the_end_is_asked_again_before_the_round_is_lost():
+    plan, request = plan_of(spec_of())
+    fleet = Fleet(plan, request, dict.fromkeys(COHORT[:7], Stage.CONSENTS))
+    assert secure(fleet)[1] is None
+    assert fleet.asked.count(Stage.CONSENTS) == 2
+
+
+def test_the_round_closes_with_enough_vectors():
+    plan, request = plan_of(spec_of(), wanted_reports=16)
+    collected, mean = secure(Fleet(plan, request))
+    _, expected = collect_training(plan, request.model, Plain(COHORT[:16]))
+    assert_array_equal(mean, expected)
+    assert {collected.participation[d].outcome for d in COHORT[16:]} == {SURPLUS}
+
+
+def test_a_damaged_vector_is_refused_and_the_round_goes_on(tmp_path):
+    plan, request = plan_of(spec_of())
+    fleet, told = Fleet(plan, request), {}
+    fleet.spoil[Stage.UPLOADS, "d05"] = lambda t: Told(t.device, t.message, bytes(len(t.vector)))
+    fleet.spoil[Stage.UPLOADS, "d06"] = lambda t: Told(t.device, t.message, bytes(t.vector)[:-4])
+    fleet.spoil[Stage.SHARES, "d07"] = lambda t: Told(t.device, t.message[:-1] + b"\0")
+    fleet.spoil[Stage.UPLOADS, "d08"] = lambda t: Told(t.device, UpdateRejected(Rejection.FAILED, "no data"))
+    collected, mean = secure(fleet, spool=FolderSpool(tmp_path), tell=lambda d, r: told.update({d: r}))
+    left = [d for d in COHORT if d not in ("d05", "d06", "d07", "d08")]
+    assert_array_equal(mean, collect_training(plan, request.model, Plain(left))[1])
+    outcomes = {d: collected.participation[d].outcome for d in ("d05", "d06", "d07", "d08")}
+    assert outcomes == {"d05": "malformed", "d06": "wrong-shape", "d07": "malformed", "d08": "failed"}
+    assert told["d05"].reason is Rejection.MALFORMED
+    assert told["d04"] is None
+
+
+def test_who_shares_garbage_is_blamed_and_left_out():
+    plan, request = plan_of(spec_of())
+    fleet = Fleet(plan, request)
+    cheat = fleet.members["d02"]
+
+    def garbled(told: Told) -> Told:
+        from lepton_fl.secagg.messages import Shares
+
+        shares = Shares.decode(told.message, len(COHORT))
+        bad = Shares(shares.roster, shares.sender, bytes(len(shares.sealed)), shares.commitments)
+        return Told(told.device, bad.encode(cheat._signing))
+
+    fleet.spoil[Stage.SHARES, "d02"] = garbled
+    collected, mean = secure(fleet)
+    assert collected.participation["d02"].outcome == Rejection.BLAMED
+    assert "bad-shares" in collected.participation["d02"].detail
+    if mean is not None:
+        left = [d for d in COHORT if d != "d02"]
+        assert_array_equal(mean, collect_training(plan, request.model, Plain(left))[1])
+
+
+# --- a device ---------------------------------------------------------------------------------------
+
+
+def test_an_offer_survives_its_text_and_nothing_else_does():
+    for bits in (16, 32):
+        plan, request = plan_of(spec_of(secure={"bits": bits}))
+        context = context_of(plan, request, PLACE)
+        offer = Offer.from_json(Offer.of(context).to_json())
+        assert offer.context(PLACE).digest == context.digest
+    text = Offer.of(context).to_json()
+    for bad in (
+        "",
+        "[]",
+        "{}",
+        text[:-1],
+        text.replace('"round":1', '"round":true'),
+        text.replace("run", "RUN"),
+    ):
+        with pytest.raises(UpdateRejected):
+            Offer.from_json(bad)
+
+
+def test_a_device_trains_only_what_it_was_offered():
+    plan, request = plan_of(spec_of())
+    context = context_of(plan, request, PLACE)
+    offer = Offer.of(context)
+    check_request(offer, context.request, context.model, context.encoding)
+    for wrong in (
+        (bytes(32), context.model, context.encoding),
+        (context.request, bytes(32), context.encoding),
+        (context.request, context.model, encoding_of(plan_of(spec_of(clip_norm=2.0))[0])),
+    ):
+        with pytest.raises(TrustError):
+            check_request(offer, *wrong)
+
+
+def test_a_device_keeps_few_sessions_and_forgets_the_oldest():
+    plan, request = plan_of(spec_of())
+    member = Fleet(plan, request).members["d00"]
+    first = member.advert("a")
+    assert member.advert("a") == first
+    for name in "bcde":
+        member.advert(name)
+    with pytest.raises(TrustError, match="no keys"):
+        member.consent("a", b"")
+    with pytest.raises(TypeError):
+        member.__reduce__()
+
+
+def test_a_full_disk_is_named_and_undone(tmp_path, monkeypatch):
+    spool = FolderSpool(tmp_path)
+    spool.append("d", b"12345")
+    monkeypatch.setattr("os.fsync", _no_space)
+    durable = FolderSpool(tmp_path, durable=True)
+    with pytest.raises(StateError, match="space"):
+        durable.append("d", b"678")
+    assert b"".join(spool.read("d")) == b"12345"
+    spool.discard("d")
+    spool.discard("d")
+    assert spool.size("d") == 0
+    assert list(spool.read("d")) == []
+
+
+def _no_space(file: int) -> None:
+    raise OSError(28, "No space left on device")
