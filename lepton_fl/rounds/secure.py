@@ -78,11 +78,11 @@ def context_of(plan: RoundPlan, request: Request, deployment: str) -> RoundConte
     return RoundContext.of(request, deployment, encoding_of(plan), rules_of(_secure(plan)))
 
 
-def encode_reply(plan: RoundPlan, encoding: SumEncoding, reply: TrainReply, random: Random) -> Ring:
+def encode_reply(plan: RoundPlan | Request, encoding: SumEncoding, reply: TrainReply, random: Random) -> Ring:
     """One device's vector: its update times its weight, and its counts.
 
     Args:
-        plan: of the attempt.
+        plan: of the attempt, or the request that a device has got.
         encoding: from ``encoding_of``.
         reply: what the device would send in a plain round.
         random: for the rounding of 16 bits: the operating system's; it hides the fractions.
@@ -110,6 +110,8 @@ def decode_total(
         reports: how many were added.
     """
     found = encoding.decode(total)
+    if found.counters.keys() != {"weight", "examples", "loss"}:
+        raise ConfigError("This sum is not one of a plan's updates.")
     loss = found.counters["loss"] - reports * _LOSS_HALF
     sums: Sums = {
         "loss_sum": np.array([loss * _LOSS_STEP]),
@@ -298,6 +300,7 @@ def collect_secure(
     spool: Spool | None = None,
     journal: Journal = lambda record: None,
     tell: Callable[[str, UpdateRejected | None], None] = lambda device, refusal: None,
+    known_as: Callable[[str], str] = lambda device: device,
     workers: int = 1,
 ) -> tuple[Collected, NDArray[np.float64] | None]:
     """One attempt at a training round of which the coordinator sees a sum only.
@@ -313,6 +316,7 @@ def collect_secure(
         spool: keeps masked vectors until they are added; None = in memory.
         journal: keeps the session's records.
         tell: says to a device what became of its vector.
+        known_as: the name in the cohort of a device that the protocol knows by its key.
         workers: threads for unmasking.
 
     Returns:
@@ -323,7 +327,7 @@ def collect_secure(
     session = ServerSession(context, trust, Intake(context, spool or MemorySpool()), workers)
     began = clock()
     collected = Collected(plan, elapsed_s=lambda: max(0.0, clock() - began))
-    heard = _Heard(collected, tell)
+    heard = _Heard(collected, tell, known_as)
     try:
         outcome = lead(
             session, plan.cohort, ask, wanted=plan.wanted_reports, hear=heard, journal=journal, now=now
@@ -341,11 +345,17 @@ def collect_secure(
 class _Heard:
     """Notes what became of each device."""
 
-    def __init__(self, collected: Collected, tell: Callable[[str, UpdateRejected | None], None]) -> None:
-        self._collected, self._tell = collected, tell
+    def __init__(
+        self,
+        collected: Collected,
+        tell: Callable[[str, UpdateRejected | None], None],
+        known_as: Callable[[str], str],
+    ) -> None:
+        self._collected, self._tell, self._known_as = collected, tell, known_as
         self._entries: dict[str, Participation] = {}
 
     def __call__(self, stage: Stage, told: Told, refusal: UpdateRejected | None) -> None:
+        told = replace(told, device=self._known_as(told.device))
         self._collected.bytes_up += told.num_bytes
         before = self._entries.get(told.device)
         if refusal is not None and refusal.reason in (Rejection.DUPLICATE, Rejection.NOT_SELECTED):
@@ -367,10 +377,10 @@ class _Heard:
 
     def settle(self, outcome: Outcome, session: ServerSession) -> None:
         """The participation of the whole cohort, once it is known who is in the sum."""
-        collected, survivors = self._collected, set(outcome.survivors)
-        uploaded = session.intake.included
+        collected, survivors = self._collected, set(map(self._known_as, outcome.survivors))
+        uploaded = frozenset(map(self._known_as, session.intake.included))
         full = len(uploaded) >= collected.plan.wanted_reports
-        faults = {blame.device: blame.fault.value for blame in outcome.blames}
+        faults = {self._known_as(blame.device): blame.fault.value for blame in outcome.blames}
         collected.reports = len(survivors) if outcome.total is not None else 0
         collected.participation = {
             device: self._entry(device, device in survivors, uploaded, full, faults.get(device, ""), outcome)

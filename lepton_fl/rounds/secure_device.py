@@ -255,17 +255,18 @@ class SecureMember:
             place.session.close()
 
 
-def check_request(offer: Offer, request: bytes, model: bytes, encoding: Exact | Rotated) -> None:
-    """Hold what a device was sent against what it has agreed to.
+def check_request(offer: Offer, request: bytes, model: bytes) -> None:
+    """Hold what a device was sent against what it has agreed to, before it trains.
+
+    Args:
+        offer: what it has agreed to.
+        request: SHA-256 of what it was asked.
+        model: SHA-256 of the model that it was sent.
 
     Raises:
-        TrustError: another request, model or encoding.
+        TrustError: another request or model.
     """
-    for name, agreed, found in (
-        ("request", offer.request, request),
-        ("model", offer.model, model),
-        ("encoding", offer.encoding.digest, encoding.digest),
-    ):
+    for name, agreed, found in (("request", offer.request, request), ("model", offer.model, model)):
         if agreed != found:
             raise TrustError(
                 f"Refused: the {name} is not the one that this round was offered with.",

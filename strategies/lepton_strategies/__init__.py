@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from lepton_strategies.grid import GridExchange, run_campaign
     from lepton_strategies.krum import Krum, MultiKrum
     from lepton_strategies.local_grid import AppNodes, EngineNodes, LocalGrid
+    from lepton_strategies.masking import secure_mod
     from lepton_strategies.median import Median
     from lepton_strategies.model import initial_arrays, to_state_dict
     from lepton_strategies.norm_bounding import NormBounding
     from lepton_strategies.personal import FedPer
     from lepton_strategies.scaffold import Scaffold
+    from lepton_strategies.secure_aggregation import SecureAggregation
     from lepton_strategies.trimmed_mean import TrimmedMean
 
 __all__ = [
@@ -45,10 +47,12 @@ __all__ = [
     "MultiKrum",
     "NormBounding",
     "Scaffold",
+    "SecureAggregation",
     "TrimmedMean",
     "client_app",
     "initial_arrays",
     "run_campaign",
+    "secure_mod",
     "to_state_dict",
 ]
 
@@ -61,10 +65,12 @@ _HOMES = {
     "LocalGrid": "local_grid",
     "MultiKrum": "krum",
     "NormBounding": "norm_bounding",
+    "SecureAggregation": "secure_aggregation",
     "TrimmedMean": "trimmed_mean",
     "client_app": "app",
     "initial_arrays": "model",
     "run_campaign": "grid",
+    "secure_mod": "masking",
     "to_state_dict": "model",
 }
 

@@ -13,7 +13,7 @@ Only the tasks that are listed are run, whatever the server asks for.
 
 import os
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,13 +39,16 @@ if TYPE_CHECKING:
 DataFor = Callable[["Context", str], DeviceData]  # (context, task reference) -> the node's prepared rows
 
 
-def client_app(tasks: Collection[str], *, data: DataFor | None = None, seed: int = 0) -> "ClientApp":
+def client_app(
+    tasks: Collection[str], *, data: DataFor | None = None, seed: int = 0, mods: Sequence[Any] = ()
+) -> "ClientApp":
     """A client app that runs these tasks and no others.
 
     Args:
         tasks: names, short or full.
         data: finds a node's rows; None = as its node configuration says, see the module.
         seed: of the batch orders, with the node's name, the round and the attempt.
+        mods: Flower's, around every answer; ``secure_mod()`` for secure aggregation.
 
     Raises:
         TaskError: a name is of no task.
@@ -54,7 +57,7 @@ def client_app(tasks: Collection[str], *, data: DataFor | None = None, seed: int
     from flwr.clientapp import ClientApp
 
     allowed = frozenset(resolve(name) for name in tasks)
-    app = ClientApp()
+    app = ClientApp(mods=list(mods))
 
     def answer(message: "Message", context: "Context") -> "Message":
         from lepton_fl.training.respond import respond

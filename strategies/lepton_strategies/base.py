@@ -11,14 +11,16 @@ import logging
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from random import Random, SystemRandom
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, QuorumError, UpdateRejected
 from lepton_fl.plan import RoundPlan, RunSpec
@@ -39,6 +41,18 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0  # between two looks for connected nodes
 
 Settings = dict[str, Any]  # fields of RunSpec
+
+
+@dataclass(frozen=True, eq=False)
+class SecureReplies:
+    """What a round with secure aggregation has brought, in the place of replies: a sum, and no messages."""
+
+    collected: Collected
+    mean: NDArray[np.float64] | None  # (P + A,)
+
+    def __iter__(self) -> Iterator[Message]:
+        """There are none."""
+        return iter(())
 
 
 class LeptonStrategy(Strategy):
@@ -73,6 +87,7 @@ class LeptonStrategy(Strategy):
         self._run_id = f"{SystemRandom().getrandbits(64):016x}" if seed is None else self._spec.digest()[:16]
         self._state: RunState | None = None
         self._asked: PlannedMessages | None = None
+        self._wrapped = False
 
     @staticmethod
     @abstractmethod
@@ -83,6 +98,10 @@ class LeptonStrategy(Strategy):
     def spec(self) -> RunSpec:
         """The settings of the run."""
         return self._spec
+
+    def require(self, spec: RunSpec) -> None:
+        """Take other settings, of a run with secure aggregation; only its wrapper calls it."""
+        self._spec, self._wrapped = spec, True
 
     def summary(self) -> None:
         """Log the settings."""
@@ -103,6 +122,11 @@ class LeptonStrategy(Strategy):
                 "Flower's loop charges no privacy and adds no noise; it cannot run a spec with privacy.",
                 hint="Private runs work in `lepton simulate`.",
             )
+        if self._spec.secure_aggregation == "required" and not self._wrapped:
+            raise ConfigError(
+                "This strategy alone would see every update; secure_aggregation is 'required'.",
+                hint=f"Wrap it: SecureAggregation({type(self).__name__}(...), keys=...).",
+            )
         self._state = self._next_state(server_round, arrays)
         return self._ask("train", server_round, self._spec.cohort.size, grid)
 
@@ -112,7 +136,10 @@ class LeptonStrategy(Strategy):
         """Add the replies exactly and make one step of the server optimiser."""
         asked, state = self._take_asked(), self._known_state()
         control = self._control(asked.plan.kind)
-        collected, mean = collect_training(asked.plan, state.model, _exchange(asked, replies), control)
+        if isinstance(replies, SecureReplies):
+            collected, mean = replies.collected, replies.mean
+        else:
+            collected, mean = collect_training(asked.plan, state.model, _exchange(asked, replies), control)
         if mean is None:
             log.warning("round %d does not count: %s", server_round, collected.summary())
             self._state = replace(state, retried=after_attempt(state.retried, server_round, 0))

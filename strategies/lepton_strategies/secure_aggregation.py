@@ -1,0 +1,444 @@
+"""Secure aggregation for any strategy that needs only the mean, in any Flower app on the Message API.
+
+    keys = load_list(Path("keys.txt"))
+    strategy = SecureAggregation(FedAdam(min_train_nodes=20), keys=keys, clip_norm=10.0)
+    strategy.start(grid=grid, initial_arrays=arrays, num_rounds=10)
+
+The nodes run ``secure_mod``. Their updates leave them masked; the server learns one sum a round, of at least
+two thirds of the nodes asked, or nothing (``docs/secure_aggregation.md``). The wrapped strategy draws the
+nodes and is given one reply: the mean model. It may be Flower's own or one of ours.
+"""
+
+import logging
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import Strategy
+
+from lepton_fl.errors import ConfigError, QuorumError, Rejection, UpdateRejected
+from lepton_fl.plan import LEAST_STEPS, RunSpec
+from lepton_fl.rounds.secure import Told, collect_secure, context_of, lead
+from lepton_fl.rounds.secure_device import Offer
+from lepton_fl.rounds.spool import FolderSpool
+from lepton_fl.secagg.context import RoundContext, Rules
+from lepton_fl.secagg.encoding import Exact, Rotated, fit
+from lepton_fl.secagg.messages import Advert
+from lepton_fl.secagg.server import Outcome, ServerSession, Stage
+from lepton_fl.secagg.uploads import Intake
+from lepton_fl.wire.messages import Fields, Request
+from lepton_strategies.base import LeptonStrategy, SecureReplies
+from lepton_strategies.grid import UNAVAILABLE
+from lepton_strategies.planned import PlannedMessages
+from lepton_strategies.records import from_record_dict, to_record_dict
+from lepton_strategies.secure_keys import pinned
+from lepton_strategies.secure_wire import (
+    MASKED,
+    RECORD,
+    Settings,
+    arrays_digest,
+    flatten,
+    mean_metrics,
+    request_digest,
+    unflatten,
+)
+
+log = logging.getLogger(__name__)
+
+# They look at single updates, or at something else than one mean of models.
+UNFIT: Final = (
+    flower.Bulyan,
+    flower.FedMedian,
+    flower.FedTrimmedAvg,
+    flower.FedXgbBagging,
+    flower.FedXgbCyclic,
+    flower.Krum,
+    flower.MultiKrum,
+    flower.QFedAvg,
+    flower.DifferentialPrivacyServerSideAdaptiveClipping,
+    flower.DifferentialPrivacyServerSideFixedClipping,
+    flower.DifferentialPrivacyClientSideAdaptiveClipping,
+    flower.DifferentialPrivacyClientSideFixedClipping,
+)
+_FINE: Final = 2.0**-24
+
+
+@dataclass
+class _Round:
+    """What a round of Flower's own strategies has brought."""
+
+    arrays: ArrayRecord | None
+    metrics: dict[str, float]
+    weight: int
+    reports: int
+    asked: Sequence[Message]
+    blamed: int = 0
+
+
+class SecureAggregation(Strategy):
+    """Wraps a strategy; see the module."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        keys: Collection[bytes | str],
+        clip_norm: float = 0.0,
+        max_weight: int = 1,
+        metrics: Sequence[str] = (),
+        bits: Literal[16, 32] = 32,
+        min_cohort: int = 16,
+        max_dropout: float = 0.3,
+        deployment: str = "flower",
+        deadline_s: float = 3600.0,
+        stage_s: float = 120.0,
+        poll_s: float = 0.25,
+    ) -> None:
+        """Wrap.
+
+        Args:
+            strategy: Flower's own or one of ours; one that only needs the mean of the nodes' models.
+            keys: the public keys of all nodes (``secure_keys.load_list``).
+            clip_norm: L2 bound of a node's update, its model minus the one it got; needed, but for a
+                strategy of ours that has one.
+            max_weight: of a node, by the strategy's ``weighted_by_key``; 1 = all nodes count the same. More
+                make the grid coarser: nodes * max_weight * clip_norm / step has to fit the bits.
+            metrics: figures of the nodes to average; others are not told.
+            bits: 16 halve the upload and round the sum.
+            min_cohort: the fewest nodes of a sum; a node may demand more.
+            max_dropout: the share of the nodes asked that may fall silent.
+            deployment: the installation's name, as the nodes have it in their configuration.
+            deadline_s: for training.
+            stage_s: for every other stage.
+            poll_s: between two looks for replies.
+
+        Raises:
+            ConfigError: the strategy cannot work with a mean alone, or a setting is wrong.
+        """
+        if isinstance(strategy, UNFIT):
+            raise ConfigError(
+                f"{type(strategy).__name__} needs more than one mean of the nodes' models, and secure "
+                "aggregation tells nothing else.",
+                hint="Wrap FedAvg, FedAvgM, FedProx, FedAdagrad, FedAdam or FedYogi.",
+            )
+        self._inner = strategy
+        self._trust = pinned(keys)
+        self._settings = {"max_dropout": max_dropout, "min_cohort": min_cohort, "bits": bits}
+        self._rules = Rules(min_cohort, round(1000 * max_dropout))
+        self._clip_norm, self._max_weight = clip_norm, max_weight
+        self._metrics, self._bits = tuple(metrics), bits
+        self._deployment, self._poll_s = deployment, poll_s
+        self._deadline_s, self._stage_s = deadline_s, stage_s
+        self._key = getattr(strategy, "weighted_by_key", "num-examples")
+        self._rounds, self._tag = 0, secrets.token_hex(4)
+        self._last: _Round | SecureReplies | None = None
+        if isinstance(strategy, LeptonStrategy):
+            self._demand(strategy)
+        elif clip_norm <= 0:
+            raise ConfigError(
+                f"clip_norm is {clip_norm:g}: without a bound on updates a sum could leave its {bits} bits.",
+                hint="Give the L2 norm that no honest update exceeds; longer ones are scaled down to it.",
+            )
+
+    def _demand(self, strategy: LeptonStrategy) -> None:
+        """Our own strategies have the setting; it implies their grid."""
+        given = strategy.spec.model_dump(exclude_unset=True)
+        clip = {"clip_norm": self._clip_norm} if self._clip_norm else {}
+        weights = {"weighting": "equal"} if self._max_weight == 1 else {"max_weight": self._max_weight}
+        secure = {"secure_aggregation": "required", "secure": self._settings}
+        strategy.require(RunSpec.model_validate({**weights, **given, **clip, **secure}))
+
+    @property
+    def strategy(self) -> Strategy:
+        """The wrapped one."""
+        return self._inner
+
+    def summary(self) -> None:
+        """Log what is hidden, and the wrapped strategy's settings."""
+        log.info(
+            "SecureAggregation: the server learns one sum a round, of at least %d nodes, %d bits",
+            self._rules.least_survivors(self._rules.min_cohort),
+            self._bits,
+        )
+        self._inner.summary()
+
+    # --- Flower's loop ------------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the strategy choose the nodes, and take them through the protocol; nothing is left to send."""
+        asked = self._inner.configure_train(server_round, arrays, config, grid)
+        self._last, self._rounds = None, self._rounds + 1
+        if isinstance(asked, PlannedMessages):
+            self._last = self._planned(asked, grid)
+            return []
+        messages = list(asked)
+        if messages:
+            self._last = self._mean(messages, arrays, grid)
+        return []
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Give the strategy the mean as if one node had answered."""
+        last, self._last = self._last, None
+        if isinstance(last, SecureReplies):
+            return self._inner.aggregate_train(server_round, last)
+        if last is None:
+            return None, None
+        counts: dict[str, Any] = {"reports": last.reports, "asked": len(last.asked), "blamed": last.blamed}
+        if last.arrays is None:
+            log.warning("round %d does not count: too few nodes came through", server_round)
+            return None, MetricRecord(counts)
+        figures = MetricRecord({self._key: last.weight, **last.metrics})
+        content = RecordDict({"arrays": last.arrays, "metrics": figures})
+        made = Message(content=content, dst_node_id=last.asked[0].metadata.dst_node_id, message_type="train")
+        new, found = self._inner.aggregate_train(server_round, [made])
+        return new, MetricRecord({**(found or {}), **counts})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the strategy does it: evaluations are not hidden."""
+        return self._inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """As the strategy does it."""
+        return self._inner.aggregate_evaluate(server_round, replies)
+
+    # --- a round ------------------------------------------------------------------------------------
+
+    def _planned(self, asked: PlannedMessages, grid: Grid) -> SecureReplies:
+        """A round of one of our own strategies."""
+        messages = list(asked)
+        plan = asked.plan.model_copy(update={"run_id": self._run(messages)})
+        request = Request.of(plan, asked.request.model, asked.request.auxiliary)
+        records = to_record_dict(request.to_records())
+        offer = Offer.of(context_of(plan, request, self._deployment))
+        nodes = _Nodes(grid, messages, records, offer, Settings(True), self._times())
+        with tempfile.TemporaryDirectory(prefix="lepton-secagg-") as folder:
+            collected, mean = collect_secure(
+                plan,
+                request,
+                nodes.ask,
+                self._trust,
+                self._deployment,
+                spool=FolderSpool(Path(folder)),
+                known_as=nodes.node_of,
+            )
+        return SecureReplies(collected, mean)
+
+    def _mean(self, messages: list[Message], arrays: ArrayRecord, grid: Grid) -> _Round:
+        """A round of any other strategy."""
+        content = messages[0].content
+        if any(message.content is not content and message.content != content for message in messages):
+            raise ConfigError(
+                f"{type(self._inner).__name__} sends different content to different nodes.",
+                hint="Secure aggregation needs a strategy that asks all nodes the same.",
+            )
+        if len(messages) < self._rules.min_cohort:
+            raise QuorumError(
+                f"{len(messages)} nodes are asked, a sum needs {self._rules.min_cohort}.",
+                hint="Set min_train_nodes of the strategy, or lower min_cohort here and on the nodes.",
+            )
+        if len(content.array_records) != 1:
+            raise ConfigError(f"Expected one ArrayRecord in a message, got {len(content.array_records)}.")
+        model = flatten(next(iter(content.array_records.values())))
+        context, settings = self._context(messages, content, model.size)
+        nodes = _Nodes(grid, messages, content, Offer.of(context), settings, self._times())
+        with tempfile.TemporaryDirectory(prefix="lepton-secagg-") as folder:
+            session = ServerSession(context, self._trust, Intake(context, FolderSpool(Path(folder))))
+            try:
+                outcome = lead(session, nodes.names, nodes.ask, hear=_log_refusal)
+            except QuorumError as error:
+                log.warning("secure aggregation: %s", error)
+                outcome = Outcome(None, (), session.blames, str(error))
+        for blame in outcome.blames:
+            log.warning("secure aggregation: device %s is to blame: %s", blame.device, blame.fault.value)
+        return self._decoded(outcome, context, settings, model, arrays, messages)
+
+    def _context(
+        self, messages: list[Message], content: RecordDict, size: int
+    ) -> tuple[RoundContext, Settings]:
+        cohort, weight, clip = len(messages), self._max_weight, self._clip_norm
+        draft = Settings(False, _FINE, clip, weight, self._key, self._metrics)
+        encoding: Exact | Rotated
+        if self._bits == 32:
+            encoding, step = fit(size, cohort, weight, clip, draft.counters)
+        else:
+            step = _FINE
+            seed = secrets.token_hex(32)
+            encoding = Rotated(size, cohort, weight, clip / step, seed, counters=draft.counters)
+        if clip / step < LEAST_STEPS:
+            raise ConfigError(
+                f"{cohort} nodes with weights of up to {weight} leave an update of {clip:g} only "
+                f"{clip / step:g} steps.",
+                hint=f"Lower max_weight to {2**31 // (cohort * LEAST_STEPS)}, or leave it at 1.",
+            )
+        settings = Settings(False, step, clip, weight, self._key, self._metrics)
+        [arrays] = content.array_records.values()
+        context = RoundContext(
+            self._deployment,
+            self._run(messages),
+            self._rounds,
+            1,
+            request_digest(content, settings),
+            arrays_digest(arrays),
+            encoding,
+            self._rules,
+        )
+        return context, settings
+
+    def _decoded(
+        self,
+        outcome: Outcome,
+        context: RoundContext,
+        settings: Settings,
+        model: np.ndarray[tuple[int], np.dtype[np.float64]],
+        arrays: ArrayRecord,
+        asked: Sequence[Message],
+    ) -> _Round:
+        blamed = len({blame.device for blame in outcome.blames})
+        if outcome.total is None:
+            return _Round(None, {}, 0, 0, asked, blamed)
+        encoding = context.encoding
+        assert isinstance(encoding, Exact | Rotated)  # made above
+        found = encoding.decode(outcome.total)
+        summed = encoding.restore(found) if isinstance(encoding, Rotated) else found.update.astype(np.float64)
+        mean = model + summed * (settings.step / found.weight)
+        figures = mean_metrics(settings, found.counters)
+        return _Round(unflatten(mean, arrays), figures, found.weight, len(outcome.survivors), asked, blamed)
+
+    def _run(self, messages: Sequence[Message]) -> str:
+        """The run's name in the protocol: two strategies in one run of Flower's are two."""
+        return f"{messages[0].metadata.run_id}.{self._tag}"
+
+    def _times(self) -> "_Times":
+        return _Times(self._deadline_s, self._stage_s, self._poll_s)
+
+
+def _log_refusal(stage: Stage, told: Told, refusal: UpdateRejected | None) -> None:
+    if refusal is not None:
+        log.warning("secure aggregation, %s: %s: %s", stage.name.lower(), told.device, refusal)
+
+
+# --- nodes ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Times:
+    deadline_s: float
+    stage_s: float
+    poll_s: float
+
+
+class _Nodes:
+    """The nodes of a round, asked over a grid; a device is named by its key, once it has shown it."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        content: RecordDict,
+        offer: Offer,
+        settings: Settings,
+        times: _Times,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._grid, self._content, self._offer, self._settings = grid, content, offer, settings
+        self._times, self._clock, self._sleep = times, clock, sleep
+        self._group = messages[0].metadata.group_id
+        self._node = {str(m.metadata.dst_node_id): m.metadata.dst_node_id for m in messages}
+        self.names = tuple(self._node)
+        self.name_of_round = f"{offer.run}/{offer.round}/{offer.attempt}"
+
+    def node_of(self, device: str) -> str:
+        """The node's id, in decimal digits, of a device."""
+        return str(self._node[device])
+
+    def ask(self, stage: Stage, messages: Mapping[str, bytes]) -> Generator[Told, None, None]:
+        """See ``rounds.secure.Ask``; replies are pulled as they come."""
+        devices = list(messages)
+        sent = list(self._grid.push_messages(self._message(stage, d, messages[d]) for d in devices))
+        waiting = {i: d for i, d in zip(sent, devices, strict=False) if i}
+        limit = self._times.deadline_s if stage is Stage.UPLOADS else self._times.stage_s
+        end = self._clock() + limit
+        while waiting:
+            for reply in self._grid.pull_messages(list(waiting)):
+                device = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if device is not None:
+                    yield self._told(stage, device, reply)
+            left = end - self._clock()
+            if left <= 0:
+                return
+            if waiting:
+                self._sleep(min(self._times.poll_s, left))
+
+    def _message(self, stage: Stage, device: str, frame: bytes) -> Message:
+        fields: dict[str, Any] = {
+            "stage": stage.name.lower(),
+            "name": self.name_of_round,
+            "frame": frame,
+        }
+        content = RecordDict()
+        if stage is Stage.SHARES:
+            fields["offer"] = self._offer.to_json()
+        elif stage is Stage.UPLOADS:
+            content = RecordDict(dict(self._content.items()))
+            fields["settings"] = self._settings.to_json()
+        content[RECORD] = ConfigRecord(fields)
+        return Message(
+            content=content, dst_node_id=self._node[device], message_type="train", group_id=self._group
+        )
+
+    def _told(self, stage: Stage, device: str, reply: Message) -> Told:
+        try:
+            records = _records(reply)
+        except UpdateRejected as refusal:
+            return Told(device, refusal)
+        frame = records.config["frame"]
+        if stage is Stage.ADVERTS:
+            device = self._renamed(device, frame)
+        masked = records.arrays.get(MASKED)
+        vector = memoryview(b"") if masked is None else memoryview(masked).cast("B")
+        seconds = float(records.metrics.get("seconds", 0.0))
+        return Told(device, frame, vector, seconds, len(frame) + len(vector))
+
+    def _renamed(self, node: str, advert: bytes) -> str:
+        """A node is known by its key from here; a key that is not its own does it no good."""
+        try:
+            device = Advert.decode_unverified(advert).device
+        except UpdateRejected:
+            return node
+        if device in self._node:
+            return node
+        self._node[device] = self._node[node]
+        return device
+
+
+def _records(reply: Message) -> Any:  # noqa: ANN401 - Records whose fields are checked here
+    if reply.has_error():
+        kind = Rejection.OFFLINE if reply.error.code in UNAVAILABLE else Rejection.FAILED
+        raise UpdateRejected(kind, f"Flower reports error {reply.error.code}: {reply.error.reason}")
+    records = from_record_dict(reply.content)
+    if "refused" in records.config:
+        fields = Fields(records.config)
+        try:
+            raise UpdateRejected(Rejection(fields.text("refused")), fields.text("text"))
+        except ValueError as error:
+            raise UpdateRejected(Rejection.MALFORMED, "A node gave an unknown reason.") from error
+    if not isinstance(records.config.get("frame"), bytes) or set(records.arrays) - {MASKED}:
+        raise UpdateRejected(Rejection.MALFORMED, "A node's answer is not one of a secure aggregation.")
+    Fields(records.metrics).number("seconds")
+    return records
