@@ -226,22 +226,35 @@ def run_show(
     state_dir: StateOption = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """One run: state, why it waits, every round, and what became of each device in the last one."""
+    """One run: state, what the coordinator sees of its devices, every round, each device in the last one."""
     with _store(_load(config, {"server.state_dir": state_dir})) as store:
         found = _find_run(store, run)
         rounds = [_round_row(r) for r in store.rounds(found.id)]
         newest = max((int(r["round"]) for r in rounds), default=0)
         parts = [_plain(p) for p in store.participation(found.id, newest)] if newest else []
-    row = _run_row(found)
+    row, seen = _run_row(found), _what_is_seen(found)
     if format == Format.JSON:
-        print_data(
-            row | {"spec": dict(found.spec), "rounds_done": rounds, "participation": parts}, format=format
-        )
+        more = {"spec": dict(found.spec), "rounds_done": rounds, "participation": parts, "seen": seen}
+        print_data(row | more, format=format)
         return
     print_data(row)
+    print_data([{"what the coordinator sees": sentence} for sentence in seen])
     print_data(rounds, title="Rounds")
     columns = ["attempt", "device_id", "outcome", "reason", "examples", "seconds", "bytes_up"]
     print_data(parts, title=f"Devices in round {newest}", columns=columns)
+
+
+def _what_is_seen(run: "Run") -> list[str]:
+    """In plain words; nothing for a run whose settings this version cannot read."""
+    from pydantic import ValidationError
+
+    from lepton_fl.plan import RunSpec
+    from lepton_fl.rounds.visible import what_is_seen
+
+    try:
+        return list(what_is_seen(RunSpec.model_validate_json(json.dumps(dict(run.spec)))))
+    except ValidationError:
+        return []
 
 
 @run_app.command("stop")

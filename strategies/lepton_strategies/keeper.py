@@ -12,6 +12,7 @@ this process instead, for nodes that live as long as their run (``AppNodes``).
 import fcntl
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -179,7 +180,7 @@ class Beside:
 
     def _start(self) -> None:
         self._keys.member().close()  # says here and now what is wrong with the settings
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self._keys).items()}
+        settings = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(self._keys).items()}
         settings |= {"idle_s": self._idle_s, "place": str(self._place())}
         process = subprocess.Popen(
             [sys.executable, "-m", "lepton_strategies.keeper"],
@@ -295,4 +296,6 @@ if __name__ == "__main__":
     wanted = json.load(sys.stdin)
     if os.fork():
         os._exit(0)
+    os.chdir("/")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not write the secrets down
     serve(wanted)

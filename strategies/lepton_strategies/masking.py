@@ -32,7 +32,15 @@ from lepton_fl.wire.messages import Request as PlanRequest
 from lepton_fl.wire.records import Records
 from lepton_strategies.keeper import Beside, Here, Keeper, NodeKeys
 from lepton_strategies.records import from_record_dict, to_record_dict
-from lepton_strategies.secure_wire import MASKED, RECORD, Settings, arrays_digest, request_digest, vector_of
+from lepton_strategies.secure_wire import (
+    MASKED,
+    RECORD,
+    Settings,
+    arrays_digest,
+    only_arrays,
+    request_digest,
+    vector_of,
+)
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message, RecordDict
@@ -103,7 +111,7 @@ def _here(keys: NodeKeys) -> Here:
 
 
 def _answer(message: "Message", context: "Context", call_next: Next, keeper: Keeper) -> "Message":
-    told = Fields(message.content.config_records[RECORD])
+    told = Fields(message.content.config_records.get(RECORD, {}))
     stage, name = told.text("stage"), told.text("name")
     frame = told.take("frame")
     if not isinstance(frame, bytes):
@@ -155,8 +163,7 @@ def _check(offer: Offer, asked: "RecordDict", settings: Settings) -> None:
         request = PlanRequest.read(from_record_dict(asked))  # verifies the model's hash
         check_request(offer, plan_digest(request), bytes.fromhex(request.model_sha256))
         return
-    [arrays] = asked.array_records.values()
-    check_request(offer, request_digest(asked, settings), arrays_digest(arrays))
+    check_request(offer, request_digest(asked, settings), arrays_digest(only_arrays(asked)))
 
 
 def _reply(

@@ -164,7 +164,9 @@ class SecureAggregation(Strategy):
     def summary(self) -> None:
         """Log what is hidden, and the wrapped strategy's settings."""
         log.info(
-            "SecureAggregation: the server learns one sum a round, of at least %d nodes, %d bits",
+            "SecureAggregation: the server learns one sum a round, of at least %d nodes, %d bits; it cannot "
+            "see any node's update, if fewer than a third of the nodes side with it and it has not written "
+            "the list of keys; evaluations are not hidden",
             self._rules.least_survivors(self._rules.min_cohort),
             self._bits,
         )

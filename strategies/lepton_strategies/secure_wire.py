@@ -171,7 +171,7 @@ def vector_of(
     """
     if settings.lepton:
         return _of_lepton(from_record_dict(content), from_record_dict(reply), encoding, random)
-    before, after = _arrays(content), _arrays(reply)
+    before, after = only_arrays(content), only_arrays(reply)
     if {n: tuple(a.shape) for n, a in before.items()} != {n: tuple(a.shape) for n, a in after.items()}:
         raise UpdateRejected(
             Rejection.WRONG_SHAPE, "The node's function returned other arrays than it was given."
@@ -193,13 +193,22 @@ def _of_lepton(asked: Records, answered: Records, encoding: SumEncoding, random:
         reason, detail = fields.text("failed"), fields.text("detail")
         raise UpdateRejected(Rejection(reason), detail)
     request = Request.read(asked)
-    sums = {name: np.asarray(answered.metrics[f"sum.{name}"]) for name in ("loss_sum", "examples")}
-    examples = int(answered.metrics["num-examples"])
-    reply = TrainReply(request.ticket, request.task_version, examples, answered.arrays["update"], sums, 0.0)
+    try:
+        sums = {name: np.asarray(answered.metrics[f"sum.{name}"]) for name in ("loss_sum", "examples")}
+        examples, update = answered.metrics["num-examples"], answered.arrays["update"]
+    except KeyError as error:
+        raise malformed(f"the node's function reports no {error}") from error
+    count = Fields({"n": examples}).integer("n")
+    reply = TrainReply(request.ticket, request.task_version, count, update, sums, 0.0)
     return encode_reply(request, encoding, reply, random)
 
 
-def _arrays(content: "RecordDict") -> "ArrayRecord":
+def only_arrays(content: "RecordDict") -> "ArrayRecord":
+    """The one ArrayRecord of a message.
+
+    Raises:
+        UpdateRejected: WRONG_SHAPE: there is none, or several.
+    """
     found = list(content.array_records.values())
     if len(found) != 1:
         raise UpdateRejected(

@@ -57,6 +57,8 @@ def test_a_run_from_its_start_to_its_end(works, lepton, data):
     code, out, _ = lepton("run", "show")
     assert code == 0
     assert "Devices in round 2" in out
+    assert "The coordinator can see every device's update" in " ".join(out.split())
+    assert any("data" in sentence for sentence in shown["seen"])
     code, out, _ = lepton("run", "watch", run_id)
     assert code == 0
     assert "3 of 3 reports" in out

@@ -144,3 +144,42 @@ def test_the_example_trains_on_stock_flower(deployment, tmp_path):
     assert [figures[r]["reports"] for r in ("1", "2")] == [2, 2]
     assert figures["2"]["accuracy"] > 0.6
     assert sum(tensor.size for tensor in load_file(output / "model.safetensors").values()) > 9000
+
+
+def test_secure_aggregation_on_stock_flower(deployment, tmp_path):
+    """Four nodes, a process for every message: only what is kept beside a node outlives a stage."""
+    from lepton_strategies.keeper import Beside, NodeKeys
+    from lepton_strategies.secure_keys import make_key
+
+    count = 4
+    server, *nodes = free_ports(count + 1)
+    keys = [make_key(tmp_path / f"node{i}.key").hex() for i in range(count)]
+    (tmp_path / "keys.txt").write_text("\n".join(keys))
+    address = f"127.0.0.1:{server}"
+    deployment.start(
+        "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(server)
+    )
+    deployment.wait_until(lambda: listens(server), "the SuperLink listens")
+    for number, port in enumerate(nodes):
+        config = (
+            f'partition-id={number} num-partitions={count} secagg-key="{tmp_path}/node{number}.key" '
+            f'secagg-peers="{tmp_path}/keys.txt" secagg-cohort=4'
+        )
+        host = ("--superlink", address, "--host", "127.0.0.1", "--port", str(port))
+        deployment.start(f"node{number}", "flower-supernode", "--insecure", *host, "--node-config", config)
+    app = tmp_path / "app"
+    shutil.copytree(ROOT / "examples" / "secure_flower", app)
+    named = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+    (tmp_path / "home" / "config.toml").write_text(named)
+    output = tmp_path / "figures.json"
+    settings = f'num-server-rounds=1 nodes={count} min-cohort=4 keys="{tmp_path}/keys.txt" output="{output}"'
+    try:
+        deployment.call("flwr", "run", str(app), "here", "--run-config", settings)
+        deployment.wait_until(output.exists, "the figures are written")
+    finally:
+        for number in range(count):
+            Beside(NodeKeys(tmp_path / f"node{number}.key", tmp_path / "keys.txt")).stop()
+    figures = json.loads(output.read_text())
+    assert figures["train"]["1"]["reports"] == count
+    assert 0 < figures["train"]["1"]["train_loss"] < 2.3
+    assert figures["evaluate"]["1"]["accuracy"] > 0.5

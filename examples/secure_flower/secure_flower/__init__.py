@@ -1,0 +1,1 @@
+"""Secure aggregation in an ordinary Flower app."""

@@ -1,0 +1,49 @@
+"""What a coordinator can and cannot see of a run, in plain words, and under which assumptions."""
+
+from lepton_fl.plan import RunSpec
+
+
+def what_is_seen(spec: RunSpec) -> tuple[str, ...]:
+    """One sentence each; for ``lepton run show`` and logs."""
+    return (*(_secure(spec) if spec.secure_aggregation == "required" else _plain(spec)), *_privacy(spec))
+
+
+def _plain(spec: RunSpec) -> tuple[str, ...]:
+    kept = (
+        "adds it up and does not store it"
+        if spec.aggregation.is_sum
+        else "holds it in memory until the round ends"
+    )
+    return (
+        f"The coordinator can see every device's update in every round; it {kept}.",
+        "It sees each device's number of examples and its training loss, and who takes part and when.",
+        "It cannot see any device's data; an update can still tell something of them.",
+        "Assumption: who runs the coordinator is trusted with single updates.",
+    )
+
+
+def _secure(spec: RunSpec) -> tuple[str, ...]:
+    least = max(spec.secure.least_survivors(spec.secure.min_cohort), spec.cohort.min_reports)
+    lost = f"{100 * spec.secure.max_dropout:g} %"
+    return (
+        f"The coordinator learns one sum per round, of the updates, example counts and losses of at least "
+        f"{least} devices.",
+        "It cannot see any single device's update, example count or loss.",
+        "It sees who takes part and when, who drops out, and how long messages are.",
+        f"If more than {lost} of a round's devices are lost, there is no sum and nothing is revealed.",
+        "Devices evaluate nothing: a single device's counts would be seen.",
+        "Assumption: whom devices trust is decided by an authority, or a list of keys, that is not the "
+        "coordinator's; else it could invent devices.",
+        "Assumption: fewer than a third of a round's devices side with the coordinator.",
+        "Not covered: what the sums themselves say (differential privacy does that), and devices that send "
+        "false updates.",
+    )
+
+
+def _privacy(spec: RunSpec) -> tuple[str, ...]:
+    if spec.privacy is None:
+        return ("No differential privacy: the model may remember something of single devices.",)
+    return (
+        f"Differential privacy ({spec.privacy.unit} level, {spec.privacy.trust}) bounds what the models "
+        "tell about one of them.",
+    )
