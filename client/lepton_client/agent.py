@@ -98,7 +98,11 @@ class Agent:
         self._inspector = Inspector(config.tasks, self._poke, check)
         self._memory = FileMemory(self._state.memory)
         self._answer: Answerer = answer or Office(
-            config.tasks, config.limits, self._inspector.distrust, self._memory
+            config.tasks,
+            config.limits,
+            self._inspector.distrust,
+            self._memory,
+            secure=config.client.secure_aggregation == "required",
         )
         self._watch = Watch(self._clock)
         bounds = config.connection.backoff_min_s, config.connection.backoff_max_s

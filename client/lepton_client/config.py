@@ -52,6 +52,11 @@ class ClientSection(_Section):
         default=(), max_length=16, description="Labels by which runs choose devices. Used when enrolling."
     )
 
+    secure_aggregation: Literal["required", "off"] = Field(
+        default="off",
+        description="required: this device answers no round in which its own update or counts can be seen.",
+    )
+
     @field_validator("groups")
     @classmethod
     def _groups(cls, groups: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lepton_client.config import LimitsSection, TaskSection
 from lepton_client.fingerprint import fingerprint
 from lepton_client.memory import FileMemory
-from lepton_fl.errors import DataError, LeptonError, TaskError
+from lepton_fl.errors import DataError, LeptonError, Rejection, TaskError
 
 if TYPE_CHECKING:
     from lepton_client.material import Material
@@ -33,6 +33,8 @@ class Office:
         limits: LimitsSection,
         distrust: Callable[[], None],
         memory: FileMemory | None = None,
+        *,
+        secure: bool = False,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -41,7 +43,9 @@ class Office:
             limits: How many threads compute.
             distrust: Called when data turn out to be bad, so that they are inspected again.
             memory: What this device remembers of its runs; None = nothing.
+            secure: Answer no round in which the coordinator sees this device by itself.
         """
+        self._secure = secure
         self._sections, self._limits, self._distrust = sections, limits, distrust
         self.memory = memory
         self._trainers: dict[str, Trainer] = {}
@@ -49,6 +53,8 @@ class Office:
 
     def __call__(self, records: "Records", should_stop: Callable[[], bool]) -> "Records":
         """Do what a request asks; a failure becomes the answer."""
+        if self._secure:
+            return _refuse_plain(records)
         import torch
 
         torch.set_num_threads(self._limits.threads)
@@ -96,6 +102,16 @@ class Office:
             f"The owner of this device does not allow the task {name[:200]!r}.",
             hint="Tasks are allowed one by one, in the [[tasks]] of the device's configuration.",
         )
+
+
+def _refuse_plain(records: "Records") -> "Records":
+    """The answer to a plain round of a device that must not be seen by itself: no data are touched."""
+    from lepton_fl.wire.messages import Failure, Fields, Ticket
+
+    ticket = Ticket.take(Fields(records.config))
+    log.warning("sits out %s round %d: it is not aggregated securely", ticket.kind, ticket.round)
+    why = "The owner of this device allows secure aggregation only, and this round would show its answer."
+    return Failure(ticket, Rejection.FAILED, why).to_records()
 
 
 class _Desk:
