@@ -339,18 +339,19 @@ class RunSpec(Frozen):
             return self
         if wrong := self._unfit_for_secrecy():
             raise ValueError(f"secure_aggregation='required' cannot be combined with {'; '.join(wrong)}")
+        if self.secure.bits == 16:  # scaled to the ring by the encoding, whatever the grid
+            return self
         finest = self._finest_step()
         if "grid_step" not in self.model_fields_set and finest > self.grid_step:
             object.__setattr__(self, "grid_step", finest)
-        # 16 bits are scaled to the ring by the encoding, whatever the grid.
-        if self.secure.bits == 32 and self.grid_step < finest:
+        if self.grid_step < finest:
             raise ValueError(
-                f"grid_step={self.grid_step:g}: a sum of {self._most_asked} devices could leave 32 bits; set "
+                f"grid_step={self.grid_step:g}: a sum of {self.most_asked} devices could leave 32 bits; set "
                 f"grid_step={finest:g}, or lower clip_norm, max_weight or the cohort"
             )
         steps = self.clip_norm / self.grid_step
         if steps < LEAST_STEPS:
-            most = int(2**31 // (self._most_asked * LEAST_STEPS))
+            most = int(2**31 // (self.most_asked * LEAST_STEPS))
             raise ValueError(
                 f"an update of clip_norm={self.clip_norm:g} would have {steps:g} grid steps, fewer than "
                 f"{LEAST_STEPS}: too coarse to learn from; lower max_weight to {most}, or give all devices "
@@ -361,7 +362,7 @@ class RunSpec(Frozen):
     def _unfit_for_secrecy(self) -> list[str]:
         """What contradicts that only a sum is learnt, or that it is one of enough devices."""
         cohort, least = self.cohort, self.secure.min_cohort
-        kept = self.secure.least_survivors(self._most_asked)
+        kept = self.secure.least_survivors(self.most_asked)
         found = {
             f"aggregation.name={self.aggregation.name!r}, which looks at every update": (
                 not self.aggregation.is_sum
@@ -370,21 +371,21 @@ class RunSpec(Frozen):
             "privacy, whose mechanisms are not carried by masked rounds yet": self.privacy is not None,
             "clip_norm=0: without a bound on updates a sum could leave its 32 bits": not self.clip_norm,
             f"cohort.size={cohort.size}, below secure.min_cohort={least}": cohort.size < least,
-            f"cohorts of {self._most_asked}, above {MOST_SECURE}": self._most_asked > MOST_SECURE,
-            f"cohort.over_selection={cohort.over_selection:g}: a sum needs {kept} of {self._most_asked} "
+            f"cohorts of {self.most_asked}, above {MOST_SECURE}": self.most_asked > MOST_SECURE,
+            f"cohort.over_selection={cohort.over_selection:g}: a sum needs {kept} of {self.most_asked} "
             f"devices, the round would close at {cohort.size}": kept > cohort.size,
         }
         return [why for why, is_so in found.items() if is_so]
 
     @property
-    def _most_asked(self) -> int:
+    def most_asked(self) -> int:
         """Devices asked in one round, at most."""
         return ceil(self.cohort.size * self.cohort.over_selection)
 
     def _finest_step(self) -> float:
         """As ``secagg.encoding.fit`` finds it, not below 2**-24."""
         weight = self.max_weight if self.weighting == "examples" else 1
-        room = (2**31 - 1) // (self._most_asked * weight)
+        room = (2**31 - 1) // (self.most_asked * weight)
         step = 2.0**-24
         while int(self.clip_norm / step) > room and step < self.clip_norm:
             step *= 2

@@ -27,7 +27,7 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, redact
-from lepton_fl.rounds.secure import SecureRounds
+from lepton_fl.rounds.secure import SecureRounds, prove_fits
 from lepton_fl.tasks.metrics import Metrics, Sums
 from lepton_fl.vector import Layout, Vector, vector_digest
 from lepton_fl.wire.messages import Request
@@ -204,6 +204,8 @@ class Campaign:
 
     def _refuse_plain_rounds(self) -> None:
         """A run that must not see single updates never falls back to rounds that do."""
+        control = self.spec.local.control_variates
+        prove_fits(self.spec, self.work.num_coordinates * (2 if control else 1))
         if self.secure is None and self.spec.secure_aggregation == "required":
             raise ConfigError(
                 "run.secure_aggregation is 'required', and nothing here runs its protocol.",

@@ -13,7 +13,7 @@ devices are not seen either: they travel in the sum.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, LeptonError, QuorumError, Rejection, TrustError, UpdateRejected
-from lepton_fl.plan import RoundPlan, SecureSpec
+from lepton_fl.plan import RoundPlan, RunSpec, SecureSpec
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal, UpdateBatch
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, TRAINING, Clock, Collected, Participation
 from lepton_fl.rounds.collect import collect as collect_answers
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.secagg.context import RoundContext, Rules
-from lepton_fl.secagg.encoding import Counter, Exact, Rotated, Sum
+from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, Sum
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Trust
 from lepton_fl.secagg.masks import Ring, ring_type
@@ -58,14 +58,34 @@ def encoding_of(plan: RoundPlan) -> SumEncoding:
     Raises:
         ConfigError: a sum could leave the ring; ``RunSpec`` has refused that before.
     """
-    spec = _secure(plan)
     weight = plan.max_weight if plan.weighting == "examples" else 1
-    size, cohort, steps = plan.update_size, len(plan.cohort), plan.clip_norm / plan.grid_step
+    named = f"rotation {plan.run_id} {plan.round} {plan.attempt} {plan.nonce}"
+    seed = hashlib.sha256(named.encode()).hexdigest()
+    steps = plan.clip_norm / plan.grid_step
+    return _encoding(_secure(plan), plan.update_size, len(plan.cohort), weight, steps, seed)
+
+
+def _encoding(spec: SecureSpec, size: int, cohort: int, weight: int, steps: float, seed: str) -> SumEncoding:
+    counters = (Counter(WEIGHT, weight), _EXAMPLES, _LOSS)
     if spec.bits == 32:
-        return Exact(size, cohort, weight, int(steps), (Counter("weight", weight), _EXAMPLES, _LOSS))
-    seed = hashlib.sha256(f"rotation {plan.run_id} {plan.round} {plan.attempt} {plan.nonce}".encode())
-    counters = (Counter("weight", weight), _EXAMPLES, _LOSS)
-    return Rotated(size, cohort, weight, steps, seed.hexdigest(), spec.spread, counters)
+        return Exact(size, cohort, weight, int(steps), counters)
+    return Rotated(size, cohort, weight, steps, seed, spec.spread, counters)
+
+
+def prove_fits(spec: RunSpec, coordinates: int) -> None:
+    """Refuse a run whose sums could leave the ring, before anybody is asked.
+
+    Args:
+        spec: of the run; without secure aggregation there is nothing to refuse.
+        coordinates: of one update.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if spec.secure_aggregation == "off":
+        return
+    weight = spec.max_weight if spec.weighting == "examples" else 1
+    _encoding(spec.secure, coordinates, spec.most_asked, weight, spec.clip_norm / spec.grid_step, "0" * 64)
 
 
 def rules_of(spec: SecureSpec) -> Rules:
@@ -110,7 +130,7 @@ def decode_total(
         reports: how many were added.
     """
     found = encoding.decode(total)
-    if found.counters.keys() != {"weight", "examples", "loss"}:
+    if found.counters.keys() != {WEIGHT, "examples", "loss"}:
         raise ConfigError("This sum is not one of a plan's updates.")
     loss = found.counters["loss"] - reports * _LOSS_HALF
     sums: Sums = {
@@ -210,11 +230,29 @@ def lead(
     return taken.reveal()
 
 
-def _messages(session: ServerSession) -> dict[str, bytes]:
+class _Deliveries(Mapping[str, bytes]):
+    """Every device's delivery, made when it is sent: all together are large."""
+
+    def __init__(self, session: ServerSession, devices: Sequence[str]) -> None:
+        self._session, self._devices = session, dict.fromkeys(devices)
+
+    def __getitem__(self, device: str) -> bytes:
+        if device not in self._devices:
+            raise KeyError(device)
+        return self._session.delivery(device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._devices)
+
+    def __len__(self) -> int:
+        return len(self._devices)
+
+
+def _messages(session: ServerSession) -> Mapping[str, bytes]:
     """What the present stage tells each device that has not answered it."""
     waiting = sorted(session.expected() - session.heard())
     if session.stage is Stage.UPLOADS:
-        return {device: session.delivery(device) for device in waiting}
+        return _Deliveries(session, waiting)
     same = {
         Stage.SHARES: session.roster,
         Stage.CONSENTS: session.survivors,
@@ -299,6 +337,7 @@ def collect_secure(
     now: Callable[[], float] = time.time,
     spool: Spool | None = None,
     journal: Journal = lambda record: None,
+    records: Sequence[bytes] = (),
     tell: Callable[[str, UpdateRejected | None], None] = lambda device, refusal: None,
     known_as: Callable[[str], str] = lambda device: device,
     workers: int = 1,
@@ -315,6 +354,8 @@ def collect_secure(
         now: seconds since 1970.
         spool: keeps masked vectors until they are added; None = in memory.
         journal: keeps the session's records.
+        records: what was kept of this very attempt before the coordinator ended: it goes on from there, with
+            the same spool.
         tell: says to a device what became of its vector.
         known_as: the name in the cohort of a device that the protocol knows by its key.
         workers: threads for unmasking.
@@ -324,7 +365,8 @@ def collect_secure(
         has been revealed.
     """
     encoding, context = encoding_of(plan), context_of(plan, request, deployment)
-    session = ServerSession(context, trust, Intake(context, spool or MemorySpool()), workers)
+    intake = Intake(context, spool or MemorySpool())
+    session = ServerSession.resume(context, trust, intake, records, workers)
     began = clock()
     collected = Collected(plan, elapsed_s=lambda: max(0.0, clock() - began))
     heard = _Heard(collected, tell, known_as)
@@ -396,7 +438,10 @@ class _Heard:
         fault: str,
         outcome: Outcome,
     ) -> Participation:
-        entry = self._entries.get(device) or Participation(device, Rejection.OFFLINE.value)
+        came = survives or device in uploaded  # perhaps before a restart
+        entry = self._entries.get(device) or Participation(
+            device, ACCEPTED if came else Rejection.OFFLINE.value
+        )
         if fault and not (survives and outcome.total is not None):
             return replace(entry, outcome=Rejection.BLAMED.value, detail=f"Blamed: {fault}.")
         if fault:

@@ -9,13 +9,13 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from pydantic import ValidationError
 
-from lepton_fl.errors import Rejection, StateError, TrustError, UpdateRejected
+from lepton_fl.errors import ConfigError, Rejection, StateError, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan, RunSpec, SecureSpec
 from lepton_fl.rounds.campaign import Campaign, RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, collect_training
 from lepton_fl.rounds.exchange import Answer
-from lepton_fl.rounds.secure import Told, collect_secure, context_of, encode_reply, encoding_of
+from lepton_fl.rounds.secure import Told, collect_secure, context_of, encode_reply, encoding_of, prove_fits
 from lepton_fl.rounds.secure_device import Offer, SecureMember, check_request
 from lepton_fl.rounds.spool import FolderSpool
 from lepton_fl.secagg.client import MemoryLedger
@@ -228,6 +228,43 @@ def test_silence_at_the_end_is_asked_again_before_the_round_is_lost():
     fleet = Fleet(plan, request, dict.fromkeys(COHORT[:7], Stage.CONSENTS))
     assert secure(fleet)[1] is None
     assert fleet.asked.count(Stage.CONSENTS) == 2
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 10, 20, 25, 41, 45, 61, 62, 70, 84, 90])
+def test_a_coordinator_that_ends_goes_on_where_it_was(after, tmp_path):
+    plan, request = plan_of(spec_of())
+    fleet, records = Fleet(plan, request, {"d03": Stage.UPLOADS, "d04": Stage.CONSENTS}), []
+
+    def journal(record: bytes) -> None:
+        if len(records) == after:
+            raise Killed
+        records.append(record)
+
+    spool = FolderSpool(tmp_path)
+    with pytest.raises(Killed):
+        secure(fleet, journal=journal, spool=spool)
+    kept = list(records)
+    collected, mean = secure(fleet, journal=kept.append, records=records, spool=spool)
+    left = [d for d in COHORT if d != "d03"]
+    assert_array_equal(mean, collect_training(plan, request.model, Plain(left))[1])
+    outcomes = {d: e.outcome for d, e in collected.participation.items()}
+    assert outcomes == {d: ACCEPTED if d in left else Rejection.OFFLINE.value for d in COHORT}
+
+
+def test_a_sum_that_could_leave_its_bits_is_refused_before_anybody_is_asked():
+    prove_fits(spec_of(), 50_000_000)
+    prove_fits(spec_of(secure={"bits": 16}, cohort={"size": 1000}), 50_000_000)
+    past_the_plan = spec_of().model_copy(update={"grid_step": 2.0**-30})  # not validated
+    with pytest.raises(ConfigError, match="does not fit the ring of 32 bits"):
+        prove_fits(past_the_plan, SIZE)
+    verdict = Campaign(past_the_plan, "r", WORK, Plain(()), Nobody(), None, Random(1)).run(
+        RunState(np.zeros(SIZE, np.float32))
+    )
+    assert "does not fit" in verdict.reason
 
 
 def test_the_round_closes_with_enough_vectors():
