@@ -27,10 +27,12 @@ from lepton_fl.secagg.encoding import Counter, Exact, Rotated
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Trust
 from lepton_fl.secagg.masks import Ring
+from lepton_fl.secagg.messages import Roster
 from lepton_fl.wire.messages import malformed
 
 VALID_S: Final = 7 * 86_400  # seconds for which an advert is good
 MOST_SESSIONS: Final = 4  # at a time; the oldest goes
+MOST_SPARE: Final = 2  # keys made ahead; the oldest go
 DEFAULT_POLICY: Final = Policy()
 MOST_COORDINATES: Final = 2**31
 
@@ -160,12 +162,30 @@ class SecureMember:
         self._signing, self._trust, self._ledger, self._policy = signing, trust, ledger, policy
         self._credential, self._random, self._now = credential, random, now
         self._places: dict[str, _Place] = {}
+        self._spare: list[Prekey] = []
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("SecureMember holds secrets and stays in this process.")
 
     def __repr__(self) -> str:
         return f"<SecureMember {self.device}>"
+
+    def prekey(self) -> bytes:
+        """A message 1 made ahead, for some later attempt: whichever roster it is in."""
+        self._spare.append(self._make())
+        while len(self._spare) > MOST_SPARE:
+            self._spare.pop(0).discard()
+        return self._spare[-1].advert
+
+    def _make(self) -> Prekey:
+        return Prekey.make(
+            self.device,
+            self.deployment,
+            self._signing,
+            self._credential,
+            int(self._now()) + VALID_S,
+            self._random,
+        )
 
     def advert(self, key: str) -> bytes:
         """Message 1 of an attempt; again, the same.
@@ -174,14 +194,22 @@ class SecureMember:
             key: names the attempt.
         """
         if key not in self._places:
-            not_after = int(self._now()) + VALID_S
-            prekey = Prekey.make(
-                self.device, self.deployment, self._signing, self._credential, not_after, self._random
-            )
-            self._places[key] = _Place(prekey)
-            while len(self._places) > MOST_SESSIONS:
-                self._forget(next(iter(self._places)))
+            self._enter(key, self._make())
         return self._places[key].prekey.advert
+
+    def _enter(self, key: str, prekey: Prekey) -> None:
+        self._places[key] = _Place(prekey)
+        while len(self._places) > MOST_SESSIONS:
+            self._forget(next(iter(self._places)))
+
+    def _adopt(self, key: str, roster: bytes) -> None:
+        """Begin an attempt with the keys made ahead that its roster names, if there are such."""
+        adverts = set(Roster.decode(roster).adverts)
+        for prekey in self._spare:
+            if prekey.advert in adverts:
+                self._spare.remove(prekey)
+                self._enter(key, prekey)
+                return
 
     def shares(self, key: str, offer: str, roster: bytes) -> bytes:
         """Message 3, the answer to an offer and the roster.
@@ -190,7 +218,10 @@ class SecureMember:
             UpdateRejected: the offer does not decode, or is another one than before.
             TrustError: a refusal.
         """
-        place, wanted = self._place(key), Offer.from_json(offer)
+        wanted = Offer.from_json(offer)
+        if key not in self._places:
+            self._adopt(key, roster)
+        place = self._place(key)
         if place.session is None:
             if wanted.encoding.cohort < wanted.rules.min_cohort:
                 raise malformed("the encoding is made for fewer devices than the round allows")
@@ -234,6 +265,8 @@ class SecureMember:
         """Overwrite the secrets of everything under way."""
         for key in list(self._places):
             self._forget(key)
+        while self._spare:
+            self._spare.pop().discard()
 
     def _place(self, key: str) -> _Place:
         if key not in self._places:

@@ -84,7 +84,8 @@ def answer(
     """One step of a node.
 
     ``advert``: to an advert. ``shares`` offer, roster: to shares. ``deliver`` delivery: to the offer's text.
-    ``mask`` vector: to the upload and the masked vector. ``consent`` survivors, ``reveal`` certificate.
+    ``mask`` vector: to the upload and the masked vector. ``consent`` survivors: to the consent, and an advert
+    for a later round. ``reveal`` certificate: to the shares.
     """
     given = [bytes(part) if what != "mask" else part for part in parts]
     if what == "advert":
@@ -98,7 +99,7 @@ def answer(
         dtype = ring_type(member.offer(name).encoding.bits)
         return list(member.mask(name, np.frombuffer(given[0], dtype).copy()))
     if what == "consent":
-        return [member.consent(name, bytes(given[0]))]
+        return [member.consent(name, bytes(given[0])), member.prekey()]
     if what == "reveal":
         return [member.reveal(name, bytes(given[0]))]
     raise UpdateRejected(Rejection.MALFORMED, f"There is no step {what[:20]!r}.")

@@ -127,7 +127,7 @@ def _answer(message: "Message", context: "Context", call_next: Next, keeper: Kee
     if stage == "uploads":
         return _train(message, context, call_next, keeper, name, frame)
     if stage in ("consents", "reveals"):
-        return _reply(message, keeper.call(stage[:-1], name, frame)[0])
+        return _reply(message, *keeper.call(stage[:-1], name, frame))
     raise UpdateRejected(Rejection.MALFORMED, f"There is no stage {stage[:20]!r}.")
 
 
@@ -155,7 +155,7 @@ def _train(
     vector = vector_of(asked, reply.content, settings, offer.encoding, os.urandom)
     tail, masked = keeper.call("mask", name, byte_view(vector))
     array = np.frombuffer(masked, ring_type(offer.encoding.bits))
-    return _reply(message, tail, array, time.monotonic() - began)
+    return _reply(message, tail, masked=array, seconds=time.monotonic() - began)
 
 
 def _check(offer: Offer, asked: "RecordDict", settings: Settings) -> None:
@@ -169,13 +169,15 @@ def _check(offer: Offer, asked: "RecordDict", settings: Settings) -> None:
 def _reply(
     message: "Message",
     frame: bytes | memoryview,
+    prekey: bytes | memoryview = b"",
+    *,
     masked: np.ndarray[tuple[int], np.dtype[np.unsignedinteger]] | None = None,
     seconds: float = 0.0,
 ) -> "Message":
     from flwr.app import Message
 
     arrays = {} if masked is None else {MASKED: masked}
-    records = Records(arrays, {"frame": bytes(frame)}, {"seconds": seconds})
+    records = Records(arrays, {"frame": bytes(frame), "prekey": bytes(prekey)}, {"seconds": seconds})
     return Message(content=to_record_dict(records), reply_to=message)
 
 

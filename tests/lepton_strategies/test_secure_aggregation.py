@@ -155,6 +155,34 @@ def test_the_nodes_own_function_sees_an_ordinary_message(keys, process):
     assert seen == [["arrays", "config"]] * NODES
 
 
+def test_from_the_second_round_on_keys_are_there_ahead(keys, process, monkeypatch):
+    from lepton_strategies import secure_aggregation as module
+
+    sent, honest = [], module._Nodes._message
+
+    def counted(self, stage, device, frame):
+        sent.append((self._offer.round, stage.name))
+        return honest(self, stage, device, frame)
+
+    monkeypatch.setattr(module._Nodes, "_message", counted)
+    result = wrapped(keys).start(grid_of(app_of(keys)), model(), num_rounds=3)
+    assert [r["reports"] for r in result.train_metrics_clientapp.values()] == [NODES] * 3
+    assert sent.count((1, "ADVERTS")) == NODES
+    assert (2, "ADVERTS") not in sent
+    assert (3, "ADVERTS") not in sent
+    assert sent.count((3, "SHARES")) == NODES
+
+
+def test_a_node_that_has_lost_its_keys_sits_out_one_round(keys, process):
+    from lepton_strategies import masking
+
+    secure, grid = wrapped(keys), grid_of(app_of(keys))
+    secure.start(grid, model(), num_rounds=1)
+    masking._here.cache_clear()  # as if all of them had been started again
+    result = secure.start(grid, model(), num_rounds=2)
+    assert [r["reports"] for r in result.train_metrics_clientapp.values()] == [0, NODES]
+
+
 def test_nodes_that_fail_are_left_out(keys, process):
     result = wrapped(keys).start(grid_of(app_of(keys, broken=(0, 1, 2))), model(), num_rounds=1)
     left = np.mean([0.01 * (i + 1) for i in range(3, NODES)])
