@@ -31,10 +31,11 @@ from lepton_fl.rounds.secure_device import Offer
 from lepton_fl.rounds.spool import FolderSpool
 from lepton_fl.secagg.context import RoundContext, Rules
 from lepton_fl.secagg.encoding import Exact, Rotated, fit
-from lepton_fl.secagg.messages import Advert
+from lepton_fl.secagg.messages import MAX_ADVERT, Advert
 from lepton_fl.secagg.server import Outcome, ServerSession, Stage
 from lepton_fl.secagg.uploads import Intake
 from lepton_fl.wire.messages import Fields, Request
+from lepton_fl.wire.records import Records
 from lepton_strategies.base import LeptonStrategy, SecureReplies
 from lepton_strategies.grid import UNAVAILABLE
 from lepton_strategies.planned import PlannedMessages
@@ -195,7 +196,7 @@ class SecureAggregation(Strategy):
             return []
         messages = list(asked)
         if messages:
-            self._last = self._mean(messages, arrays, grid)
+            self._last = self._mean(messages, grid)
         return []
 
     def aggregate_train(
@@ -249,7 +250,7 @@ class SecureAggregation(Strategy):
             )
         return SecureReplies(collected, mean)
 
-    def _mean(self, messages: list[Message], arrays: ArrayRecord, grid: Grid) -> _Round:
+    def _mean(self, messages: list[Message], grid: Grid) -> _Round:
         """A round of any other strategy."""
         content = messages[0].content
         if any(message.content is not content and message.content != content for message in messages):
@@ -264,7 +265,8 @@ class SecureAggregation(Strategy):
             )
         if len(content.array_records) != 1:
             raise ConfigError(f"Expected one ArrayRecord in a message, got {len(content.array_records)}.")
-        model = flatten(next(iter(content.array_records.values())))
+        asked = next(iter(content.array_records.values()))
+        model = flatten(asked)
         context, settings = self._context(messages, content, model.size)
         offer = Offer.of(context)
         nodes = _Nodes(grid, messages, content, offer, settings, self._times(), self._ahead)
@@ -277,7 +279,7 @@ class SecureAggregation(Strategy):
                 outcome = Outcome(None, (), session.blames, str(error))
         for blame in outcome.blames:
             log.warning("secure aggregation: device %s is to blame: %s", blame.device, blame.fault.value)
-        return self._decoded(outcome, context, settings, model, arrays, messages)
+        return self._decoded(outcome, context, settings, model, asked, messages)
 
     def _context(
         self, messages: list[Message], content: RecordDict, size: int
@@ -434,14 +436,15 @@ class _Nodes:
         except UpdateRejected as refusal:
             return Told(device, refusal)
         frame = records.config["frame"]
+        assert isinstance(frame, bytes)  # checked above
         if stage is Stage.ADVERTS:
             device = self._renamed(device, frame)
         prekey = records.config.get("prekey")
-        if stage is Stage.CONSENTS and isinstance(prekey, bytes) and prekey:
+        if stage is Stage.CONSENTS and isinstance(prekey, bytes) and 0 < len(prekey) <= MAX_ADVERT:
             self._ahead[self._node[device]] = _Ahead(prekey, self._clock())
         masked = records.arrays.get(MASKED)
-        vector = memoryview(b"") if masked is None else memoryview(masked).cast("B")
-        seconds = float(records.metrics.get("seconds", 0.0))
+        vector = b"" if masked is None else masked.reshape(-1).view(np.uint8).data
+        seconds = Fields(records.metrics).number("seconds")
         return Told(device, frame, vector, seconds, len(frame) + len(vector))
 
     def _renamed(self, node: str, advert: bytes) -> str:
@@ -456,7 +459,8 @@ class _Nodes:
         return device
 
 
-def _records(reply: Message) -> Any:  # noqa: ANN401 - Records whose fields are checked here
+def _records(reply: Message) -> Records:
+    """A node's answer; what is wrong with it is raised as UpdateRejected."""
     if reply.has_error():
         kind = Rejection.OFFLINE if reply.error.code in UNAVAILABLE else Rejection.FAILED
         raise UpdateRejected(kind, f"Flower reports error {reply.error.code}: {reply.error.reason}")
@@ -469,5 +473,5 @@ def _records(reply: Message) -> Any:  # noqa: ANN401 - Records whose fields are 
             raise UpdateRejected(Rejection.MALFORMED, "A node gave an unknown reason.") from error
     if not isinstance(records.config.get("frame"), bytes) or set(records.arrays) - {MASKED}:
         raise UpdateRejected(Rejection.MALFORMED, "A node's answer is not one of a secure aggregation.")
-    Fields(records.metrics).number("seconds")
+    Fields(records.metrics).number("seconds")  # raises where it is none
     return records

@@ -224,6 +224,47 @@ def test_a_server_that_swaps_the_model_after_the_offer_gets_nothing(keys, proces
     assert result.train_metrics_clientapp[1]["reports"] == 0
 
 
+STAGES = ["adverts", "shares", "uploads", "consents", "reveals"]
+ANSWERS = ["nothing", "empty", "floats", "reason", "seconds"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "answer"), [*((s, "garbage") for s in STAGES), *(("uploads", a) for a in ANSWERS)]
+)
+def test_whatever_a_node_answers_the_round_goes_on(stage, answer, keys, process):
+    from lepton_strategies.records import to_array_record
+
+    honest = secure_mod(keys_for(keys, least_cohort=15), keep="here")
+
+    def bad(message, context, call_next):
+        told = message.content.config_records.get(RECORD, {})
+        if int(context.node_config["partition-id"]) != 4 or told.get("stage") != stage:
+            return honest(message, context, call_next)
+        good = {"frame": b"flsa\x01\x01", "prekey": b"x" * 5000}
+        content = {
+            "nothing": {},
+            "garbage": {"config": ConfigRecord(good), "metrics": MetricRecord({"seconds": 0.0})},
+            "empty": {
+                "config": ConfigRecord(good),
+                "metrics": MetricRecord({"seconds": 0.0}),
+                "arrays": to_array_record({"masked": np.empty((0, 3), np.uint32)}),
+            },
+            "floats": {
+                "config": ConfigRecord(good),
+                "metrics": MetricRecord({"seconds": 0.0}),
+                "arrays": to_array_record({"masked": np.zeros(9)}),
+            },
+            "reason": {"config": ConfigRecord({"refused": "because", "text": "I say so"})},
+            "seconds": {"config": ConfigRecord(good), "metrics": MetricRecord({"seconds": float("nan")})},
+        }[answer]
+        return Message(content=RecordDict(content), reply_to=message)
+
+    secure = wrapped(keys, min_cohort=15, stage_s=1.0)
+    result = secure.start(grid_of(app_of(keys, mods=[bad])), model(), num_rounds=1)
+    kept = NODES if stage in ("consents", "reveals") else NODES - 1
+    assert result.train_metrics_clientapp[1]["reports"] == kept
+
+
 def test_an_intruder_whose_key_is_on_no_list_is_not_counted(keys, process):
     (keys / "node2.key").unlink()
     make_key(keys / "node2.key")
