@@ -40,7 +40,7 @@ from lepton_fl.wire.records import Records
 
 log = logging.getLogger(__name__)
 
-TRIES: Final = 2  # at the two last stages, where nothing but silence stands between a round and its sum
+TRIES: Final = 2  # at the last stage, where nothing but silence stands between a round and its sum
 _LOSS_STEP: Final = 2.0**-20  # of a summed loss
 _LOSS_HALF: Final = 2**56  # steps; losses beyond +-this are cut
 _EXAMPLES: Final = Counter("examples", 2**40)
@@ -222,10 +222,11 @@ def lead(
         else:
             most = wanted if stage is Stage.UPLOADS and wanted else session.n
             # Who has not signed cannot reveal, so all are waited for, not just a quorum.
-            for _ in range(TRIES if stage is Stage.CONSENTS else 1):
-                if len(session.heard()) < session.needed() or stage is not Stage.CONSENTS:
+            taken.ask_all(_messages(session), most)
+            if stage is Stage.CONSENTS:
+                if len(session.heard()) < session.needed():
                     taken.ask_all(_messages(session), most)
-            taken.signed = session.heard() if stage is Stage.CONSENTS else taken.signed
+                taken.signed = session.heard()
         session.close(journal)
     return taken.reveal()
 
@@ -282,19 +283,15 @@ class _Taker:
                     return
 
     def reveal(self) -> Outcome:
-        """Ask for shares until the secrets can be recovered."""
+        """Ask for shares; of all, because with more than are needed a bad one does no harm."""
         session = self.session
-        for attempt in range(TRIES):
+        for _ in range(TRIES):
             messages = {d: m for d, m in _messages(session).items() if d in self.signed or not self.signed}
-            with closing(self.ask(session.stage, messages)) as answers:
-                for told in answers:
-                    self._take(told)
-                    if len(session.heard()) >= session.needed():
-                        try:
-                            return session.finish()
-                        except QuorumError:  # these shares are not enough for every secret: go on
-                            continue
-            log.debug("secure aggregation: %d reveals after try %d", len(session.heard()), attempt + 1)
+            self.ask_all(messages, session.n)
+            try:
+                return session.finish()
+            except QuorumError as error:  # nothing has changed: more may come
+                log.debug("secure aggregation: %s", error)
         return session.finish()
 
     def _take(self, told: Told) -> None:
