@@ -5,7 +5,7 @@
     strategy.start(grid=grid, initial_arrays=arrays, num_rounds=10)
 
 The nodes run ``secure_mod``. Their updates leave them masked; the server learns one sum a round, of at least
-two thirds of the nodes asked, or nothing (``docs/secure_aggregation.md``). The wrapped strategy draws the
+70 % of the nodes that began it, or nothing (``docs/secure_aggregation.md``). The wrapped strategy draws the
 nodes and is given one reply: the mean model. It may be Flower's own or one of ours.
 """
 
