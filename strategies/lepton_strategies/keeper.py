@@ -171,9 +171,10 @@ class Beside:
                 time.sleep(0.05)
 
     def _connect(self) -> socket.socket:
+        place = str(self._place())
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            link.connect(str(self._place()))
+            link.connect(place)
         except OSError:
             link.close()
             raise

@@ -1,6 +1,8 @@
 """Secure aggregation under Flower's own loop: Flower's strategies, ours, and a client app of anybody."""
 
 import json
+import tempfile
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +14,7 @@ from flwr.serverapp import strategy as flower
 from numpy.testing import assert_allclose, assert_array_equal
 
 import lepton_strategies
-from lepton_fl.errors import ConfigError, QuorumError, TrustError
+from lepton_fl.errors import ConfigError, QuorumError, StateError, TrustError
 from lepton_fl.rounds.cohort import Candidate
 from lepton_simulations.flower import flower_process
 from lepton_strategies import (
@@ -100,6 +102,13 @@ def _array(value):
     from flwr.app import Array
 
     return Array(np.asarray(value))
+
+
+@pytest.fixture
+def short():
+    """A folder whose path is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="k") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -351,9 +360,9 @@ def test_the_node_says_what_is_wrong_with_its_keys(keys):
         Here(NodeKeys(keys / "other.key", keys / "keys.txt"))
 
 
-def test_a_keeper_outlives_the_question_and_ends_when_asked(keys):
+def test_a_keeper_outlives_the_question_and_ends_when_asked(keys, short):
     node = NodeKeys(keys / "node0.key", keys / "keys.txt")
-    first, second = Beside(node), Beside(node)
+    first, second = Beside(node, folder=short), Beside(node, folder=short)
     try:
         advert = bytes(first.call("advert", "1.a/1/1")[0])
         assert bytes(second.call("advert", "1.a/1/1")[0]) == advert
@@ -366,7 +375,22 @@ def test_a_keeper_outlives_the_question_and_ends_when_asked(keys):
         first.stop()
     with pytest.raises(TrustError, match="gone"):
         second.call("reveal", "1.a/1/1", b"x")
-    assert not list(keys.glob("*.sock"))
+    assert not list(short.glob("*.sock"))
+
+
+def test_a_keeper_ends_by_itself_and_refuses_a_folder_that_others_can_enter(keys, short):
+    node = NodeKeys(keys / "node1.key", keys / "keys.txt")
+    idle = Beside(node, idle_s=0.2, folder=short)
+    idle.call("advert", "1.a/1/1")
+    end = time.monotonic() + 30
+    while list(short.glob("*.sock")) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not list(short.glob("*.sock"))
+    short.chmod(0o755)
+    with pytest.raises(StateError, match="others can enter"):
+        idle.call("advert", "1.a/1/1")
+    with pytest.raises(StateError, match="too long"):
+        Beside(node, folder=short / ("x" * 90)).call("advert", "1.a/1/1")
 
 
 def test_a_content_is_named_whatever_its_order():

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +157,8 @@ def test_secure_aggregation_on_stock_flower(deployment, tmp_path):
     keys = [make_key(tmp_path / f"node{i}.key").hex() for i in range(count)]
     (tmp_path / "keys.txt").write_text("\n".join(keys))
     address = f"127.0.0.1:{server}"
+    short = tempfile.mkdtemp(prefix="k")  # a socket's path must be short
+    deployment.env["TMPDIR"] = short
     deployment.start(
         "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(server)
     )
@@ -178,7 +181,10 @@ def test_secure_aggregation_on_stock_flower(deployment, tmp_path):
         deployment.wait_until(output.exists, "the figures are written")
     finally:
         for number in range(count):
-            Beside(NodeKeys(tmp_path / f"node{number}.key", tmp_path / "keys.txt")).stop()
+            its = NodeKeys(tmp_path / f"node{number}.key", tmp_path / "keys.txt")
+            Beside(its, folder=Path(short) / f"lepton-{os.geteuid()}").stop()
+        deployment.stop()
+        shutil.rmtree(short)
     figures = json.loads(output.read_text())
     assert figures["train"]["1"]["reports"] == count
     assert 0 < figures["train"]["1"]["train_loss"] < 2.3
