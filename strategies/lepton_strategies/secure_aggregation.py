@@ -390,7 +390,10 @@ class _Nodes:
         if stage is Stage.ADVERTS:
             yield from self._made_ahead(messages)
         devices = [d for d in messages if d not in self._known]
-        sent = list(self._grid.push_messages(self._message(stage, d, messages[d]) for d in devices))
+        if not devices:
+            return
+        # A list: Flower's own grid goes through it twice.
+        sent = list(self._grid.push_messages([self._message(stage, d, messages[d]) for d in devices]))
         waiting = {i: d for i, d in zip(sent, devices, strict=False) if i}
         limit = self._times.deadline_s if stage is Stage.UPLOADS else self._times.stage_s
         end = self._clock() + limit

@@ -192,6 +192,20 @@ def test_a_node_that_has_lost_its_keys_sits_out_one_round(keys, process):
     assert [r["reports"] for r in result.train_metrics_clientapp.values()] == [0, NODES]
 
 
+class Strict(LocalGrid):
+    """As particular as Flower's own grid: it goes through the messages twice, and wants some."""
+
+    def push_messages(self, messages):
+        assert list(messages), "the messages must not be empty"
+        return super().push_messages(messages)
+
+
+def test_a_grid_may_go_through_the_messages_twice(keys, process):
+    grid = Strict(None, Roster(), AppNodes(app_of(keys), NODES))
+    result = wrapped(keys).start(grid, model(), num_rounds=2)
+    assert [r["reports"] for r in result.train_metrics_clientapp.values()] == [NODES, NODES]
+
+
 def test_nodes_that_fail_are_left_out(keys, process):
     result = wrapped(keys).start(grid_of(app_of(keys, broken=(0, 1, 2))), model(), num_rounds=1)
     left = np.mean([0.01 * (i + 1) for i in range(3, NODES)])
