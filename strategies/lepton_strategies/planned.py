@@ -15,7 +15,7 @@ from lepton_fl.wire.messages import Request
 from lepton_strategies.grid import to_messages
 
 if TYPE_CHECKING:
-    from flwr.app import Message, Metadata
+    from flwr.app import Message
 
 
 class PlannedMessages:
@@ -24,19 +24,21 @@ class PlannedMessages:
     def __init__(self, plan: RoundPlan, request: Request) -> None:
         self.plan = plan
         self.request = request
-        self._sent: list[Metadata] = []
+        self._messages: list[Message] = []
 
     def __iter__(self) -> "Iterator[Message]":
-        """New messages, one per node of the cohort, in its order."""
-        messages = to_messages(self.plan, self.request)
-        # A message gets its id when a grid sends it; its content need not be kept for that.
-        self._sent = [message.metadata for message in messages]
-        return iter(messages)
+        """The messages, one per node of the cohort, in its order; made when first looked at, then the same.
+
+        Flower's own grid goes through them twice: first it gives each its id, then it sends them.
+        """
+        self._messages = self._messages or to_messages(self.plan, self.request)
+        return iter(self._messages)
 
     def devices(self) -> dict[str, str]:
         """The node that was asked, by the id of the message: an error's sender may be the server itself."""
-        pairs = zip(self._sent, self.plan.cohort, strict=False)  # not sent: no messages
-        return {sent.message_id: device_id for sent, device_id in pairs if sent.message_id}
+        pairs = zip(self._messages, self.plan.cohort, strict=False)  # not looked at: none were made
+        ids = ((message.metadata.message_id, device_id) for message, device_id in pairs)
+        return {message_id: device_id for message_id, device_id in ids if message_id}
 
 
 class PlannedReplies:

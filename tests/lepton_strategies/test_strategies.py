@@ -452,3 +452,17 @@ def test_a_reply_to_another_message_is_not_taken_for_an_answer(honest, asked):
 
     exchange, _ = exchange_over(Confused(honest))
     assert [a.device_id for a in exchange.ask(*asked)] == ["1", "2", "3"]
+
+
+def test_a_grid_may_go_through_the_messages_twice(fleet, honest):
+    """As Flower's own does: first each message gets its id, then all are sent."""
+
+    class Twice(LocalGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            first = list(messages)
+            assert [id(m) for m in messages] == [id(m) for m in first]
+            return super().push_messages(messages)
+
+    strategy, grid = FedAvg("digits", **SPEC), Twice(honest)
+    result = strategy.start(grid=grid, initial_arrays=initial_arrays("digits"), num_rounds=1)
+    assert result.train_metrics_clientapp[1]["reports"] == NODES
