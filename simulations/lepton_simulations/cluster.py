@@ -413,7 +413,10 @@ class RayFollower:
         from lepton_simulations.config import SimulationConfig
         from lepton_simulations.threads import one_thread
 
-        one_thread().__enter__()  # for good: this process does nothing else
+        self._threads = (
+            one_thread()
+        )  # held, for it ends with whoever holds it: this process does nothing else
+        self._threads.__enter__()
         self._follower = Follower(Alone(build_fleet(SimulationConfig.model_validate_json(scenario))))
 
     def handle(self, body: str, names: list[str], *arrays: NDArray[Any]) -> tuple[str, dict[str, Any]]:
