@@ -115,7 +115,6 @@ class Pool:
         self._fork = multiprocessing.get_context("fork")
         self._attempt = 0
         self._opening: dict[str, Any] = {}
-        self._plan: RoundPlan | None = None
         self._kept: list[Subtotal] = []  # of workers that died after they had trained
         self._deaths: Counter[str] = Counter()  # of workers, by the device that was alone with them
         self._told: set[str] = set()  # whose part was yielded; they may be trained again after a death
@@ -144,7 +143,6 @@ class Pool:
         """See ``Backend``."""
         records = request.to_records()
         self._attempt += 1
-        self._plan = plan
         self._board.model[:] = records.arrays[MODEL]
         if AUXILIARY in records.arrays:
             self._board.auxiliary[:] = records.arrays[AUXILIARY]
@@ -181,6 +179,8 @@ class Pool:
         total = parts[0].total if parts else np.zeros(self._shard.update_size, np.int64)
         for part in parts[1:]:
             total = total + part.total
+        if len(parts) == 1:  # whoever takes the sum may change it, and that memory is the worker's
+            total = total.copy()
         return Subtotal(total, sum(p.weight for p in parts), sum(p.reports for p in parts))
 
     def _hand_out(self, waiting: deque[Chunk]) -> None:

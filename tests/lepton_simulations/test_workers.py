@@ -237,6 +237,13 @@ def test_devices_trained_later_in_the_attempt_are_added(pool):
     assert_array_equal(pool.subtotal().total, expected([1, 2, 3, 4, 5]))  # asking changes nothing
 
 
+def test_whoever_takes_a_sum_may_change_it():
+    with Pool(Toy(), 1) as pool:
+        subtotal, _, _ = train(pool, "d1", "d2")
+        subtotal.total[:] = -1
+        assert_array_equal(pool.subtotal().total, expected([1, 2]))
+
+
 def test_a_refused_device_is_not_in_the_sum(pool):
     subtotal, trained, refused = train(pool, "d1", "refuse 1", "d2")
     assert_array_equal(subtotal.total, expected([1, 2]))
