@@ -20,6 +20,7 @@ that the sum's probabilities equal those of the wide discrete Gaussian up to a f
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
@@ -211,11 +212,12 @@ class IntegerNoise(Protocol):
         """Add independent draws to ``total``, (P,) int64, in place; memory does not grow with P."""
 
 
-class _Blockwise:
+class _Blockwise(ABC):
     """What every law shares: block after block of ``_block``."""
 
+    @abstractmethod
     def _block(self, count: int, stream: Keystream) -> NDArray[np.integer]:
-        raise NotImplementedError
+        """So many independent draws."""
 
     def draw(self, count: int, stream: Keystream) -> Int64s:
         """(count,) int64 independent draws."""
