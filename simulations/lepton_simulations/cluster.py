@@ -99,7 +99,7 @@ class Cluster:
 
     def begin(self, plan: RoundPlan, request: Request) -> None:
         """See ``Backend``."""
-        self._size = plan.num_coordinates
+        self._size = plan.update_size
         records = request.to_records()
         settings = plan.model_copy(update={"cohort": ()}).to_json()
         body = {"do": "begin", "plan": settings, "config": dict(records.config)}

@@ -112,7 +112,7 @@ class InMemoryExchange:
             if many:
                 yield from self._together(plan, now, counted)
             world.clock.advance_to(began + now[-1].arrives_s)
-        if self._accepted + len(counted) < plan.wanted_reports and not self._all_heard(plan, fates):
+        if self._accepted + len(counted) < plan.wanted_reports and len(fates) < len(plan.cohort):
             world.clock.advance_to(began + plan.deadline_s)
         if counted:
             reports = tuple(counted[device_id] for device_id in plan.cohort if device_id in counted)
@@ -134,9 +134,6 @@ class InMemoryExchange:
             size if train else ENVELOPE,
         )
         return [fate for fate in fates if fate.arrives_s <= plan.deadline_s]
-
-    def _all_heard(self, plan: RoundPlan, fates: Sequence[Fate]) -> bool:
-        return len(fates) == len(plan.cohort)
 
     def _singly(self, fates: Sequence[Fate], began: float, many: bool) -> Generator[Answer, None, None]:
         """Those who answer with records, and those of whom the coordinator hears that they do not."""
