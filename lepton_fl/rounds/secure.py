@@ -337,7 +337,7 @@ def collect_secure(
     records: Sequence[bytes] = (),
     tell: Callable[[str, UpdateRejected | None], None] = lambda device, refusal: None,
     known_as: Callable[[str], str] = lambda device: device,
-    workers: int = 1,
+    workers: int = 0,
 ) -> tuple[Collected, NDArray[np.float64] | None]:
     """One attempt at a training round of which the coordinator sees a sum only.
 
@@ -355,7 +355,7 @@ def collect_secure(
             the same spool.
         tell: says to a device what became of its vector.
         known_as: the name in the cohort of a device that the protocol knows by its key.
-        workers: threads for unmasking.
+        workers: cores to unmask with; 0 = all.
 
     Returns:
         What happened, and the (P + A,) mean update; None if too few devices came through, and then nothing

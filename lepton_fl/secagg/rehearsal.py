@@ -50,7 +50,7 @@ def rehearse(
     vectors: Mapping[str, Encode],
     random: Random,
     drops: Mapping[str, Stage] | None = None,
-    workers: int = 1,
+    workers: int = 0,
     ledger: Callable[[str], Ledger] = lambda _: MemoryLedger(),
     journal: Callable[[bytes], None] = lambda _: None,
 ) -> Outcome:
@@ -61,7 +61,7 @@ def rehearse(
         vectors: Device id -> function that makes its encoded vector.
         random: Source of all secrets.
         drops: Device -> the first stage for which it does not answer.
-        workers: Threads for masking and unmasking.
+        workers: Cores to unmask with; 0 = all.
         ledger: Gives a device's ledger.
         journal: Takes the coordinator's records.
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import LeptonError, QuorumError, Rejection, StateCorrupt, TrustError, UpdateRejected
+from lepton_fl.secagg.agreements import Agreements, available_cores
 from lepton_fl.secagg.blame import Blame, Fault, settle_complaints
 from lepton_fl.secagg.codec import Reader, Writer
 from lepton_fl.secagg.context import MOST_COHORT, RoundContext
@@ -34,7 +35,6 @@ from lepton_fl.secagg.keys import (
     commit_share,
     has_edge,
     mask_key,
-    pair_mask,
     public_bytes,
     self_seed,
     sign_of,
@@ -94,18 +94,18 @@ class Outcome:
 class ServerSession:
     """One attempt at one cohort's sum."""
 
-    def __init__(self, context: RoundContext, trust: Trust, intake: Intake, workers: int = 1) -> None:
+    def __init__(self, context: RoundContext, trust: Trust, intake: Intake, workers: int = 0) -> None:
         """Begin.
 
         Args:
             context: What is summed.
             trust: Decides which signing keys are whose.
             intake: Where masked vectors go.
-            workers: Threads for unmasking: the number of cores.
+            workers: Cores to unmask with; 0 = all there are. The sum is the same.
         """
         self.context, self.stage = context, Stage.ADVERTS
         self.blames: tuple[Blame, ...] = ()
-        self._trust, self.intake, self._workers = trust, intake, workers
+        self._trust, self.intake, self._workers = trust, intake, workers or available_cores()
         self._adverts: dict[str, bytes] = {}
         self._keys: dict[bytes, str] = {}  # whose each public key is
         self._peers: tuple[Advert, ...] = ()
@@ -125,7 +125,7 @@ class ServerSession:
 
     @classmethod
     def resume(
-        cls, context: RoundContext, trust: Trust, intake: Intake, records: Iterable[bytes], workers: int = 1
+        cls, context: RoundContext, trust: Trust, intake: Intake, records: Iterable[bytes], workers: int = 0
     ) -> "ServerSession":
         """The session as it was when the last of the records was written.
 
@@ -580,13 +580,14 @@ class ServerSession:
         """What is still in the sum: every survivor's own mask, and those it shares with the dropped."""
         yield [(self_seed(secret, self._r), -1) for secret in selves.values()]
         odds = self.context.rules.edge_odds
-        for dropped, secret in keys.items():
-            key, masks = mask_key(secret), []
-            for member in selves:
-                seed, coin = pair_mask(key, self._peers[member].mask_key, self._r, dropped, member)
-                if has_edge(coin, odds):
-                    masks.append((seed, -sign_of(member, dropped)))
-            yield masks
+        members = [(position, self._peers[position].mask_key) for position in selves]
+        work = Agreements(self._r, members, tuple(keys.items()))
+        for dropped, pairs in work.results(self._workers):
+            yield [
+                (seed, -sign_of(member, dropped))
+                for (member, _), (seed, coin) in zip(members, pairs, strict=True)
+                if has_edge(coin, odds)
+            ]
 
 
 def _seen(device: str, message: bytes) -> bytes:

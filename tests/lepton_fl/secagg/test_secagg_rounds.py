@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -22,6 +23,7 @@ from lepton_fl.errors import (
     UpdateRejected,
 )
 from lepton_fl.plan import LocalPlan
+from lepton_fl.secagg import agreements
 from lepton_fl.secagg.client import ClientSession, MemoryLedger, Policy, Prekey
 from lepton_fl.secagg.cohorts import add_sums, split
 from lepton_fl.secagg.context import COMPLETE, RoundContext, Rules, hidden_odds
@@ -678,3 +680,37 @@ def test_no_two_survivor_sets_can_be_certified(make):
     for schedule in product(*choices):
         certified = {p for p in proposals if schedule.count(p) + 1 >= quorum}
         assert len(certified) <= 1
+
+
+# --- every core ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odds", [COMPLETE, hidden_odds(40)])
+def test_the_sum_is_the_same_on_however_many_cores(make, monkeypatch, odds):
+    monkeypatch.setattr(agreements, "WORTH_HELP", 0)  # as a cohort of 1,000 would have it
+    drops = {"d002": Stage.UPLOADS, "d005": Stage.UPLOADS, "d009": Stage.UPLOADS}
+    totals = []
+    for workers in (1, 2, 5):
+        cohort = make(n=40, d=300, rules=Rules(edge_odds=odds))
+        intake = cohort.server.intake
+        cohort.server = ServerSession.resume(cohort.context, cohort.trust, intake, cohort.records, workers)
+        outcome = cohort.run(drops)
+        assert (outcome.total == cohort.plain_sum(outcome.survivors)).all()
+        totals.append(outcome.total.tobytes())
+    assert len(set(totals)) == 1
+
+
+def test_helpers_that_fail_are_no_loss(monkeypatch):
+    keys = [X25519PrivateKey.generate() for _ in range(30)]
+    members = [(i, key.public_key().public_bytes_raw()) for i, key in enumerate(keys)]
+    work = agreements.Agreements(bytes(32), members, [(40 + i, bytes([i]) * 32) for i in range(7)])
+    alone = list(work.results(1))
+    assert [position for position, _ in alone] == list(range(40, 47))
+    monkeypatch.setattr(agreements, "WORTH_HELP", 0)
+    assert list(work.results(3)) == alone
+    helped = work.results(3)  # given up in the midst of it: no process stays
+    assert next(helped) == alone[0]
+    helped.close()
+    for broken in ("/bin/false", "/nowhere/python"):
+        monkeypatch.setattr(agreements.sys, "executable", broken)
+        assert list(work.results(3)) == alone
