@@ -170,6 +170,20 @@ class SecureSpec(Frozen):
     min_cohort: Annotated[int, Field(ge=4, le=1000)] = 16  # devices take part in no smaller sum
     max_dropout: Annotated[float, Field(ge=0, le=0.333)] = 0.3  # share that may leave; more give no result
     spread: Annotated[float, Field(ge=1, le=16)] = 4.0  # 16 bits: deviations before a coordinate saturates
+    max_cohort: Annotated[int, Field(ge=4, le=1000)] = MOST_SECURE  # more make several sums, which are added
+    # EXPERIMENTAL: "hidden" leaves out most masks of large cohorts, which ones nobody can see; not reviewed.
+    mask_graph: Literal["complete", "hidden"] = "complete"
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.max_cohort < self.min_cohort:
+            raise ValueError(f"max_cohort={self.max_cohort} is below min_cohort={self.min_cohort}")
+        return self
+
+    def sums(self, devices: int) -> tuple[int, ...]:
+        """The sizes of the sums that so many devices make: as few as possible, as equal as possible."""
+        count = -(-devices // self.max_cohort)
+        return tuple(devices // count + (i < devices % count) for i in range(count))
 
     @property
     def per_thousand(self) -> int:
@@ -346,12 +360,12 @@ class RunSpec(Frozen):
             object.__setattr__(self, "grid_step", finest)
         if self.grid_step < finest:
             raise ValueError(
-                f"grid_step={self.grid_step:g}: a sum of {self.most_asked} devices could leave 32 bits; set "
+                f"grid_step={self.grid_step:g}: a sum of {self.largest_sum} devices could leave 32 bits; set "
                 f"grid_step={finest:g}, or lower clip_norm, max_weight or the cohort"
             )
         steps = self.clip_norm / self.grid_step
         if steps < LEAST_STEPS:
-            most = int(2**31 // (self.most_asked * LEAST_STEPS))
+            most = int(2**31 // (self.largest_sum * LEAST_STEPS))
             raise ValueError(
                 f"an update of clip_norm={self.clip_norm:g} would have {steps:g} grid steps, fewer than "
                 f"{LEAST_STEPS}: too coarse to learn from; lower max_weight to {most}, or give all devices "
@@ -362,7 +376,9 @@ class RunSpec(Frozen):
     def _unfit_for_secrecy(self) -> list[str]:
         """What contradicts that only a sum is learnt, or that it is one of enough devices."""
         cohort, least = self.cohort, self.secure.min_cohort
-        kept = self.secure.least_survivors(self.most_asked)
+        sizes = self.secure.sums(self.most_asked)
+        kept = sum(map(self.secure.least_survivors, sizes))
+        most = self.secure.max_cohort
         found = {
             f"aggregation.name={self.aggregation.name!r}, which looks at every update": (
                 not self.aggregation.is_sum
@@ -371,8 +387,11 @@ class RunSpec(Frozen):
             "privacy, whose mechanisms are not carried by masked rounds yet": self.privacy is not None,
             "clip_norm=0: without a bound on updates a sum could leave its 32 bits": not self.clip_norm,
             f"cohort.size={cohort.size}, below secure.min_cohort={least}": cohort.size < least,
-            f"cohorts of {self.most_asked}, above {MOST_SECURE}": self.most_asked > MOST_SECURE,
-            f"cohort.over_selection={cohort.over_selection:g}: a sum needs {kept} of {self.most_asked} "
+            f"secure.max_cohort={most}: {self.most_asked} devices cannot be divided into sums of {least} to "
+            f"{most}; set max_cohort to {2 * least} or more, or lower min_cohort": (
+                len(sizes) > 1 and most < 2 * least - 1
+            ),
+            f"cohort.over_selection={cohort.over_selection:g}: its sums need {kept} of {self.most_asked} "
             f"devices, the round would close at {cohort.size}": kept > cohort.size,
         }
         return [why for why, is_so in found.items() if is_so]
@@ -382,10 +401,15 @@ class RunSpec(Frozen):
         """Devices asked in one round, at most."""
         return ceil(self.cohort.size * self.cohort.over_selection)
 
+    @property
+    def largest_sum(self) -> int:
+        """Devices of one secure sum, at most."""
+        return max(self.secure.sums(self.most_asked))
+
     def _finest_step(self) -> float:
         """As ``secagg.encoding.fit`` finds it, not below 2**-24."""
         weight = self.max_weight if self.weighting == "examples" else 1
-        room = (2**31 - 1) // (self.most_asked * weight)
+        room = (2**31 - 1) // (self.largest_sum * weight)
         step = 2.0**-24
         while int(self.clip_norm / step) > room and step < self.clip_norm:
             step *= 2

@@ -482,7 +482,10 @@ def _min_reports(spec: RunSpec, kind: Kind, asked: int) -> int:
     """A robust rule of so few that they could not outvote anybody is not applied, however few are asked."""
     if kind == "evaluate":
         return min(spec.cohort.min_reports, asked)
-    survivors = spec.secure.least_survivors(asked) if spec.secure_aggregation == "required" else 1
+    secure = spec.secure_aggregation == "required"
+    survivors = (
+        spec.secure.least_survivors(min(spec.secure.sums(asked))) if secure else 1
+    )  # one sum is enough
     return max(min(spec.cohort.min_reports, asked), spec.aggregation.least_reports, survivors)
 
 

@@ -13,9 +13,11 @@ devices are not seen either: they travel in the sum.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
 from typing import Final, Protocol
 
 import numpy as np
@@ -27,7 +29,8 @@ from lepton_fl.rounds.accumulator import Accumulator, Subtotal, UpdateBatch
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, TRAINING, Clock, Collected, Participation
 from lepton_fl.rounds.collect import collect as collect_answers
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
-from lepton_fl.secagg.context import RoundContext, Rules
+from lepton_fl.secagg.cohorts import add_sums, pinned, split
+from lepton_fl.secagg.context import RoundContext, Rules, hidden_rules
 from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, Sum
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Trust
@@ -59,10 +62,19 @@ def encoding_of(plan: RoundPlan) -> SumEncoding:
         ConfigError: a sum could leave the ring; ``RunSpec`` has refused that before.
     """
     weight = plan.max_weight if plan.weighting == "examples" else 1
-    named = f"rotation {plan.run_id} {plan.round} {plan.attempt} {plan.nonce}"
-    seed = hashlib.sha256(named.encode()).hexdigest()
-    steps = plan.clip_norm / plan.grid_step
-    return _encoding(_secure(plan), plan.update_size, len(plan.cohort), weight, steps, seed)
+    seed = hashlib.sha256(f"rotation {_named(plan)}".encode()).hexdigest()
+    steps, spec = plan.clip_norm / plan.grid_step, _secure(plan)
+    return _encoding(spec, plan.update_size, max(spec.sums(len(plan.cohort))), weight, steps, seed)
+
+
+def _named(plan: RoundPlan) -> str:
+    return f"{plan.run_id} {plan.round} {plan.attempt} {plan.nonce}"
+
+
+def groups_of(plan: RoundPlan) -> tuple[tuple[str, ...], ...]:
+    """Who is with whom: a cohort divided into as few sums as possible, at random, the same way every time."""
+    spec = _secure(plan)
+    return split(plan.cohort, pinned(_named(plan)), min(spec.sums(len(plan.cohort))), spec.max_cohort)
 
 
 def _encoding(spec: SecureSpec, size: int, cohort: int, weight: int, steps: float, seed: str) -> SumEncoding:
@@ -85,17 +97,33 @@ def prove_fits(spec: RunSpec, coordinates: int) -> None:
     if spec.secure_aggregation == "off":
         return
     weight = spec.max_weight if spec.weighting == "examples" else 1
-    _encoding(spec.secure, coordinates, spec.most_asked, weight, spec.clip_norm / spec.grid_step, "0" * 64)
+    _encoding(spec.secure, coordinates, spec.largest_sum, weight, spec.clip_norm / spec.grid_step, "0" * 64)
 
 
-def rules_of(spec: SecureSpec) -> Rules:
-    """How many must take part, sign and reveal."""
-    return Rules(spec.min_cohort, spec.per_thousand)
+def rules_of(spec: SecureSpec, asked: int) -> Rules:
+    """How many of a sum's devices must take part, sign and reveal.
+
+    Args:
+        spec: of the plan.
+        asked: devices of the sum. A hidden mask graph is made for rosters of nine tenths of them or more.
+    """
+    if spec.mask_graph == "complete":
+        return Rules(spec.min_cohort, spec.per_thousand)
+    return hidden_rules(max(spec.min_cohort, ceil(0.9 * asked)), asked, spec.per_thousand)
 
 
-def context_of(plan: RoundPlan, request: Request, deployment: str) -> RoundContext:
-    """What every signature of an attempt is bound to."""
-    return RoundContext.of(request, deployment, encoding_of(plan), rules_of(_secure(plan)))
+def context_of(plan: RoundPlan, request: Request, deployment: str, cohort: int = 0) -> RoundContext:
+    """What every signature of an attempt is bound to.
+
+    Args:
+        plan: of the attempt.
+        request: what the devices are asked.
+        deployment: the installation's name.
+        cohort: which of ``groups_of(plan)``.
+    """
+    spec = _secure(plan)
+    rules = rules_of(spec, spec.sums(len(plan.cohort))[cohort])
+    return RoundContext.of(request, deployment, encoding_of(plan), rules, cohort)
 
 
 def encode_reply(plan: RoundPlan | Request, encoding: SumEncoding, reply: TrainReply, random: Random) -> Ring:
@@ -119,17 +147,17 @@ def encode_reply(plan: RoundPlan | Request, encoding: SumEncoding, reply: TrainR
 
 
 def decode_total(
-    plan: RoundPlan, encoding: SumEncoding, total: Ring, reports: int
+    plan: RoundPlan, encoding: SumEncoding, totals: Sequence[Ring], reports: int
 ) -> tuple[NDArray[np.float64], Sums]:
     """The mean update, (P + A,), and the devices' added counts.
 
     Args:
         plan: of the attempt.
         encoding: from ``encoding_of``.
-        total: the sum of the vectors; it may be overwritten.
-        reports: how many were added.
+        totals: the sum of the vectors of each cohort; they may be overwritten.
+        reports: how many vectors were added.
     """
-    found = encoding.decode(total)
+    found = add_sums([encoding.decode(total) for total in totals])
     if found.counters.keys() != {WEIGHT, "examples", "loss"}:
         raise ConfigError("This sum is not one of a plan's updates.")
     loss = found.counters["loss"] - reports * _LOSS_HALF
@@ -147,7 +175,7 @@ def _mean(plan: RoundPlan, encoding: SumEncoding, found: Sum, reports: int) -> N
         return restored
     # The very arithmetic of a plain round.
     accumulator = Accumulator(plan)
-    accumulator.merge(Subtotal(found.update.astype(np.int64), found.weight, reports))
+    accumulator.merge(Subtotal(found.update.astype(np.int64, copy=False), found.weight, reports))
     return accumulator.finalize()
 
 
@@ -185,124 +213,175 @@ Ask = Callable[[Stage, Mapping[str, bytes]], Generator[Told, None, None]]
 Hear = Callable[[Stage, Told, UpdateRejected | None], None]  # what came, and why it was refused
 
 
+@dataclass(eq=False)
+class Party:
+    """One cohort's session on its way to a sum."""
+
+    session: ServerSession
+    devices: Sequence[str]  # whom to ask for adverts
+    signed: frozenset[str] = frozenset()  # who can reveal; empty = not known, after a restart
+    outcome: Outcome | None = None  # at the end
+    error: QuorumError | None = None  # why there is no outcome, of a cohort that was lost
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to ask for."""
+        return self.outcome is not None or self.error is not None
+
+    def result(self) -> Outcome:
+        """The sum, or none and why; the cohort's devices have revealed nothing then."""
+        return self.outcome or Outcome(None, (), self.session.blames, str(self.error))
+
+
 def lead(
-    session: ServerSession,
-    devices: Iterable[str],
+    parties: Sequence[Party],
     ask: Ask,
     *,
     wanted: int = 0,
     hear: Hear = lambda stage, told, refusal: None,
-    journal: Journal = lambda record: None,
+    journal: Callable[[int, bytes], None] = lambda cohort, record: None,
     now: Callable[[], float] = time.time,
-) -> Outcome:
-    """Take a session from where it is to its outcome.
+    known_as: Callable[[str], str] = lambda device: device,
+) -> None:
+    """Take sessions from where they are to their outcomes, stage by stage, all cohorts at the same time.
+
+    A cohort that loses too many devices ends with an error, and the others go on.
 
     Args:
-        session: new, or resumed.
-        devices: whom to ask for adverts.
+        parties: each new, or resumed.
         ask: sends each device the message of a stage and yields the answers until all have come or time is
             up; closing it withdraws the question. Devices answer the same question again with the same bytes.
-        wanted: with so many vectors the uploads close; 0 = wait for all.
+        wanted: with so many vectors in all, the uploads close; 0 = wait for all.
         hear: told of every answer.
-        journal: see ``ServerSession``.
+        journal: keeps the records of each cohort; see ``ServerSession``.
         now: seconds since 1970.
-
-    Returns:
-        The sum, or none and who is to blame.
-
-    Raises:
-        QuorumError: too many devices have left; nothing is revealed.
+        known_as: the name in ``Party.devices`` of a device that the protocol knows by its key.
     """
-    taken = _Taker(session, ask, hear, journal, now)
-    while session.stage < Stage.REVEALS:
-        stage = session.stage
-        if stage is Stage.ADVERTS:
-            asked = dict.fromkeys(devices, b"")
-            taken.ask_all(asked, len(asked))
-        else:
-            most = wanted if stage is Stage.UPLOADS and wanted else session.n
-            # Who has not signed cannot reveal, so all are waited for, not just a quorum.
-            taken.ask_all(_messages(session), most)
-            if stage is Stage.CONSENTS:
-                if len(session.heard()) < session.needed():
-                    taken.ask_all(_messages(session), most)
-                taken.signed = session.heard()
-        session.close(journal)
-    return taken.reveal()
+    leader = _Leader(parties, ask, hear, journal, now, known_as, wanted)
+    while going := [p for p in parties if not p.done and p.session.stage < Stage.REVEALS]:
+        stage = min(p.session.stage for p in going)
+        leader.pass_stage(stage, [p for p in going if p.session.stage is stage])
+    leader.reveal()
 
 
 class _Deliveries(Mapping[str, bytes]):
     """Every device's delivery, made when it is sent: all together are large."""
 
-    def __init__(self, session: ServerSession, devices: Sequence[str]) -> None:
-        self._session, self._devices = session, dict.fromkeys(devices)
+    def __init__(self, parties: Sequence[Party]) -> None:
+        self._session = {d: p.session for p in parties for d in _waiting(p)}
 
     def __getitem__(self, device: str) -> bytes:
-        if device not in self._devices:
-            raise KeyError(device)
-        return self._session.delivery(device)
+        return self._session[device].delivery(device)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._devices)
+        return iter(self._session)
 
     def __len__(self) -> int:
-        return len(self._devices)
+        return len(self._session)
 
 
-def _messages(session: ServerSession) -> Mapping[str, bytes]:
+def _waiting(party: Party) -> list[str]:
+    return sorted(party.session.expected() - party.session.heard())
+
+
+def _messages(parties: Sequence[Party]) -> Mapping[str, bytes]:
     """What the present stage tells each device that has not answered it."""
-    waiting = sorted(session.expected() - session.heard())
-    if session.stage is Stage.UPLOADS:
-        return _Deliveries(session, waiting)
-    same = {
+    if parties[0].session.stage is Stage.UPLOADS:
+        return _Deliveries(parties)
+    return {device: message for p in parties for device, message in _same_for_all(p).items()}
+
+
+def _same_for_all(party: Party) -> dict[str, bytes]:
+    session = party.session
+    message = {
         Stage.SHARES: session.roster,
         Stage.CONSENTS: session.survivors,
         Stage.REVEALS: session.certificate,
     }[session.stage]()
-    return dict.fromkeys(waiting, same)
+    return dict.fromkeys(_waiting(party), message)
 
 
 @dataclass
-class _Taker:
-    session: ServerSession
+class _Leader:
+    parties: Sequence[Party]
     ask: Ask
     hear: Hear
-    journal: Journal
+    journal: Callable[[int, bytes], None]
     now: Callable[[], float]
-    signed: frozenset[str] = frozenset()  # who can reveal; empty = not known, after a restart
+    known_as: Callable[[str], str]
+    wanted: int
 
-    def ask_all(self, messages: Mapping[str, bytes], most: int) -> None:
-        """Ask until ``most`` devices have been heard, or all have answered, or time is up."""
+    def __post_init__(self) -> None:
+        self._place = {d: i for i, party in enumerate(self.parties) for d in party.devices}
+
+    def pass_stage(self, stage: Stage, parties: Sequence[Party]) -> None:
+        """Ask once, all cohorts together, and close the stage of each."""
+        if stage is Stage.ADVERTS:
+            self._ask(stage, dict.fromkeys((d for p in parties for d in self._silent(p)), b""), parties)
+        else:
+            # Who has not signed cannot reveal, so all are waited for, not just a quorum.
+            self._ask(stage, _messages(parties), parties)
+        if stage is Stage.CONSENTS:
+            short = [p for p in parties if len(p.session.heard()) < p.session.needed()]
+            if short:
+                self._ask(stage, _messages(short), short)
+            for party in parties:
+                party.signed = party.session.heard()
+        for party in parties:
+            try:
+                party.session.close(partial(self.journal, self._number(party)))
+            except QuorumError as error:
+                party.error = error
+
+    def _number(self, party: Party) -> int:
+        return self.parties.index(party)
+
+    def _silent(self, party: Party) -> list[str]:
+        heard = set(map(self.known_as, party.session.heard()))  # before a restart: no second advert counts
+        return [device for device in party.devices if device not in heard]
+
+    def _ask(self, stage: Stage, messages: Mapping[str, bytes], parties: Sequence[Party]) -> None:
+        """Ask until all have been heard, or time is up, or so many vectors are there as are wanted."""
         if not messages:
             return
-        with closing(self.ask(self.session.stage, messages)) as answers:
+        most = sum(len(p.devices) if stage is Stage.ADVERTS else p.session.n for p in parties)
+        if stage is Stage.UPLOADS and self.wanted:
+            most = self.wanted
+        with closing(self.ask(stage, messages)) as answers:
             for told in answers:
-                self._take(told)
+                self._take(stage, told)
                 del told  # it may be large: not while waiting for the next one
-                if len(self.session.heard()) >= most:
+                if sum(len(p.session.heard()) for p in parties) >= most:
                     return
 
-    def reveal(self) -> Outcome:
+    def reveal(self) -> None:
         """Ask for shares; of all, because with more than are needed a bad one does no harm."""
-        session = self.session
-        for _ in range(TRIES):
-            messages = {d: m for d, m in _messages(session).items() if d in self.signed or not self.signed}
-            self.ask_all(messages, session.n)
-            try:
-                return session.finish()
-            except QuorumError as error:  # nothing has changed: more may come
-                log.debug("secure aggregation: %s", error)
-        return session.finish()
+        for last in [False] * (TRIES - 1) + [True]:
+            waiting = [p for p in self.parties if not p.done]
+            messages = {
+                device: message
+                for party in waiting
+                for device, message in _messages([party]).items()
+                if device in party.signed or not party.signed
+            }
+            self._ask(Stage.REVEALS, messages, waiting)
+            for party in waiting:
+                try:
+                    party.outcome = party.session.finish()
+                except QuorumError as error:  # nothing has changed: more may come
+                    log.debug("secure aggregation: %s", error)
+                    party.error = error if last else None
 
-    def _take(self, told: Told) -> None:
-        session, stage, refusal = self.session, self.session.stage, None
+    def _take(self, stage: Stage, told: Told) -> None:
+        index = 0 if len(self.parties) == 1 else self._place[self.known_as(told.device)]
+        session, refusal = self.parties[index].session, None
         try:
             if isinstance(told.message, UpdateRejected):
                 raise told.message
             if stage is Stage.UPLOADS and told.device not in session.heard():
                 session.intake.restart(told.device)
                 session.chunk(told.device, 0, told.vector)
-            session.accept(told.device, told.message, self.now(), self.journal)
+            session.accept(told.device, told.message, self.now(), partial(self.journal, index))
         except UpdateRejected as error:
             refusal = error
         except TrustError as error:
@@ -361,24 +440,43 @@ def collect_secure(
         What happened, and the (P + A,) mean update; None if too few devices came through, and then nothing
         has been revealed.
     """
-    encoding, context = encoding_of(plan), context_of(plan, request, deployment)
-    intake = Intake(context, spool or MemorySpool())
-    session = ServerSession.resume(context, trust, intake, records, workers)
+    encoding, kept = encoding_of(plan), spool or MemorySpool()
+    parties = []
+    for cohort, devices in enumerate(groups_of(plan)):
+        context = context_of(plan, request, deployment, cohort)
+        own = [body for number, body in map(_unnumbered, records) if number == cohort]
+        session = ServerSession.resume(context, trust, Intake(context, kept), own, workers)
+        parties.append(Party(session, devices))
     began = clock()
     collected = Collected(plan, elapsed_s=lambda: max(0.0, clock() - began))
     heard = _Heard(collected, tell, known_as)
-    try:
-        outcome = lead(
-            session, plan.cohort, ask, wanted=plan.wanted_reports, hear=heard, journal=journal, now=now
-        )
-    except QuorumError as error:
-        log.warning("round %d, attempt %d: %s", plan.round, plan.attempt, error)
-        outcome = Outcome(None, (), session.blames, str(error))
-    heard.settle(outcome, session)
-    if outcome.total is None or not collected.enough:
+    lead(
+        parties,
+        ask,
+        wanted=plan.wanted_reports,
+        hear=heard,
+        journal=lambda cohort, record: journal(_numbered(cohort, record)),
+        now=now,
+        known_as=known_as,
+    )
+    for party in parties:
+        if party.error is not None:
+            log.warning("round %d, attempt %d: %s", plan.round, plan.attempt, party.error)
+    heard.settle(parties)
+    totals = [party.outcome.total for party in parties if party.outcome and party.outcome.total is not None]
+    if not totals or not collected.enough:
         return collected, None
-    mean, collected.sums = decode_total(plan, encoding, outcome.total, collected.reports)
+    mean, collected.sums = decode_total(plan, encoding, totals, collected.reports)
     return collected, mean
+
+
+def _numbered(cohort: int, record: bytes) -> bytes:
+    """A record of one of an attempt's cohorts."""
+    return cohort.to_bytes(2, "big") + record
+
+
+def _unnumbered(record: bytes) -> tuple[int, bytes]:
+    return int.from_bytes(record[:2], "big"), record[2:]
 
 
 class _Heard:
@@ -414,40 +512,38 @@ class _Heard:
         if stage is Stage.UPLOADS:
             self._tell(told.device, refusal)
 
-    def settle(self, outcome: Outcome, session: ServerSession) -> None:
-        """The participation of the whole cohort, once it is known who is in the sum."""
-        collected, survivors = self._collected, set(map(self._known_as, outcome.survivors))
-        uploaded = frozenset(map(self._known_as, session.intake.included))
-        full = len(uploaded) >= collected.plan.wanted_reports
-        faults = {self._known_as(blame.device): blame.fault.value for blame in outcome.blames}
-        collected.reports = len(survivors) if outcome.total is not None else 0
-        collected.participation = {
-            device: self._entry(device, device in survivors, uploaded, full, faults.get(device, ""), outcome)
-            for device in collected.plan.cohort
-        }
+    def settle(self, parties: Sequence[Party]) -> None:
+        """The participation of the whole attempt, once it is known who is in the sums."""
+        uploaded = {p: frozenset(map(self._known_as, p.session.intake.included)) for p in parties}
+        full = sum(map(len, uploaded.values())) >= self._collected.plan.wanted_reports
+        useful = any(p.result().total is not None for p in parties)
+        found: dict[str, Participation] = {}
+        for party in parties:
+            outcome = party.result()
+            self._collected.reports += len(outcome.survivors) if outcome.total is not None else 0
+            survivors = set(map(self._known_as, outcome.survivors))
+            faults = {self._known_as(blame.device): blame.fault.value for blame in outcome.blames}
+            for device in party.devices:
+                came = device in survivors or device in uploaded[party]
+                entry = self._entry(device, came, device in survivors, faults.get(device, ""), outcome)
+                if entry.outcome == ACCEPTED and not came:
+                    word = "It left before its vector came."
+                    entry = replace(entry, outcome=SURPLUS if full else Rejection.OFFLINE.value)
+                    entry = entry if full else replace(entry, detail=word)
+                elif entry.outcome == ACCEPTED and useful and outcome.total is None:
+                    word = f"The sum of its {len(party.devices)} devices failed: {outcome.reason}"
+                    entry = replace(entry, outcome=SURPLUS, detail=word)
+                found[device] = entry
+        self._collected.participation = {device: found[device] for device in self._collected.plan.cohort}
 
-    def _entry(
-        self,
-        device: str,
-        survives: bool,
-        uploaded: frozenset[str],
-        full: bool,
-        fault: str,
-        outcome: Outcome,
-    ) -> Participation:
-        came = survives or device in uploaded  # perhaps before a restart
-        entry = self._entries.get(device) or Participation(
+    def _entry(self, device: str, came: bool, survives: bool, fault: str, outcome: Outcome) -> Participation:
+        """What is noted of a device, and its fault."""
+        entry = self._entries.get(device) or Participation(  # it came before a restart, perhaps
             device, ACCEPTED if came else Rejection.OFFLINE.value
         )
         if fault and not (survives and outcome.total is not None):
             return replace(entry, outcome=Rejection.BLAMED.value, detail=f"Blamed: {fault}.")
-        if fault:
-            return replace(entry, detail=f"Blamed: {fault}; its vector counts.")
-        if survives or entry.outcome != ACCEPTED or device in uploaded:
-            return entry
-        if full:
-            return replace(entry, outcome=SURPLUS)
-        return replace(entry, outcome=Rejection.OFFLINE.value, detail="It left before its vector came.")
+        return replace(entry, detail=f"Blamed: {fault}; its vector counts.") if fault else entry
 
 
 # --- the ideal functionality ------------------------------------------------------------------------
@@ -483,7 +579,7 @@ class IdealRounds:
         _forget_counts(collected)
         if not collected.enough:
             return collected, None
-        mean, collected.sums = decode_total(plan, encoding, total, collected.reports)
+        mean, collected.sums = decode_total(plan, encoding, [total], collected.reports)
         return collected, mean
 
     def _exact(

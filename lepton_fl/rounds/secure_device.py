@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lepton_fl.errors import ConfigError, TrustError
 from lepton_fl.secagg.client import ClientSession, Ledger, Policy, Prekey
-from lepton_fl.secagg.context import RoundContext, Rules
+from lepton_fl.secagg.context import COMPLETE, RoundContext, Rules
 from lepton_fl.secagg.encoding import Counter, Exact, Rotated
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Trust
@@ -50,10 +50,11 @@ class Offer:
     model: bytes  # SHA-256
     encoding: Exact | Rotated
     rules: Rules
+    cohort: int = 0  # which of the round's cohorts
 
     @classmethod
     def of(cls, context: RoundContext) -> Self:
-        """The offer of a context; the complete mask graph only."""
+        """The offer of a context."""
         assert isinstance(context.encoding, Exact | Rotated)  # there are no others
         return cls(
             context.run,
@@ -63,6 +64,7 @@ class Offer:
             context.model,
             context.encoding,
             context.rules,
+            context.cohort,
         )
 
     def context(self, deployment: str) -> RoundContext:
@@ -76,6 +78,7 @@ class Offer:
             self.model,
             self.encoding,
             self.rules,
+            self.cohort,
         )
 
     def to_json(self) -> str:
@@ -90,6 +93,8 @@ class Offer:
             | asdict(self.encoding),
             "min_cohort": self.rules.min_cohort,
             "max_dropout": self.rules.max_dropout,
+            "edge_odds": self.rules.edge_odds,
+            "cohort": self.cohort,
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -109,18 +114,20 @@ class Offer:
             made = kind(**values, counters=counters)
             if made.num_coordinates > MOST_COORDINATES:
                 raise ValueError("too many coordinates")
-            rules = Rules(_integer(body["min_cohort"]), _integer(body["max_dropout"]))
+            edge_odds = _integer(body["edge_odds"], COMPLETE)
+            rules = Rules(_integer(body["min_cohort"]), _integer(body["max_dropout"]), edge_odds)
             numbers = _integer(body["round"]), _integer(body["attempt"])
             digests = bytes.fromhex(body["request"]), bytes.fromhex(body["model"])
-            if len(body) != 8 or any(len(digest) != 32 for digest in digests):
+            cohort = _integer(body["cohort"], 2**32 - 1)
+            if len(body) != 10 or any(len(digest) != 32 for digest in digests):
                 raise ValueError("unknown fields, or not digests")
-            return cls(str(body["run"]), *numbers, *digests, made, rules)
+            return cls(str(body["run"]), *numbers, *digests, made, rules, cohort)
         except (KeyError, TypeError, ValueError, ConfigError, RecursionError) as error:
             raise malformed("the offer of a secure aggregation does not decode") from error
 
 
-def _integer(value: Any) -> int:  # noqa: ANN401 - from JSON
-    if type(value) is not int or not 0 <= value < 2**63:
+def _integer(value: Any, most: int = 2**63 - 1) -> int:  # noqa: ANN401 - from JSON
+    if type(value) is not int or not 0 <= value <= most:
         raise ValueError("not an integer")
     return value
 

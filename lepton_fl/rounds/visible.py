@@ -23,20 +23,42 @@ def _plain(spec: RunSpec) -> tuple[str, ...]:
 
 
 def _secure(spec: RunSpec) -> tuple[str, ...]:
-    least = max(spec.secure.least_survivors(spec.secure.min_cohort), spec.cohort.min_reports)
     lost = f"{100 * spec.secure.max_dropout:g} %"
     return (
-        f"The coordinator learns one sum per round, of the updates, example counts and losses of at least "
-        f"{least} devices.",
+        *_sums(spec),
         "It cannot see any single device's update, example count or loss.",
         "It sees who takes part and when, who drops out, and how long messages are.",
-        f"If more than {lost} of a round's devices are lost, there is no sum and nothing is revealed.",
+        f"If more than {lost} of a sum's devices are lost, there is no sum and nothing is revealed.",
         "Devices evaluate nothing: a single device's counts would be seen.",
         "Assumption: whom devices trust is decided by an authority, or a list of keys, that is not the "
         "coordinator's; else it could invent devices.",
-        "Assumption: fewer than a third of a round's devices side with the coordinator.",
+        "Assumption: fewer than a third of a sum's devices side with the coordinator.",
+        *_mask_graph(spec),
         "Not covered: what the sums themselves say (differential privacy does that), and devices that send "
         "false updates.",
+    )
+
+
+def _sums(spec: RunSpec) -> tuple[str, ...]:
+    sizes = spec.secure.sums(spec.most_asked)
+    least = spec.secure.least_survivors(max(spec.secure.min_cohort, min(sizes) if len(sizes) > 1 else 0))
+    if len(sizes) == 1:
+        return (
+            "The coordinator learns one sum per round, of the updates, example counts and losses of at least "
+            f"{max(least, spec.cohort.min_reports)} devices.",
+        )
+    return (
+        f"The coordinator learns {len(sizes)} sums per round of {spec.most_asked} devices, each of the "
+        f"updates, example counts and losses of at least {least}: a device hides in its own sum.",
+    )
+
+
+def _mask_graph(spec: RunSpec) -> tuple[str, ...]:
+    if spec.secure.mask_graph == "complete":
+        return ()
+    return (
+        "EXPERIMENTAL: the hidden mask graph (secure.mask_graph) is argued and simulated, and nobody outside "
+        "this project has reviewed it. Devices whose owners have not allowed it refuse.",
     )
 
 

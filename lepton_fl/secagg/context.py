@@ -25,6 +25,7 @@ LEAST_COHORT = 4  # below it a quorum proves nothing
 DEFAULT_COHORT = 16
 MOST_COHORT = 1_000  # larger cohorts are split, see lepton_fl.secagg.cohorts
 COMPLETE = 2**64  # odds of an edge that is always there
+_WAVE = 30  # the thresholds' roundings repeat: n / 3 and 0.7 n
 NO_PRIVACY = bytes(32)  # in place of the digest of a privacy mechanism
 
 
@@ -96,6 +97,19 @@ def hidden_odds(n: int, max_dropout: int = 300, sigma: int = 40) -> int:
         middle = (low + high) / 2
         low, high = (low, middle) if _cut_bound(honest, middle) <= 2.0**-sigma else (middle, high)
     return min(COMPLETE, int(high * COMPLETE) + 1)
+
+
+def hidden_rules(least: int, most: int, max_dropout: int = 300) -> Rules:
+    """EXPERIMENTAL: rules with one hidden mask graph that is dense enough for rosters of all these sizes.
+
+    Args:
+        least: The smallest roster; fewer devices will not accept these rules.
+        most: The largest.
+        max_dropout: Per thousand.
+    """
+    # More devices need fewer edges each; only the rounding of the thresholds makes small waves.
+    sizes = range(least, min(most, least + _WAVE) + 1)
+    return Rules(least, max_dropout, max(hidden_odds(n, max_dropout) for n in sizes))
 
 
 def _cut_bound(h: int, q: float) -> float:

@@ -76,7 +76,7 @@ class Encoding(Protocol):
 class Sum:
     """What the coordinator learns: exact integers."""
 
-    update: NDArray[np.int32]  # (P,), in grid steps (Exact) or scaled and rotated (Rotated)
+    update: NDArray[np.signedinteger[Any]]  # (P,), in grid steps (Exact) or scaled and rotated (Rotated)
     counters: Mapping[str, int]
 
     @property

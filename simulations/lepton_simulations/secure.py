@@ -30,9 +30,11 @@ from lepton_fl.rounds.secure import (
     context_of,
     encode_reply,
     encoding_of,
+    groups_of,
     read_reply,
 )
 from lepton_fl.secagg.client import ClientSession, MemoryLedger, Policy
+from lepton_fl.secagg.context import LEAST_COHORT
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Pinned
 from lepton_fl.secagg.rehearsal import Member, make_members
@@ -113,10 +115,16 @@ class _Devices:
     spool: MemorySpool = field(default_factory=MemorySpool)
 
     def __post_init__(self) -> None:
-        context = context_of(self.plan, self.request, DEPLOYMENT)
-        policy = Policy(context.rules.min_cohort)
+        contexts = {
+            device: context_of(self.plan, self.request, DEPLOYMENT, cohort)
+            for cohort, devices in enumerate(groups_of(self.plan))
+            for device in devices
+        }
+        policy = Policy(LEAST_COHORT, hidden_graph=True)  # nobody is protected here
         self._sessions = {
-            m.device: ClientSession(context, m.prekey, m.signing, self.trust, MemoryLedger(), policy)
+            m.device: ClientSession(
+                contexts[m.device], m.prekey, m.signing, self.trust, MemoryLedger(), policy
+            )
             for m in self.members
         }
 

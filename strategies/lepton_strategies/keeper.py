@@ -49,6 +49,7 @@ class NodeKeys:
     peers: Path  # the public keys that it trusts, one a line
     deployment: str = "flower"  # the installation's name, the same everywhere
     least_cohort: int = 16  # it takes part in no smaller sum
+    hidden_graph: bool = False  # whether the experimental mask graph is allowed
 
     def member(self) -> SecureMember:
         """The node, with its keys read.
@@ -61,7 +62,7 @@ class NodeKeys:
         if public not in keys:
             raise ConfigError(f"The public key of {self.key} is not on the list {self.peers}.")
         ledger = FileLedger(self.key.with_name(self.key.name + ".signed"))
-        policy = Policy(self.least_cohort)
+        policy = Policy(self.least_cohort, self.hidden_graph)
         return SecureMember(fingerprint(public), self.deployment, signing, pinned(keys), ledger, policy)
 
 

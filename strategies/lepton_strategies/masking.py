@@ -98,6 +98,7 @@ def configured_keys(context: "Context") -> NodeKeys:
         Path(str(node["secagg-peers"])),
         str(node.get("secagg-deployment", "flower")),
         int(node.get("secagg-cohort", 16)),
+        node.get("secagg-hidden-graph", False) is True,
     )
 
 

@@ -25,14 +25,23 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
 from lepton_fl.errors import ConfigError, QuorumError, Rejection, UpdateRejected
-from lepton_fl.plan import LEAST_STEPS, RunSpec
-from lepton_fl.rounds.secure import Told, collect_secure, context_of, lead
+from lepton_fl.plan import LEAST_STEPS, RunSpec, SecureSpec
+from lepton_fl.rounds.secure import (
+    Party,
+    Told,
+    collect_secure,
+    context_of,
+    groups_of,
+    lead,
+    rules_of,
+)
 from lepton_fl.rounds.secure_device import Offer
 from lepton_fl.rounds.spool import FolderSpool
-from lepton_fl.secagg.context import RoundContext, Rules
+from lepton_fl.secagg.cohorts import add_sums, split
+from lepton_fl.secagg.context import MOST_COHORT, RoundContext
 from lepton_fl.secagg.encoding import Exact, Rotated, fit
 from lepton_fl.secagg.messages import MAX_ADVERT, Advert
-from lepton_fl.secagg.server import Outcome, ServerSession, Stage
+from lepton_fl.secagg.server import ServerSession, Stage
 from lepton_fl.secagg.uploads import Intake
 from lepton_fl.wire.messages import Fields, Request
 from lepton_fl.wire.records import Records
@@ -107,6 +116,8 @@ class SecureAggregation(Strategy):
         bits: Literal[16, 32] = 32,
         min_cohort: int = 16,
         max_dropout: float = 0.3,
+        max_cohort: int = MOST_COHORT,
+        mask_graph: Literal["complete", "hidden"] = "complete",
         deployment: str = "flower",
         deadline_s: float = 3600.0,
         stage_s: float = 120.0,
@@ -125,6 +136,9 @@ class SecureAggregation(Strategy):
             bits: 16 halve the upload and round the sum.
             min_cohort: the fewest nodes of a sum; a node may demand more.
             max_dropout: the share of the nodes asked that may fall silent.
+            max_cohort: more nodes make several sums, which are added.
+            mask_graph: "hidden" is EXPERIMENTAL and not reviewed: it leaves out most masks of a large cohort.
+                Nodes refuse unless their configuration allows it (secagg-hidden-graph = true).
             deployment: the installation's name, as the nodes have it in their configuration.
             deadline_s: for training.
             stage_s: for every other stage.
@@ -141,8 +155,13 @@ class SecureAggregation(Strategy):
             )
         self._inner = strategy
         self._trust = pinned(keys)
-        self._settings = {"max_dropout": max_dropout, "min_cohort": min_cohort, "bits": bits}
-        self._rules = Rules(min_cohort, round(1000 * max_dropout))
+        self._secure = SecureSpec(
+            bits=bits,
+            min_cohort=min_cohort,
+            max_dropout=max_dropout,
+            max_cohort=max_cohort,
+            mask_graph=mask_graph,
+        )
         self._clip_norm, self._max_weight = clip_norm, max_weight
         self._metrics, self._bits = tuple(metrics), bits
         self._deployment, self._poll_s = deployment, poll_s
@@ -164,7 +183,7 @@ class SecureAggregation(Strategy):
         given = strategy.spec.model_dump(exclude_unset=True)
         clip = {"clip_norm": self._clip_norm} if self._clip_norm else {}
         weights = {"weighting": "equal"} if self._max_weight == 1 else {"max_weight": self._max_weight}
-        secure = {"secure_aggregation": "required", "secure": self._settings}
+        secure = {"secure_aggregation": "required", "secure": self._secure}
         strategy.require(RunSpec.model_validate({**weights, **given, **clip, **secure}))
 
     @property
@@ -178,9 +197,11 @@ class SecureAggregation(Strategy):
             "SecureAggregation: the server learns one sum a round, of at least %d nodes, %d bits; it cannot "
             "see any node's update, if fewer than a third of the nodes side with it and it has not written "
             "the list of keys; evaluations are not hidden",
-            self._rules.least_survivors(self._rules.min_cohort),
+            self._secure.least_survivors(self._secure.min_cohort),
             self._bits,
         )
+        if self._secure.mask_graph == "hidden":
+            log.warning("SecureAggregation: the hidden mask graph is EXPERIMENTAL, nobody has reviewed it")
         self._inner.summary()
 
     # --- Flower's loop ------------------------------------------------------------------------------
@@ -236,8 +257,12 @@ class SecureAggregation(Strategy):
         plan = asked.plan.model_copy(update={"run_id": self._run(messages)})
         request = Request.of(plan, asked.request.model, asked.request.auxiliary)
         records = to_record_dict(request.to_records())
-        offer = Offer.of(context_of(plan, request, self._deployment))
-        nodes = _Nodes(grid, messages, records, offer, Settings(True), self._times(), self._ahead)
+        offers = {
+            device: Offer.of(context_of(plan, request, self._deployment, cohort))
+            for cohort, devices in enumerate(groups_of(plan))
+            for device in devices
+        }
+        nodes = _Nodes(grid, messages, records, offers, Settings(True), self._times(), self._ahead)
         with tempfile.TemporaryDirectory(prefix="lepton-secagg-") as folder:
             collected, mean = collect_secure(
                 plan,
@@ -258,33 +283,35 @@ class SecureAggregation(Strategy):
                 f"{type(self._inner).__name__} sends different content to different nodes.",
                 hint="Secure aggregation needs a strategy that asks all nodes the same.",
             )
-        if len(messages) < self._rules.min_cohort:
+        if len(messages) < self._secure.min_cohort:
             raise QuorumError(
-                f"{len(messages)} nodes are asked, a sum needs {self._rules.min_cohort}.",
+                f"{len(messages)} nodes are asked, a sum needs {self._secure.min_cohort}.",
                 hint="Set min_train_nodes of the strategy, or lower min_cohort here and on the nodes.",
             )
         if len(content.array_records) != 1:
             raise ConfigError(f"Expected one ArrayRecord in a message, got {len(content.array_records)}.")
         asked = next(iter(content.array_records.values()))
         model = flatten(asked)
-        context, settings = self._context(messages, content, model.size)
-        offer = Offer.of(context)
-        nodes = _Nodes(grid, messages, content, offer, settings, self._times(), self._ahead)
+        names = [str(message.metadata.dst_node_id) for message in messages]
+        groups = split(names, secrets.token_bytes, self._secure.min_cohort, self._secure.max_cohort)
+        contexts, settings = self._contexts(messages, content, model.size, groups)
+        offers = {
+            name: Offer.of(context) for group, context in zip(groups, contexts, strict=True) for name in group
+        }
+        nodes = _Nodes(grid, messages, content, offers, settings, self._times(), self._ahead)
         with tempfile.TemporaryDirectory(prefix="lepton-secagg-") as folder:
-            session = ServerSession(context, self._trust, Intake(context, FolderSpool(Path(folder))))
-            try:
-                outcome = lead(session, nodes.names, nodes.ask, hear=_log_refusal)
-            except QuorumError as error:
-                log.warning("secure aggregation: %s", error)
-                outcome = Outcome(None, (), session.blames, str(error))
-        for blame in outcome.blames:
-            log.warning("secure aggregation: device %s is to blame: %s", blame.device, blame.fault.value)
-        return self._decoded(outcome, context, settings, model, asked, messages)
+            spool = FolderSpool(Path(folder))
+            parties = [
+                Party(ServerSession(context, self._trust, Intake(context, spool)), group)
+                for group, context in zip(groups, contexts, strict=True)
+            ]
+            lead(parties, nodes.ask, hear=_log_refusal, known_as=nodes.node_of)
+        return self._decoded(parties, settings, model, asked, messages)
 
-    def _context(
-        self, messages: list[Message], content: RecordDict, size: int
-    ) -> tuple[RoundContext, Settings]:
-        cohort, weight, clip = len(messages), self._max_weight, self._clip_norm
+    def _contexts(
+        self, messages: list[Message], content: RecordDict, size: int, groups: Sequence[Sequence[str]]
+    ) -> tuple[list[RoundContext], Settings]:
+        cohort, weight, clip = max(map(len, groups)), self._max_weight, self._clip_norm
         draft = Settings(False, _FINE, clip, weight, self._key, self._metrics)
         encoding: Exact | Rotated
         if self._bits == 32:
@@ -301,37 +328,40 @@ class SecureAggregation(Strategy):
             )
         settings = Settings(False, step, clip, weight, self._key, self._metrics)
         [arrays] = content.array_records.values()
-        context = RoundContext(
-            self._deployment,
-            self._run(messages),
-            self._rounds,
-            1,
-            request_digest(content, settings),
-            arrays_digest(arrays),
-            encoding,
-            self._rules,
-        )
-        return context, settings
+        request, model = request_digest(content, settings), arrays_digest(arrays)
+        about = self._deployment, self._run(messages), self._rounds, 1, request, model, encoding
+        return [
+            RoundContext(*about, rules_of(self._secure, len(group)), number)
+            for number, group in enumerate(groups)
+        ], settings
 
     def _decoded(
         self,
-        outcome: Outcome,
-        context: RoundContext,
+        parties: Sequence[Party],
         settings: Settings,
         model: np.ndarray[tuple[int], np.dtype[np.float64]],
         arrays: ArrayRecord,
         asked: Sequence[Message],
     ) -> _Round:
-        blamed = len({blame.device for blame in outcome.blames})
-        if outcome.total is None:
-            return _Round(None, {}, 0, 0, asked, blamed)
-        encoding = context.encoding
+        outcomes = [party.result() for party in parties]
+        blames = {blame for outcome in outcomes for blame in outcome.blames}
+        for blame in blames:
+            log.warning("secure aggregation: device %s is to blame: %s", blame.device, blame.fault.value)
+        for party in parties:
+            if party.error:
+                log.warning("secure aggregation: %s", party.error)
+        blamed = len({blame.device for blame in blames})
+        encoding = parties[0].session.context.encoding
         assert isinstance(encoding, Exact | Rotated)  # made above
-        found = encoding.decode(outcome.total)
+        sums = [encoding.decode(outcome.total) for outcome in outcomes if outcome.total is not None]
+        if not sums:
+            return _Round(None, {}, 0, 0, asked, blamed)
+        found = add_sums(sums)
         summed = encoding.restore(found) if isinstance(encoding, Rotated) else found.update.astype(np.float64)
         mean = model + summed * (settings.step / found.weight)
         figures = mean_metrics(settings, found.counters)
-        return _Round(unflatten(mean, arrays), figures, found.weight, len(outcome.survivors), asked, blamed)
+        reports = sum(len(outcome.survivors) for outcome in outcomes if outcome.total is not None)
+        return _Round(unflatten(mean, arrays), figures, found.weight, reports, asked, blamed)
 
     def _run(self, messages: Sequence[Message]) -> str:
         """The run's name in the protocol: two strategies in one run of Flower's are two."""
@@ -364,7 +394,7 @@ class _Nodes:
         grid: Grid,
         messages: Sequence[Message],
         content: RecordDict,
-        offer: Offer,
+        offers: Mapping[str, Offer],
         settings: Settings,
         times: _Times,
         ahead: dict[int, _Ahead],
@@ -372,13 +402,14 @@ class _Nodes:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._grid, self._content, self._offer, self._settings = grid, content, offer, settings
+        self._grid, self._content, self._offers, self._settings = grid, content, offers, settings
         self._ahead = ahead
         self._times, self._clock, self._sleep = times, clock, sleep
         self._group = messages[0].metadata.group_id
         self._node = {str(m.metadata.dst_node_id): m.metadata.dst_node_id for m in messages}
         self.names = tuple(self._node)
         self._known: set[str] = set()  # nodes whose advert was there already
+        offer = next(iter(offers.values()))  # they differ in their cohort only
         self.name_of_round = f"{offer.run}/{offer.round}/{offer.attempt}"
 
     def node_of(self, device: str) -> str:
@@ -424,7 +455,7 @@ class _Nodes:
         }
         content = RecordDict()
         if stage is Stage.SHARES:
-            fields["offer"] = self._offer.to_json()
+            fields["offer"] = self._offers[self.node_of(device)].to_json()
         elif stage is Stage.UPLOADS:
             content = RecordDict(dict(self._content.items()))
             fields["settings"] = self._settings.to_json()

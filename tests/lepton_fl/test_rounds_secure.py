@@ -15,11 +15,20 @@ from lepton_fl.rounds.campaign import Campaign, RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, collect_training
 from lepton_fl.rounds.exchange import Answer
-from lepton_fl.rounds.secure import Told, collect_secure, context_of, encode_reply, encoding_of, prove_fits
+from lepton_fl.rounds.secure import (
+    Told,
+    collect_secure,
+    context_of,
+    encode_reply,
+    encoding_of,
+    groups_of,
+    prove_fits,
+    rules_of,
+)
 from lepton_fl.rounds.secure_device import Offer, SecureMember, check_request
 from lepton_fl.rounds.spool import FolderSpool
-from lepton_fl.secagg.client import MemoryLedger
-from lepton_fl.secagg.context import Rules
+from lepton_fl.secagg.client import MemoryLedger, Policy
+from lepton_fl.secagg.context import COMPLETE, Rules, hidden_odds, hidden_rules
 from lepton_fl.secagg.encoding import fit
 from lepton_fl.secagg.identity import Pinned
 from lepton_fl.secagg.server import Stage
@@ -37,10 +46,10 @@ def spec_of(**more) -> RunSpec:
     return RunSpec.model_validate({**GOOD, "secure_aggregation": "required", **more})
 
 
-def plan_of(spec: RunSpec, **more) -> tuple[RoundPlan, Request]:
+def plan_of(spec: RunSpec, cohort=COHORT, **more) -> tuple[RoundPlan, Request]:
     model = np.linspace(-1, 1, SIZE, dtype=np.float32)
     state = RunState(model)
-    plan = plan_round(spec, "run", WORK, "train", 1, state, COHORT, len(COHORT), "5a" * 16)
+    plan = plan_round(spec, "run", WORK, "train", 1, state, cohort, len(cohort), "5a" * 16)
     plan = plan.model_copy(update=more)
     return plan, Request.of(plan, model)
 
@@ -60,9 +69,13 @@ class Fleet:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         self.plan, self.request, self.drops = plan, request, dict(drops or {})
-        keys = {d: Ed25519PrivateKey.generate() for d in COHORT}
+        keys = {d: Ed25519PrivateKey.generate() for d in plan.cohort}
         self.trust = Pinned({d: k.public_key().public_bytes_raw() for d, k in keys.items()})
-        self.members = {d: SecureMember(d, PLACE, k, self.trust, MemoryLedger()) for d, k in keys.items()}
+        policy = Policy(plan.secure.min_cohort, hidden_graph=plan.secure.mask_graph == "hidden")
+        self.members = {
+            d: SecureMember(d, PLACE, k, self.trust, MemoryLedger(), policy) for d, k in keys.items()
+        }
+        self.group = {d: i for i, group in enumerate(groups_of(plan)) for d in group}
         self.asked: list[Stage] = []
         self.revealed: list[str] = []
         self.spoil: dict[tuple[Stage, str], object] = {}
@@ -81,7 +94,7 @@ class Fleet:
         if stage is Stage.ADVERTS:
             return Told(device, member.advert("r1"))
         if stage is Stage.SHARES:
-            offer = Offer.of(context_of(self.plan, self.request, PLACE)).to_json()
+            offer = Offer.of(context_of(self.plan, self.request, PLACE, self.group[device])).to_json()
             return Told(device, member.shares("r1", offer, message))
         if stage is Stage.UPLOADS:
             member.deliver("r1", message)
@@ -121,7 +134,8 @@ def secure(fleet: Fleet, **more):
         ({"aggregation": {"name": "median"}}, "median"),
         ({"clip_norm": 0.0}, "clip_norm=0"),
         ({"cohort": {"size": 15}}, "cohort.size=15"),
-        ({"cohort": {"size": 1001}}, "1001"),
+        ({"cohort": {"size": 1001}, "secure": {"min_cohort": 600}}, "1001 devices cannot be divided"),
+        ({"secure": {"max_cohort": 15}}, "max_cohort=15"),
         ({"cohort": {"size": 20, "over_selection": 2.0}}, "over_selection"),
         ({"mode": "buffered"}, "buffered"),
         ({"weighting": "examples"}, "max_weight"),
@@ -280,7 +294,7 @@ def test_a_damaged_vector_is_refused_and_the_round_goes_on(tmp_path):
     fleet, told = Fleet(plan, request), {}
     fleet.spoil[Stage.UPLOADS, "d05"] = lambda t: Told(t.device, t.message, bytes(len(t.vector)))
     fleet.spoil[Stage.UPLOADS, "d06"] = lambda t: Told(t.device, t.message, bytes(t.vector)[:-4])
-    fleet.spoil[Stage.SHARES, "d07"] = lambda t: Told(t.device, t.message[:-1] + b"\0")
+    fleet.spoil[Stage.SHARES, "d07"] = lambda t: Told(t.device, t.message[:-1] + bytes([t.message[-1] ^ 1]))
     fleet.spoil[Stage.UPLOADS, "d08"] = lambda t: Told(t.device, UpdateRejected(Rejection.FAILED, "no data"))
     collected, mean = secure(fleet, spool=FolderSpool(tmp_path), tell=lambda d, r: told.update({d: r}))
     left = [d for d in COHORT if d not in ("d05", "d06", "d07", "d08")]
@@ -373,3 +387,115 @@ def test_a_full_disk_is_named_and_undone(tmp_path, monkeypatch):
 
 def _no_space(file: int) -> None:
     raise OSError(28, "No space left on device")
+
+
+# --- more devices than one sum takes ------------------------------------------------------------------
+
+MANY = tuple(f"d{i:02}" for i in range(40))
+SPLIT = {"cohort": {"size": 40, "min_reports": 1}, "secure": {"min_cohort": 6, "max_cohort": 14}}
+
+
+def mean_of(spec: RunSpec, devices) -> np.ndarray:
+    plan, request = plan_of(spec, MANY, min_reports=1)
+    return collect_training(plan, request.model, Plain(devices))[1]
+
+
+def plain_spec(spec: RunSpec) -> RunSpec:
+    return spec.model_copy(update={"secure_aggregation": "off"})
+
+
+def test_a_large_cohort_makes_several_sums_of_which_the_mean_is_the_same():
+    spec = spec_of(**SPLIT)
+    plan, request = plan_of(spec, MANY)
+    groups = groups_of(plan)
+    assert sorted(map(len, groups)) == [13, 13, 14]
+    assert sorted(d for group in groups for d in group) == sorted(MANY)
+    assert groups == groups_of(plan) != groups_of(plan.model_copy(update={"nonce": "6b" * 16}))
+    fleet = Fleet(plan, request)
+    collected, mean = secure(fleet)
+    assert collected.reports == 40
+    assert list(collected.participation) == list(plan.cohort)
+    assert mean.tobytes() == mean_of(plain_spec(spec), MANY).tobytes()
+    assert fleet.asked == [stage for stage in Stage if stage is not Stage.DONE]  # all sums at the same time
+
+
+@pytest.mark.parametrize("stage", [Stage.SHARES, Stage.UPLOADS, Stage.CONSENTS])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_a_sum_that_fails_leaves_the_others(stage, bits):
+    spec = spec_of(**SPLIT | {"secure": SPLIT["secure"] | {"bits": bits}})
+    plan, request = plan_of(spec, MANY)
+    lost, *kept = groups_of(plan)
+    fleet = Fleet(plan, request, dict.fromkeys(lost[:9], stage))
+    collected, mean = secure(fleet)
+    devices = [d for group in kept for d in group]
+    assert collected.reports == len(devices)
+    assert {d for d, e in collected.participation.items() if e.outcome == ACCEPTED} == set(devices)
+    assert not set(fleet.revealed) & set(lost)
+    last = collected.participation[lost[-1]]
+    assert last.outcome == (Rejection.OFFLINE if stage < Stage.UPLOADS else SURPLUS)
+    expected = mean_of(plain_spec(spec), devices)
+    if bits == 32:
+        assert mean.tobytes() == expected.tobytes()
+    else:
+        assert_allclose(mean, expected, atol=2e-3)
+
+
+def test_if_all_sums_fail_there_is_none():
+    plan, request = plan_of(spec_of(**SPLIT), MANY)
+    fleet = Fleet(plan, request, dict.fromkeys([d for g in groups_of(plan) for d in g[:6]], Stage.UPLOADS))
+    collected, mean = secure(fleet)
+    assert mean is None
+    assert not collected.reports
+    assert not fleet.revealed
+
+
+@pytest.mark.parametrize("after", [30, 75, 110, 125, 165])
+def test_several_sums_go_on_after_a_restart(after, tmp_path):
+    spec = spec_of(**SPLIT)
+    plan, request = plan_of(spec, MANY)
+    fleet, records, spool = Fleet(plan, request), [], FolderSpool(tmp_path)
+
+    def journal(record: bytes) -> None:
+        if len(records) == after:
+            raise Killed
+        records.append(record)
+
+    with pytest.raises(Killed):
+        secure(fleet, journal=journal, spool=spool)
+    collected, mean = secure(fleet, records=list(records), spool=FolderSpool(tmp_path))
+    assert collected.reports == 40
+    assert mean.tobytes() == mean_of(plain_spec(spec), MANY).tobytes()
+
+
+# --- the experimental mask graph ------------------------------------------------------------------------
+
+
+def test_the_hidden_graph_is_a_choice_of_the_run_and_of_each_device():
+    wide = tuple(f"d{i:02}" for i in range(44))
+    chosen = {"cohort": {"size": 44}, "secure": {"mask_graph": "hidden"}}
+    plan, request = plan_of(spec_of(**chosen), wide)
+    assert context_of(plan, request, PLACE).rules.edge_odds < COMPLETE
+    fleet = Fleet(plan, request, dict.fromkeys(wide[:4], Stage.ADVERTS) | {wide[7]: Stage.UPLOADS})
+    collected, mean = secure(fleet)
+    off = plain_spec(spec_of(**chosen))
+    plain = collect_training(plan_of(off, wide, min_reports=1)[0], request.model, Plain(wide[4:7] + wide[8:]))
+    assert collected.reports == 39
+    assert mean.tobytes() == plain[1].tobytes()
+    refusing = Fleet(plan, request)
+    for member in refusing.members.values():
+        member._policy = Policy(16)
+    with pytest.raises(TrustError, match="experimental"):
+        secure(refusing)
+
+
+def test_the_hidden_graph_is_dense_enough_for_every_roster_it_is_made_for():
+    for least, most in ((32, 36), (40, 60), (90, 100), (270, 300)):
+        rules = hidden_rules(least, most)
+        assert all(rules.edge_odds >= hidden_odds(n) for n in range(least, most + 1))
+        assert rules.min_cohort == least
+    assert hidden_rules(16, 20).edge_odds == COMPLETE  # few devices need all edges
+
+
+def test_by_default_every_pair_shares_a_mask_however_many_they_are():
+    for size in (20, 101, 1000):
+        assert rules_of(SecureSpec(), size) == Rules(16, 300, COMPLETE)

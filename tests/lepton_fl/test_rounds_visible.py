@@ -26,3 +26,12 @@ def test_a_private_run_says_against_whom():
     privacy = {"noise_multiplier": 1.0, "clip_norm": 1.0}
     assert "device level, central" in text(privacy=privacy, evaluate_every=0)
     assert "No differential privacy" in text()
+
+
+def test_a_run_of_several_sums_and_an_experiment_are_named():
+    settings = {"secure_aggregation": "required", "clip_norm": 1.0, "weighting": "equal"}
+    found = text(**settings, cohort={"size": 2500}, secure={"mask_graph": "hidden"})
+    assert "3 sums per round of 2500 devices" in found
+    assert "of at least 584:" in found
+    assert "EXPERIMENTAL" in found
+    assert "EXPERIMENTAL" not in text(**settings, cohort={"size": 1000})

@@ -170,7 +170,7 @@ def test_from_the_second_round_on_keys_are_there_ahead(keys, process, monkeypatc
     sent, honest = [], module._Nodes._message
 
     def counted(self, stage, device, frame):
-        sent.append((self._offer.round, stage.name))
+        sent.append((int(self.name_of_round.split("/")[1]), stage.name))
         return honest(self, stage, device, frame)
 
     monkeypatch.setattr(module._Nodes, "_message", counted)
@@ -301,6 +301,13 @@ def test_a_node_takes_part_in_no_smaller_sum_than_its_owner_allows(keys, process
     secure = wrapped(keys, min_cohort=8)
     result = secure.start(grid_of(app_of(keys)), model(), num_rounds=1)
     assert result.train_metrics_clientapp[1]["reports"] == 0
+
+
+def test_more_nodes_than_one_sum_takes_make_several(keys, process):
+    app = app_of(keys, mods=[secure_mod(keys_for(keys, least_cohort=4), keep="here")])
+    result = wrapped(keys, min_cohort=4, max_cohort=8).start(grid_of(app), model(), num_rounds=1)
+    assert result.train_metrics_clientapp[1]["reports"] == NODES
+    assert_allclose(result.arrays["w"].numpy(), np.full((2, 3), 0.085), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "QFedAvg"])
