@@ -15,6 +15,7 @@ Example::
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from lepton_fl.errors import DiskFull, NotFound, StateCorrupt, StateError, TrustError
+from lepton_fl.errors import DiskFull, NotFound, StateCorrupt, StateError, StateLocked, TrustError
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _CHUNK = 1 << 20  # bytes read at a time when hashing
@@ -168,6 +169,30 @@ def read_private(path: str | os.PathLike[str]) -> bytes:
         raise NotFound(f"There is no file {target}.") from error
     except OSError as error:
         _raise_translated(error, target)
+
+
+@contextlib.contextmanager
+def lock_folder(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Work in a folder alone, among processes; a process that dies lets go.
+
+    Raises:
+        StateLocked: another process works in it.
+        StateError: the folder is missing or may not be written.
+    """
+    folder = Path(path)
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        _raise_translated(error, folder)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            hint = "Wait for it, or name another folder."
+            raise StateLocked(f"Another process works in {folder}.", hint=hint) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The ``lepton`` command: one command line for every role.
 
 ``app`` builds it, ``output`` prints (for every command, of every package), ``task``, ``config``,
-``privacy`` and ``doctor`` are the library's own commands. Roles add theirs through the entry-point group
-``lepton.commands``.
+``privacy``, ``variants`` and ``doctor`` are the library's own commands. Roles add theirs through the
+entry-point group ``lepton.commands``.
 """
 
 import sys

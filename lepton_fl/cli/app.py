@@ -15,7 +15,7 @@ import click
 import typer
 
 from lepton_fl import __version__
-from lepton_fl.cli import config, doctor, output, privacy, task
+from lepton_fl.cli import config, doctor, output, privacy, task, variants
 from lepton_fl.errors import ConfigError
 
 GROUP = "lepton.commands"
@@ -63,6 +63,7 @@ def build() -> typer.Typer:
     app.add_typer(task.app, name="task")
     app.add_typer(config.app, name="config")
     app.add_typer(privacy.app, name="privacy")
+    app.add_typer(variants.app, name="variants")
     app.command("doctor")(doctor.doctor)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         _mount(app, entry)

@@ -201,7 +201,12 @@ _EXTRAS = {
     "alembic": "server",
     "psycopg": "server",
     "prometheus_client": "server",
-    "matplotlib": "sim",
+    "matplotlib": "sim' or 'lepton-fl[variants]",
+    "onnx": "variants",
+    "onnxscript": "variants",
+    "onnxruntime": "variants",
+    "torch_pruning": "variants",
+    "zstandard": "variants",
     "pandas": "sim",
 }
 

@@ -51,6 +51,18 @@ class TensorSpec(Frozen):
         return same and all(want in (None, got) for want, got in zip(self.shape, array.shape, strict=True))
 
 
+class Transfer(Frozen):
+    """The rows a variant was trained on, and how far from the evaluation set they are to the teacher."""
+
+    source: Literal["proxy", "generator"]
+    rows: Count
+    labelled: bool = False
+    entropy: Amount | None  # nats, mean over the teacher's decisions on these rows; None for a regression
+    reference_entropy: Amount | None  # the same on the evaluation set
+    shift: Share  # Kolmogorov-Smirnov distance of the teacher's outputs here and there: 0 = alike, 1 = apart
+    seconds: Amount  # to make or read the rows
+
+
 class Lineage(Frozen):
     """Where a variant comes from."""
 
@@ -61,7 +73,7 @@ class Lineage(Frozen):
     privacy: str | None = None  # what is promised to those who trained it; None = no guarantee is known
     candidate_sha256: Sha256  # of everything this variant depends on: model, steps, transfer data
     recipe_sha256: Sha256  # of the recipe's text
-    transfer: str = ""  # what its training used: "proxy, 10000 rows", "generator", ...; empty = none
+    transfer: Transfer | None = None  # what its training used; None = none was needed
 
 
 class Measured(Frozen):

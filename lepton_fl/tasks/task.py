@@ -9,7 +9,7 @@ torch only once a model is made.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -42,7 +42,8 @@ class Task:
     ``transform`` turns raw rows, once, into what the model takes: float32 or int64 inputs, int64 or float32
     targets. It sees the rows of one device only and should use constants written in the task, so that a
     row means the same everywhere. ``augment`` changes a training batch at every step. ``local`` is how a
-    device trains when a run does not say it.
+    device trains when a run does not say it. ``students`` are smaller models for the same rows and targets,
+    into which the trained one may be distilled (docs/variants.md).
     """
 
     name: str
@@ -55,6 +56,7 @@ class Task:
     augment: "Callable[[Tensor, np.random.Generator], Tensor] | None" = None
     data: Callable[[Path | None], Corpus] | None = None  # reads the published data set from a folder
     local: LocalPlan = field(default_factory=LocalPlan)
+    students: Mapping[str, Callable[[], "nn.Module"]] = field(default_factory=dict)
 
     def check(self, raw: Dataset) -> ContractReport:
         """Check raw rows against the contract; DataContractError says what is wrong."""
