@@ -8,10 +8,17 @@ part a device needs for its own training.
 import hashlib
 import json
 from collections.abc import Mapping
-from math import ceil, cos, frexp, pi
+from math import ceil, cos, frexp, hypot, pi
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 PROTOCOL_VERSION = 1  # of the messages of a round
 MAX_RETRIED = 256  # rounds of which a plan says that not their first attempt counted
@@ -222,12 +229,56 @@ class AdaptiveClipSpec(Frozen):
 
     target: Annotated[float, Field(gt=0, lt=1)] = 0.5  # quantile
     rate: Annotated[float, Field(gt=0, le=1)] = 0.2
-    bit_noise: NonNegative = 0.0  # on the count of devices within the clip; 0 = a twentieth of the cohort
+    # On the count of devices within the clip; 0 = a twentieth of the cohort, or more where that is dear.
+    bit_noise: NonNegative = 0.0
+
+
+class MetricsSpec(Frozen):
+    """Release noisy training figures with every private update, for a share of what the update may move.
+
+    Two more coordinates carry each device's number of examples and its mean loss times that number; the
+    noise of the update covers them, so they are charged with it.
+    """
+
+    share: Annotated[float, Field(gt=0, le=0.5)] = (
+        0.05  # of the squared norm; updates get 1 / sqrt(1 - share)
+    )
+    most_examples: Annotated[int, Field(ge=1, le=2**40)] = 100  # of one device; more count as this
+    most_loss: Positive = 5.0  # mean loss of one device; more counts as this, less than zero as zero
+
+
+class PrivatePart(Frozen):
+    """What a device does for a run's privacy in one attempt, besides clipping its update.
+
+    The tail: further coordinates behind those of the update, for which there is room in the norm that the
+    noise is made for. Heights are in grid steps.
+    """
+
+    weight_cap: Annotated[int, Field(ge=0)] = 0  # who has fewer examples scales its update; 0 = nobody does
+    bit: Annotated[int, Field(ge=0, lt=2**31)] = 0  # +bit if the norm is within the clip, else -bit; 0 = none
+    metrics: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of examples, and of examples times loss; 0 = none
+    most_examples: Annotated[int, Field(ge=1)] = 1
+    most_loss: Positive = 1.0
+    noise: Literal["none", "skellam", "ddgauss"] = "none"  # law of the share that every device adds
+    share_variance: NonNegative = 0.0  # of that share: ring steps squared
+    survivors: Annotated[int, Field(ge=0)] = 0  # it is made for at least so many: no smaller sum is signed
+    asked: Annotated[int, Field(ge=0)] = 0  # the sum has room for so many
+    limit: Annotated[int, Field(ge=0)] = 0  # 16 bits: largest magnitude of a rotated coordinate, ring steps
+
+    @property
+    def tail(self) -> int:
+        """How many further coordinates."""
+        return (self.bit > 0) + 2 * (self.metrics > 0)
+
+    def norm_bound(self, steps: float) -> float:
+        """The largest norm of an update of norm ``steps`` and its tail together, grid steps."""
+        return hypot(steps, self.bit, self.metrics, self.metrics)
 
 
 class PrivacySpec(Frozen):
     """One guarantee: on what unit, against whom, by which mechanism, and how strong."""
 
+    preset: Literal["", "strong"] = ""  # "strong": what is not said follows, see ``STRONG``
     unit: Literal["device", "example"] = "device"
     trust: Literal["central", "distributed", "local"] = "central"  # who may see what is not yet private
     mechanism: Mechanism = "blt"
@@ -247,6 +298,17 @@ class PrivacySpec(Frozen):
     min_survivors: Annotated[float, Field(gt=0, le=1)] = 0.7  # distributed only: share of the cohort
     colluders: Annotated[float, Field(ge=0, lt=1)] = 0.0  # distributed only: share of the cohort
     weight_cap: Annotated[int, Field(ge=0)] = 0  # examples that count in full; 0 = all devices count the same
+    metrics: MetricsSpec | None = None  # noisy training figures, charged; none = they are not sent
+
+    @model_validator(mode="after")
+    def _as_preset(self) -> Self:
+        """What is not said follows from the preset; what is said stays."""
+        if self.preset == "strong":
+            strength = {} if self.noise_multiplier or self.epsilon else {"epsilon": STRONG_EPSILON}
+            for name, value in {**STRONG, **strength}.items():
+                if name not in self.model_fields_set:
+                    object.__setattr__(self, name, value)
+        return self
 
     @model_validator(mode="after")
     def _one_guarantee(self) -> Self:
@@ -286,11 +348,13 @@ class PrivacySpec(Frozen):
 
     @model_validator(mode="after")
     def _only_where_it_means_something(self) -> Self:
-        if self.adaptive_clip and self.mechanism != "independent":
+        if self.adaptive_clip and self.mechanism not in ("independent", "skellam", "ddgauss"):
             raise ValueError(
-                f"adaptive_clip is for mechanism='independent': the noise of {self.mechanism!r} is made for "
-                "one clip norm"
+                f"adaptive_clip is for noise that is fresh in every round; that of {self.mechanism!r} is "
+                "made for one clip norm: remove adaptive_clip, or set mechanism='independent'"
             )
+        if self.unit == "example" and (self.adaptive_clip or self.metrics or self.weight_cap):
+            raise ValueError("adaptive_clip, metrics and weight_cap are for unit='device'")
         if self.bands and self.mechanism != "banded":
             raise ValueError(f"bands is for mechanism='banded', not {self.mechanism!r}")
         if self.bands > self.min_separation:
@@ -302,9 +366,24 @@ class PrivacySpec(Frozen):
         return self
 
     @property
+    def tail_size(self) -> int:
+        """Coordinates behind those of an update: see ``PrivatePart``."""
+        return (self.adaptive_clip is not None) + 2 * (self.metrics is not None)
+
+    @property
     def has_contract(self) -> bool:
         """Whether how often a device may take part is limited, and must be enforced."""
         return self.min_separation > 1 or self.max_participations > 0
+
+
+# privacy = "strong": nobody sees an update, and the sums that are seen have the devices' noise in them.
+STRONG: dict[str, Any] = {"trust": "distributed", "mechanism": "skellam", "adaptive_clip": AdaptiveClipSpec()}
+STRONG_EPSILON = 8.0
+STRONG_SERVER = ServerOptimizerSpec(name="fedavgm", learning_rate=0.5)  # momentum averages noise away
+
+
+def _preset_by_name(value: Any, read: ValidatorFunctionWrapHandler) -> Any:  # noqa: ANN401 - as pydantic has it
+    return read({"preset": value} if isinstance(value, str) else value)
 
 
 class RunSpec(Frozen):
@@ -325,7 +404,8 @@ class RunSpec(Frozen):
     grid_step: Positive = 2.0**-24  # a power of two; updates reach +-(2**31 - 1) * grid_step
     clip_norm: NonNegative = 0.0  # a device scales its update to this L2 norm if it is longer; 0 = off
     aggregation: AggregationSpec = AggregationSpec()
-    privacy: PrivacySpec | None = None  # implies, of device level, clip_norm and weighting = "equal"
+    # Implies, of device level, clip_norm and weighting = "equal". "strong" stands for { preset = "strong" }.
+    privacy: Annotated[PrivacySpec | None, WrapValidator(_preset_by_name)] = None
     secure_aggregation: Literal["required", "off"] = "off"  # required: the coordinator learns sums only
     secure: SecureSpec = SecureSpec()  # how, where it is required; implies grid_step
     evaluate_every: Annotated[int, Field(ge=0)] = 1  # federated evaluation every n rounds; 0 = never
@@ -340,7 +420,9 @@ class RunSpec(Frozen):
     def _as_privacy_implies(self) -> Self:
         """What is not said follows from the guarantee; what is said and contradicts it is refused later."""
         if self.privacy and self.privacy.unit == "device":
-            implied = {"weighting": "equal", "clip_norm": self.privacy.clip_norm}
+            implied: dict[str, Any] = {"weighting": "equal", "clip_norm": self.privacy.clip_norm}
+            if self.privacy.preset == "strong":
+                implied |= {"secure_aggregation": "required", "server": STRONG_SERVER}
             for name, value in implied.items():
                 if name not in self.model_fields_set:
                     object.__setattr__(self, name, value)
@@ -354,6 +436,8 @@ class RunSpec(Frozen):
         if wrong := self._unfit_for_secrecy():
             raise ValueError(f"secure_aggregation='required' cannot be combined with {'; '.join(wrong)}")
         if self.secure.bits == 16:  # scaled to the ring by the encoding, whatever the grid
+            return self
+        if self.privacy and self.privacy.trust == "distributed":  # its plan finds the grid
             return self
         finest = self._finest_step()
         if "grid_step" not in self.model_fields_set and finest > self.grid_step:
@@ -384,7 +468,7 @@ class RunSpec(Frozen):
                 not self.aggregation.is_sum
             ),
             "mode='buffered', which adds one update at a time": self.mode == "buffered",
-            "privacy, whose mechanisms are not carried by masked rounds yet": self.privacy is not None,
+            **self._privacy_unfit_for_secrecy(),
             "clip_norm=0: without a bound on updates a sum could leave its 32 bits": not self.clip_norm,
             f"cohort.size={cohort.size}, below secure.min_cohort={least}": cohort.size < least,
             f"secure.max_cohort={most}: {self.most_asked} devices cannot be divided into sums of {least} to "
@@ -395,6 +479,20 @@ class RunSpec(Frozen):
             f"devices, the round would close at {cohort.size}": kept > cohort.size,
         }
         return [why for why, is_so in found.items() if is_so]
+
+    def _privacy_unfit_for_secrecy(self) -> dict[str, bool]:
+        privacy = self.privacy
+        if privacy is None:
+            return {}
+        if privacy.unit == "example":
+            return {"privacy.unit='example', whose loss and examples would be in the sum without noise": True}
+        central = privacy.trust == "central"
+        bits = f"privacy.bits={privacy.bits}, above secure.bits={self.secure.bits}"
+        return {
+            "privacy.trust='central' with secure.bits=16: its noise is made for exact sums; set "
+            "secure.bits=32, or trust='distributed'": central and self.secure.bits == 16,
+            bits: not central and "bits" in privacy.model_fields_set and privacy.bits > self.secure.bits,
+        }
 
     @property
     def most_asked(self) -> int:
@@ -464,7 +562,15 @@ class RunSpec(Frozen):
     def min_reports(self) -> int:
         """Fewer reports than this and a round is abandoned: the cohort's bound, and that of the rule."""
         secure = self.secure.min_cohort if self.secure_aggregation == "required" else 1
-        return max(self.cohort.min_reports, self.aggregation.least_reports, secure)
+        return max(self.cohort.min_reports, self.aggregation.least_reports, secure, self.noise_survivors)
+
+    @property
+    def noise_survivors(self) -> int:
+        """The noise that devices add is made for at least so many of one sum; 0 = they add none."""
+        if self.privacy is None or self.privacy.trust != "distributed":
+            return 0
+        planned = min(self.secure.sums(self.cohort.size))
+        return max(1, ceil(self.privacy.min_survivors * planned - 1e-9))
 
     def learning_rate(self, round_number: int) -> float:
         """The local learning rate of a round (first round: 1)."""
@@ -532,6 +638,7 @@ class RoundPlan(Frozen):
     clip_norm: float = 0.0
     aggregation: AggregationSpec = AggregationSpec()
     secure: SecureSpec | None = None  # set: only a sum is learnt, by secure aggregation
+    private: PrivatePart | None = None  # what devices do for the run's privacy, besides clipping
     auxiliary: int = 0  # further coordinates of an update, after those of the model: SCAFFOLD's controls
     auxiliary_sha256: str = ""  # of the server's control, where there is one
     population: int = 0  # devices that could ever be asked; 0 = not known, and not needed
@@ -540,8 +647,18 @@ class RoundPlan(Frozen):
 
     @property
     def update_size(self) -> int:
-        """Coordinates of an update, and of what is sent for it: the model's and the auxiliary ones."""
+        """Coordinates of an update: the model's, the auxiliary ones, and a private run's tail."""
+        return self.sent_size + self.tail_size
+
+    @property
+    def sent_size(self) -> int:
+        """Coordinates of what is sent to a device: the model's and the auxiliary ones."""
         return self.num_coordinates + self.auxiliary
+
+    @property
+    def tail_size(self) -> int:
+        """Coordinates behind those of the update: see ``PrivatePart``."""
+        return self.private.tail if self.private else 0
 
     def counted(self, round_number: int, attempt: int) -> bool:
         """Whether that training attempt of this run has become part of the model; see ``attempt_counted``."""

@@ -133,7 +133,7 @@ class Scaling:
     """By what each of K updates is multiplied to become whole numbers."""
 
     factors: NDArray[np.float32]  # (K,); 0 where the row is refused
-    norms: NDArray[np.float64]  # (K,) L2 norms before clipping; NaN where no bound was asked for
+    norms: NDArray[np.float64]  # (K,) L2 norms, shrunk, before clipping; NaN where no bound was asked for
     refused: Mapping[int, UpdateRejected] = field(default_factory=dict)  # row -> why
 
 
@@ -147,7 +147,12 @@ class Encoded:
 
 
 def encode(
-    deltas: Vector, step: float, clip_norm: float = 0.0, *, out: NDArray[np.int32] | None = None
+    deltas: Vector,
+    step: float,
+    clip_norm: float = 0.0,
+    *,
+    shrink: NDArray[np.float64] | None = None,
+    out: NDArray[np.int32] | None = None,
 ) -> Encoded:
     """Express updates in whole grid steps: one pipeline for plain, secure and private aggregation.
 
@@ -160,10 +165,11 @@ def encode(
         deltas: (K, P) float32.
         step: the size of one grid step, a power of two.
         clip_norm: the bound; 0 = no clipping.
+        shrink: (K,) of (0, 1], by what each row is multiplied before it is clipped; None = 1.
         out: (K, P) int32 to write into; None = a new array.
     """
     updates = np.empty(deltas.shape, np.int32) if out is None else out
-    found = scaling(deltas, step, clip_norm)
+    found = scaling(deltas, step, clip_norm, shrink)
     for part, whole in whole_numbers(deltas, found):
         np.copyto(updates[:, part], whole, casting="unsafe")
     if clip_norm:
@@ -172,14 +178,19 @@ def encode(
     return Encoded(updates, found.norms, found.refused)
 
 
-def scaling(deltas: Vector, step: float, clip_norm: float = 0.0) -> Scaling:
+def scaling(
+    deltas: Vector, step: float, clip_norm: float = 0.0, shrink: NDArray[np.float64] | None = None
+) -> Scaling:
     """Look at K updates before they are encoded; see ``encode`` for the arguments."""
     bound = clip_norm / step
-    norms = _norms(deltas) if clip_norm else np.full(len(deltas), np.nan)
+    whole = _norms(deltas) if clip_norm else np.full(len(deltas), np.nan)
+    norms = whole if shrink is None else whole * shrink
     factors = np.full(len(deltas), 1 / step)  # a power of two: exact in float32, short of overflow
+    if shrink is not None:
+        factors *= shrink
     with np.errstate(divide="ignore", invalid="ignore"):
         longer = np.isfinite(norms) & (norms > clip_norm * (1 - SLACK))
-        factors[longer] = bound * (1 - SLACK) / norms[longer]
+        factors[longer] = bound * (1 - SLACK) / whole[longer]
     rounded = factors.astype(np.float32)
     above = rounded > factors
     rounded[above] = np.nextafter(rounded[above], np.float32(0))

@@ -21,13 +21,15 @@ from typing import Literal
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.privacy.accounting import RdpGate, calibrate
-from lepton_fl.privacy.events import DistributedGaussian, Event, Skellam
-from lepton_fl.privacy.noise import MAX_SKELLAM_SIGMA, DiscreteGaussian, IntegerNoise
+from lepton_fl.privacy.events import DistributedGaussian, Event, Skellam, composed
+from lepton_fl.privacy.mechanisms import Release
+from lepton_fl.privacy.noise import MAX_SKELLAM_SIGMA, DiscreteGaussian, Int64s, IntegerNoise, Keystream
 from lepton_fl.privacy.noise import Skellam as SkellamNoise
 
 Kind = Literal["skellam", "ddgauss"]
 MAX_GRID = 2.0**40  # steps to one clip norm
 COARSEST = 4.0  # steps to one clip norm: below, truncation leaves nothing of an update
+ROUNDING_ROOM = 2.0  # least squared norm of a rotated update, over what its rounding may add
 HEADROOM = 4.0  # standard deviations before the sum wraps around
 
 
@@ -56,6 +58,8 @@ class DistributedNoise:
     min_survivors: int
     colluders: int
     bits: int
+    participations: int = 0  # of one device, charged together before the first round; 0 = round by round
+    limit: int = 0  # after a rotation: the largest magnitude of one device's coordinate, grid steps
 
     def share(self) -> IntegerNoise:
         """What one device adds to its integers; fresh for every attempt."""
@@ -83,6 +87,27 @@ class DistributedNoise:
         """The most a round can cost: what to reserve."""
         return self.event(self.min_survivors)
 
+    @property
+    def multiplier(self) -> float:
+        """Standard deviation of the least noise in a sum, in norms."""
+        return sqrt(self.share_variance * (self.min_survivors - self.colluders)) / self.l2
+
+    # --- as a mechanism of rounds: ``mechanisms.ReleaseMechanism`` ------------------------------------
+
+    def charge(self, round_number: int, *, repeat: bool = False) -> Event | None:
+        """A round, or all participations of a device before the first."""
+        if repeat or not self.participations:
+            return self.planned_event
+        return self.event_of(self.participations) if round_number == 1 else None
+
+    def event_of(self, participations: int) -> Event:
+        """What a device that was in so many rounds has spent."""
+        return composed(self.planned_event, participations)
+
+    def release(self, total: Int64s, round_number: int, stream: Keystream | None = None) -> Release:
+        """Nothing is left to add: the noise is in the sum."""
+        return Release(self)
+
 
 def plan_distributed(
     *,
@@ -97,6 +122,7 @@ def plan_distributed(
     epsilon: float,
     delta: float,
     headroom: float = HEADROOM,
+    octave: bool = False,
 ) -> DistributedNoise:
     """The finest grid and the least noise that fit the ring and reach the target.
 
@@ -112,6 +138,8 @@ def plan_distributed(
         epsilon: target for all of these together.
         delta: its failure probability.
         headroom: standard deviations of the noise before the sum wraps around.
+        octave: norms of half the bound, up to the bound, are to cost no more, with noise in proportion: for
+            clips that move, on a grid whose step is a power of two. ``l2`` is then the lower end.
 
     Raises:
         ConfigError: the numbers contradict each other, or no grid fits the ring.
@@ -119,20 +147,23 @@ def plan_distributed(
     _check_counts(cohort, survivors, colluders, bits, coordinates, events, clip_norm)
     honest = survivors - colluders
 
-    def at(grid: float) -> tuple[float, float]:
-        """Variance of a share and bits needed with ``grid`` steps to one clip norm."""
+    spread = 2 if octave else 1
+
+    def at(grid: float) -> tuple[float, float, float]:
+        """Variance of a share, at most, and bits needed with ``grid`` steps to one clip norm, or less."""
         variance = noise_variance(
-            kind, *truncated_norms(grid, coordinates), honest, coordinates, events, epsilon, delta
+            kind, *truncated_norms(grid / spread, coordinates), honest, coordinates, events, epsilon, delta
         )
         share = variance / honest
-        return share, _bits_needed(cohort * grid, sqrt(cohort * share), headroom)
+        widest = share * spread**2
+        return share, widest, _bits_needed(cohort * grid, sqrt(cohort * widest), headroom)
 
     exponent = floor(log2(MAX_GRID / clip_norm))
-    while (grid := clip_norm * 2.0**exponent) >= COARSEST:
+    while (grid := clip_norm * 2.0**exponent) >= COARSEST * spread**4:
         if cohort * grid < 2.0 ** (bits - 1):  # otherwise too wide already without any noise
-            share, needed = at(grid)
-            if needed <= bits and (kind != "skellam" or share <= MAX_SKELLAM_SIGMA**2):
-                l1, l2 = truncated_norms(grid, coordinates)
+            share, widest, needed = at(grid)
+            if needed <= bits and (kind != "skellam" or widest <= MAX_SKELLAM_SIGMA**2):
+                l1, l2 = truncated_norms(grid / spread, coordinates)
                 step = 2.0**-exponent
                 return DistributedNoise(kind, step, l2, l1, coordinates, share, survivors, colluders, bits)
         exponent -= 1
@@ -140,6 +171,70 @@ def plan_distributed(
         f"No grid fits {bits} bits for {cohort} devices at epsilon={epsilon:g}, delta={delta:g}.",
         hint="Allow more bits, a smaller cohort or a larger epsilon.",
     )
+
+
+def plan_rotated(
+    *,
+    kind: Kind,
+    flat: float,
+    coordinates: int,
+    cohort: int,
+    survivors: int,
+    colluders: int = 0,
+    bits: int = 16,
+    events: int,
+    epsilon: float,
+    delta: float,
+    headroom: float = HEADROOM,
+) -> DistributedNoise:
+    """The same for updates that are rotated, saturated and rounded within their norm (``secagg.Rotated``).
+
+    Args:
+        kind: law of the shares.
+        flat: largest magnitude of a coordinate over the norm of the whole vector.
+        coordinates: length of the vector.
+        cohort: devices asked, all of which may answer.
+        survivors: the fewest whose sum may be unmasked.
+        colluders: of those, how many may tell their share.
+        bits: of the ring.
+        events: rounds one device can take part in.
+        epsilon: target for all of these together.
+        delta: its failure probability.
+        headroom: standard deviations of the noise before the sum wraps around.
+
+    Raises:
+        ConfigError: the numbers contradict each other, or the ring is too small.
+    """
+    _check_counts(cohort, survivors, colluders, bits, coordinates, events, 1.0)
+    honest, half = survivors - colluders, 2 ** (bits - 1)
+
+    def at(limit: int) -> DistributedNoise:
+        l1, l2 = truncated_norms(float(floor(limit / flat * (1 + 1e-9))), coordinates)
+        share = noise_variance(kind, l1, l2, honest, coordinates, events, epsilon, delta) / honest
+        return DistributedNoise(
+            kind, 1.0, l2, l1, coordinates, share, survivors, colluders, bits, limit=limit
+        )
+
+    def fits(limit: int) -> bool:
+        taken = cohort * limit
+        if taken >= half:
+            return False
+        share = at(limit).share_variance
+        narrow = kind != "skellam" or share <= MAX_SKELLAM_SIGMA**2
+        return narrow and taken + headroom * sqrt(cohort * share) < half
+
+    low, high = 0, half // cohort + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    # Rounding adds up to a quarter a coordinate to the squared norm, at the expense of the update.
+    if not low or (low / flat) ** 2 < ROUNDING_ROOM * coordinates / 4:
+        raise ConfigError(
+            f"{bits} bits are too few for {coordinates} rotated coordinates of {cohort} devices at "
+            f"epsilon={epsilon:g}, delta={delta:g}.",
+            hint="Set secure.bits = 32, or allow a larger epsilon.",
+        )
+    return at(low)
 
 
 def truncated_norms(grid: float, coordinates: int) -> tuple[float, float]:

@@ -9,11 +9,11 @@ for choice in choices(contract, epsilon=2.8, delta=1e-6):         # a row a mech
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import sqrt
-from typing import Literal
+from math import ceil, floor, log2, sqrt
+from typing import Any, Literal
 
 from lepton_fl.errors import ConfigError
-from lepton_fl.plan import PrivacySpec
+from lepton_fl.plan import PrivacySpec, PrivatePart
 from lepton_fl.privacy.accounting import (
     Accountant,
     Adjacency,
@@ -23,8 +23,8 @@ from lepton_fl.privacy.accounting import (
     calibrate,
     gaussian_multiplier,
 )
-from lepton_fl.privacy.clipping import AdaptiveClip, norm_bound
-from lepton_fl.privacy.distributed import DistributedNoise, plan_distributed
+from lepton_fl.privacy.clipping import AdaptiveClip
+from lepton_fl.privacy.distributed import DistributedNoise, Kind, plan_distributed, plan_rotated
 from lepton_fl.privacy.events import Event, Gaussian, PoissonGaussian
 from lepton_fl.privacy.factorization import (
     INDEPENDENT,
@@ -39,6 +39,11 @@ from lepton_fl.privacy.factorization import (
 from lepton_fl.privacy.mechanisms import Correlated, Independent, ReleaseMechanism
 
 Central = Literal["every-round", "independent", "banded", "blt", "poisson"]
+LARGEST = 2.0**30  # grid steps of one device's vector: every coordinate is an int32
+LEAST_STEPS = 1024.0  # of an adaptive clip norm: below, truncation would eat the update
+LOWEST_CLIP, HIGHEST_CLIP = 2.0**-30, 2.0**30  # of an adaptive one
+USUAL_PART = 0.1  # of the squared norm: what following a quantile may take, if nobody says more
+NOTCHES = 8  # clip norms of an adaptive clip to a factor of two
 CENTRAL: tuple[Central, ...] = ("every-round", "independent", "banded", "blt", "poisson")
 
 
@@ -211,77 +216,167 @@ def _reader(mechanism: Central, events: dict[Event, int], adjacency: Adjacency) 
 
 
 @dataclass(frozen=True)
+class Ring:
+    """Where the sums of a run live, if the coordinator learns sums only.
+
+    Attributes:
+        bits: of a coordinate.
+        asked: devices of one sum, at most.
+        flat: largest magnitude of a rotated coordinate over the norm of its vector; 0 = not rotated.
+    """
+
+    bits: int
+    asked: int
+    flat: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of one attempt."""
+
+    clip_norm: float
+    grid_step: float
+    part: PrivatePart
+    norm_bound: float  # grid steps: of update and tail together
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Everything a private run needs, decided before it starts.
 
     Attributes:
-        mechanism: at the coordinator; None if the devices add the noise.
-        distributed: what the devices add; None if the coordinator does.
+        mechanism: adds noise at the coordinator, or knows what the devices add; says what a round costs.
         clip: of the first round; None for a fixed one.
-        clip_height: of the extra coordinate, grid steps; 0 without one.
-        noise_multiplier: of a round, in clip norms.
+        noise_multiplier: of a round, in norms of update and tail together.
         planned: what the whole run costs, counted; what :class:`Budget` must allow.
         epsilon: of that.
+        clip_norm: of the first round.
+        grid_step: of the updates: where the clip moves, the finest.
+        largest: norm of update and tail, grid steps, at most; the step follows a clip that moves.
+        part: what devices do besides clipping; heights and variance follow a clip that moves.
+        metrics: their share of the squared norm.
     """
 
-    mechanism: ReleaseMechanism | None
-    distributed: DistributedNoise | None
+    mechanism: ReleaseMechanism
     clip: AdaptiveClip | None
-    clip_height: int
     noise_multiplier: float
     planned: dict[Event, int]
     epsilon: float
+    clip_norm: float
+    grid_step: float
+    largest: float
+    part: PrivatePart
+    metrics: float
 
-    def reclipped(self, noisy_sum: int, *, cohort: int, grid_step: float) -> "Prepared":
-        """The next round's, after the extra coordinate of this one was released as ``noisy_sum``.
+    @property
+    def distributed(self) -> DistributedNoise | None:
+        """What the devices add; None if the coordinator does."""
+        return self.mechanism if isinstance(self.mechanism, DistributedNoise) else None
 
-        Noise and height follow the new clip, so every round costs the same.
+    def shape(self, clip: AdaptiveClip | None) -> Shape:
+        """The numbers of an attempt with this clip; None = the fixed one."""
+        tail = self.metrics + (clip.part(self.noise_multiplier) ** 2 if clip else 0.0)
+        room = sqrt(1 - tail)  # of the norm: what is the update's
+        if clip is None:
+            step, steps = self.grid_step, self.clip_norm / self.grid_step
+        else:
+            step, steps = self._moved(clip.clip_norm, self.largest * room)
+        whole = steps / room
+        bit = max(1, floor(whole * clip.part(self.noise_multiplier))) if clip else 0
+        metrics = max(1, floor(whole * sqrt(self.metrics / 2))) if self.metrics else 0
+        part = self.part.model_copy(update={"bit": bit, "metrics": metrics})
+        bound = part.norm_bound(steps)
+        noise = self.distributed
+        if noise is not None and clip is not None and not noise.limit:
+            variance = noise.share_variance * (bound / noise.l2) ** 2
+            part = part.model_copy(update={"share_variance": variance})
+        return Shape(steps * step, step, part, bound)
+
+    def _moved(self, wanted: float, top: float) -> tuple[float, float]:
+        """Step and whole number of steps of a clip norm within a tenth of ``wanted``.
+
+        One of eight to a factor of two, so that a run needs few tables of noise. The step is the first power
+        of two on which it fits below ``top``.
         """
-        if self.clip is None or not isinstance(self.mechanism, Independent):
-            return self
-        clip = self.clip.updated(noisy_sum, self.clip_height, cohort)
-        height = clip.height(clip.clip_norm / grid_step, self.noise_multiplier)
-        bound = norm_bound(clip.clip_norm / grid_step, height)
-        mechanism = replace(self.mechanism, norm_bound=bound)
-        return replace(self, mechanism=mechanism, clip=clip, clip_height=height)
+        step = max(self.grid_step, 2.0 ** ceil(log2(wanted / top)))
+        notch = ceil(NOTCHES * log2(top * step / wanted) - 1e-9)
+        if not self.grid_step:
+            notch = min(NOTCHES - 1, notch)  # noise in proportion is enough down to half of the top
+        return step, max(1.0, floor(top * 2.0 ** (-notch / NOTCHES)))
 
 
-def prepare(spec: PrivacySpec, *, rounds: int, cohort: int, coordinates: int, grid_step: float) -> Prepared:
+def prepare(
+    spec: PrivacySpec,
+    *,
+    rounds: int,
+    cohort: int,
+    coordinates: int,
+    grid_step: float,
+    survivors: int = 0,
+    ring: Ring | None = None,
+) -> Prepared:
     """Make the mechanism that a specification asks for.
 
     Args:
         spec: of a device-level guarantee.
         rounds: of the run.
         cohort: devices planned a round, the public denominator.
-        coordinates: of an update, without the extra one of adaptive clipping.
+        coordinates: of an update, without its tail.
         grid_step: of the updates; a distributed mechanism brings its own.
+        survivors: the fewest whose sum is unmasked, for noise that devices add.
+        ring: of the sums; None = the coordinator adds updates itself.
 
     Raises:
-        ConfigError: the numbers contradict each other, or the guarantee is not device-level.
+        ConfigError: the numbers contradict each other, the ring is too small, or the guarantee is not
+            device-level.
     """
     if spec.unit != "device":
         raise ConfigError("Example-level privacy is a matter of the devices; nothing is added to a sum.")
     contract = Contract(rounds, cohort, spec.population, spec.min_separation, spec.max_participations)
     if spec.trust == "distributed":
-        return _prepare_distributed(spec, contract, coordinates)
+        return _prepare_distributed(spec, contract, coordinates + spec.tail_size, grid_step, survivors, ring)
     name = _central_name(spec)
     multiplier = spec.noise_multiplier or multiplier_for(
         name, contract, spec.epsilon, spec.delta, spec.adjacency
     )
-    grid_norm, clip, height = spec.clip_norm / grid_step, None, 0
-    if spec.adaptive_clip is not None:
-        adaptive = spec.adaptive_clip
-        bit_noise = adaptive.bit_noise or cohort / 20
-        # The highest clip still leaves every coordinate an int32.
-        clip = AdaptiveClip(
-            spec.clip_norm, bit_noise, adaptive.target, adaptive.rate, 16 * grid_step, 2.0**30 * grid_step
-        )
-        height = clip.height(grid_norm, multiplier)
     events = events_of(name, contract, multiplier)
     epsilon = _reader(name, events, spec.adjacency).epsilon(events, spec.delta)
-    bound = norm_bound(grid_norm, height)
-    mechanism = _mechanism(spec, contract, multiplier, bound, coordinates + (height > 0))
-    return Prepared(mechanism, None, clip, height, multiplier, events, epsilon)
+    largest = LARGEST if ring is None else min(LARGEST, (2.0 ** (ring.bits - 1) - 1) // ring.asked)
+    draft = Prepared(
+        Independent(multiplier, 1.0),
+        _clip(spec, contract, grid_step, multiplier),
+        multiplier,
+        events,
+        epsilon,
+        spec.clip_norm,
+        grid_step,
+        largest,
+        _part(spec, contract, ring),
+        spec.metrics.share if spec.metrics else 0.0,
+    )
+    bound = draft.shape(draft.clip).norm_bound
+    return replace(
+        draft, mechanism=_mechanism(spec, contract, multiplier, bound, coordinates + spec.tail_size)
+    )
+
+
+def _part(spec: PrivacySpec, contract: Contract, ring: Ring | None) -> PrivatePart:
+    """All but the heights and the noise."""
+    asked = ring.asked if ring else contract.cohort
+    given = spec.metrics
+    told = {"most_examples": given.most_examples, "most_loss": given.most_loss} if given else {}
+    return PrivatePart.model_validate({"weight_cap": spec.weight_cap, "asked": asked, **told})
+
+
+def _clip(spec: PrivacySpec, contract: Contract, grid_step: float, multiplier: float) -> AdaptiveClip | None:
+    given = spec.adaptive_clip
+    if given is None:
+        return None
+    # The paper's twentieth of the cohort; more where that would take a large part of the budget.
+    usual = max(contract.cohort / 20, multiplier / (2 * sqrt(USUAL_PART)))
+    lowest = min(spec.clip_norm, max(LOWEST_CLIP, LEAST_STEPS * grid_step))
+    highest = max(spec.clip_norm, HIGHEST_CLIP)
+    return AdaptiveClip(spec.clip_norm, given.bit_noise or usual, given.target, given.rate, lowest, highest)
 
 
 def _central_name(spec: PrivacySpec) -> Central:
@@ -308,7 +403,14 @@ def _mechanism(
     return Correlated(factors, *terms, multiplier, bound, coordinates)
 
 
-def _prepare_distributed(spec: PrivacySpec, contract: Contract, coordinates: int) -> Prepared:
+def _prepare_distributed(
+    spec: PrivacySpec,
+    contract: Contract,
+    coordinates: int,
+    grid_step: float,
+    survivors: int,
+    ring: Ring | None,
+) -> Prepared:
     if not spec.epsilon:
         raise ConfigError(
             "Distributed noise is planned from epsilon and delta; noise_multiplier was given.",
@@ -316,22 +418,45 @@ def _prepare_distributed(spec: PrivacySpec, contract: Contract, coordinates: int
         )
     if spec.adjacency != "zero-out":
         raise ConfigError("Distributed noise is planned under adjacency='zero-out'.")
-    survivors = max(1, int(spec.min_survivors * contract.cohort))
-    noise = plan_distributed(
-        kind="ddgauss" if spec.mechanism == "ddgauss" else "skellam",
-        clip_norm=spec.clip_norm,
-        coordinates=coordinates,
-        cohort=contract.cohort,
-        survivors=survivors,
-        colluders=int(spec.colluders * contract.cohort),
-        bits=spec.bits,
-        events=contract.times,
-        epsilon=spec.epsilon,
-        delta=spec.delta,
+    ring = ring or Ring(spec.bits, contract.cohort)
+    metrics = spec.metrics.share if spec.metrics else 0.0
+    least = survivors or max(1, ceil(spec.min_survivors * contract.cohort - 1e-9))
+    kind: Kind = "ddgauss" if spec.mechanism == "ddgauss" else "skellam"
+    terms: dict[str, Any] = {
+        "kind": kind,
+        "coordinates": coordinates,
+        "cohort": ring.asked,
+        "survivors": least,
+        "colluders": ceil(spec.colluders / spec.min_survivors * least - 1e-9),
+        "events": contract.times,
+        "epsilon": spec.epsilon,
+        "delta": spec.delta,
+    }
+    if ring.flat:
+        noise = plan_rotated(**terms, flat=ring.flat, bits=ring.bits)
+        step, largest = grid_step, LARGEST
+    elif spec.adaptive_clip is not None:
+        noise = plan_distributed(**terms, clip_norm=1.0, bits=min(spec.bits, ring.bits), octave=True)
+        step, largest = 0.0, 2 * noise.l2
+    else:
+        whole = spec.clip_norm / sqrt(1 - metrics)
+        noise = plan_distributed(**terms, clip_norm=whole, bits=min(spec.bits, ring.bits))
+        step, largest = noise.step, noise.l2
+    if spec.has_contract:
+        noise = replace(noise, participations=contract.times)
+    part = _part(spec, contract, ring).model_copy(
+        update={
+            "noise": kind,
+            "share_variance": noise.share_variance,
+            "survivors": noise.min_survivors,
+            "limit": noise.limit,
+        }
     )
+    clip = _clip(spec, contract, step, noise.multiplier)
     events = {noise.planned_event: contract.times}
-    honest = survivors - int(spec.colluders * contract.cohort)
-    multiplier = sqrt(noise.share_variance * honest) / noise.l2
-    return Prepared(
-        None, noise, None, 0, multiplier, events, best_accountant(events).epsilon(events, spec.delta)
+    epsilon = best_accountant(events).epsilon(events, spec.delta)
+    ready = Prepared(
+        noise, clip, noise.multiplier, events, epsilon, spec.clip_norm, step, largest, part, metrics
     )
+    ready.shape(clip)  # refuses a clip that cannot be followed
+    return ready

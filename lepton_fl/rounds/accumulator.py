@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_fl.contribution import shrink, tails
 from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.vector import (
@@ -76,7 +77,7 @@ class Accumulator:
 
         Args:
             plan: of the attempt.
-            total: (P + A,) zeros to add into; None = new memory.
+            total: (P + A + E,) zeros to add into; None = new memory.
         """
         self._plan = plan
         self._sum = np.zeros(plan.update_size, np.int64) if total is None else total
@@ -106,16 +107,21 @@ class Accumulator:
         self.weight += weight
 
     def add_deltas(
-        self, deltas: Vector, num_examples: NDArray[np.int64], leave_out: Collection[int] = ()
+        self,
+        deltas: Vector,
+        num_examples: NDArray[np.int64],
+        leave_out: Collection[int] = (),
+        losses: NDArray[np.float64] | None = None,
     ) -> Scaling:
         """Encode K updates and add them in one pass, without ever holding their integers.
 
-        The same integers and the same sum as ``vector.encode`` and ``add``.
+        The same integers and the same sum as ``contribution.contributions`` and ``add``.
 
         Args:
-            deltas: (K, P) float32.
+            deltas: (K, P + A) float32.
             num_examples: (K,) at least 1 each.
             leave_out: rows not to add.
+            losses: (K,) mean training losses, for the tail of a private update; None = not known.
 
         Returns:
             Their norms, and which rows were refused: these are not added.
@@ -129,7 +135,14 @@ class Accumulator:
         weights[list(leave_out)] = 0
         if int(weights.sum()) > EXACT >> 31:
             return self._add_heavy(deltas, num_examples, weights)
-        found = self._add_clipped(deltas, weights) if plan.clip_norm else self._add_whole(deltas, weights)
+        if plan.clip_norm:
+            found = self._add_clipped(deltas, weights, shrink(plan.private, num_examples))
+        else:
+            found = self._add_whole(deltas, weights)
+        if plan.private and plan.private.tail:
+            known = np.full(len(deltas), np.nan) if losses is None else losses
+            tail = tails(plan.private, plan.clip_norm, found.norms, num_examples, known)
+            self._sum[plan.sent_size :] += weights @ tail.astype(np.int64)
         self.reports += len(deltas) - len({*found.refused, *leave_out})
         self.weight += int(weights.sum())
         return found
@@ -144,10 +157,12 @@ class Accumulator:
         self.add(UpdateBatch(encoded.updates[kept], num_examples[kept]))
         return scaling(deltas, self._plan.grid_step, self._plan.clip_norm)
 
-    def _add_clipped(self, deltas: Vector, weights: NDArray[np.int64]) -> Scaling:
+    def _add_clipped(
+        self, deltas: Vector, weights: NDArray[np.int64], factor: NDArray[np.float64] | None
+    ) -> Scaling:
         """Look at every update, then add; sets the weights of those refused to zero."""
         step, clip_norm = self._plan.grid_step, self._plan.clip_norm
-        found, squares = scaling(deltas, step, clip_norm), np.zeros(len(deltas))
+        found, squares = scaling(deltas, step, clip_norm, factor), np.zeros(len(deltas))
         weights[list(found.refused)] = 0
         factors = weights.astype(np.float64)
         for part, whole in whole_numbers(deltas, found):
@@ -242,7 +257,8 @@ def check_batch(
     Raises:
         UpdateRejected: wrong shape or type, or an example count below 1.
     """
-    expected = (len(counts), plan.update_size)
+    size = plan.update_size if dtype is np.int32 else plan.sent_size  # floats have no tail yet
+    expected = (len(counts), size)
     if updates.shape != expected or updates.dtype != dtype:
         raise UpdateRejected(
             Rejection.WRONG_SHAPE,

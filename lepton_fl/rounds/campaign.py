@@ -259,12 +259,12 @@ class Campaign:
     def _collect(self, plan: RoundPlan, state: RunState) -> tuple[Collected, NDArray[np.float64] | None]:
         """One attempt; of a private run, its noise is in the mean."""
         control = control_of(self.spec.local, state.server, len(state.model))
-        if self.secure and plan.secure:
-            return self.secure.collect(
-                plan, Request.of(plan, state.model, control), self.exchange, self.clock
-            )
         finish = partial(self.private.release, plan) if self.private else None
-        collected, mean = collect_training(plan, state.model, self.exchange, control, self.clock, finish)
+        if self.secure and plan.secure:
+            request = Request.of(plan, state.model, control)
+            collected, mean = self.secure.collect(plan, request, self.exchange, self.clock, finish)
+        else:
+            collected, mean = collect_training(plan, state.model, self.exchange, control, self.clock, finish)
         if self.private:
             redact(collected)
             if mean is None:
@@ -334,6 +334,8 @@ class Campaign:
     def _plan(self, kind: Kind, number: int, state: RunState, cohort: Sequence[str], size: int) -> RoundPlan:
         nonce = f"{self.rng.getrandbits(128):032x}"
         plan = plan_round(self.spec, self.run_id, self.work, kind, number, state, cohort, size, nonce)
+        if self.private and kind == "train":
+            plan = self.private.shaped(plan)
         if not plan.auxiliary:
             return plan
         return plan.model_copy(update={"population": population(self.roster.candidates())})
@@ -486,7 +488,8 @@ def _min_reports(spec: RunSpec, kind: Kind, asked: int) -> int:
     survivors = (
         spec.secure.least_survivors(min(spec.secure.sums(asked))) if secure else 1
     )  # one sum is enough
-    return max(min(spec.cohort.min_reports, asked), spec.aggregation.least_reports, survivors)
+    rule = spec.aggregation.least_reports
+    return max(min(spec.cohort.min_reports, asked), rule, survivors, spec.noise_survivors)
 
 
 def _better(value: float, than: float, mode: str, margin: float, or_equal: bool) -> bool:
@@ -496,4 +499,4 @@ def _better(value: float, than: float, mode: str, margin: float, or_equal: bool)
 
 def _bytes_down(plan: RoundPlan) -> int:
     """Model bytes sent: every device of the cohort is sent the model, and the auxiliary vector, once."""
-    return 4 * plan.update_size * len(plan.cohort)
+    return 4 * plan.sent_size * len(plan.cohort)

@@ -1,13 +1,16 @@
-"""Device-level central privacy in rounds: who may be asked, what is charged, the noise, what is remembered.
+"""Device-level privacy in rounds: who may be asked, what is charged, the noise, what is remembered.
 
     private = PrivateRounds(spec, run_id, prepared(spec, coordinates=P), ledger, sealing_key=key)
     private.resume(state.private, state.round)
+    plan = private.shaped(plan)                  # with this round's clip norm, grid, tail and shares of noise
     private.reserve(plan)                        # before anybody is asked; BudgetRefused
     mean = private.release(plan, accumulator)    # noise on the exact sum, then the public denominator
     state = state.on(private=private.commit(plan, accepted))      # or private.void(plan, evidence)
 
-The coordinator sees updates, losses and example counts, as everywhere under central trust. What leaves it is
-the noisy mean: losses and counts are neither reported nor journalled in a private run.
+Under central trust the coordinator sees updates, losses and example counts; under secure aggregation only the
+sum of the updates, and under distributed trust that sum has the devices' noise in it already. What leaves it
+is the noisy mean: losses and counts are neither reported nor journalled in a private run, but as noisy sums
+that travel behind the update and are charged with it.
 """
 
 import json
@@ -22,17 +25,20 @@ from numpy.typing import NDArray
 from lepton_fl.errors import RunError, StateCorrupt
 from lepton_fl.plan import PrivacySpec, RoundPlan, RunSpec
 from lepton_fl.privacy.budget import Budget
+from lepton_fl.privacy.clipping import within
+from lepton_fl.privacy.distributed import DistributedNoise
 from lepton_fl.privacy.events import Event, Gaussian, from_json, to_json
 from lepton_fl.privacy.factorization import participations
 from lepton_fl.privacy.mechanisms import Correlated, Independent, ReleaseMechanism
 from lepton_fl.privacy.noise import Keystream
-from lepton_fl.privacy.planning import Prepared, prepare
+from lepton_fl.privacy.planning import Prepared, Ring, Shape, prepare
 from lepton_fl.privacy.sealing import seal, unseal
 from lepton_fl.privacy.spec import refuse_conflicts
 from lepton_fl.rounds.accumulator import BLOCK, Accumulator, Aggregator
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.ledger import Ledger
+from lepton_fl.secagg.rotation import rotation_width
 
 _STATE_FORMAT = "lepton private rounds 1"
 
@@ -53,17 +59,13 @@ def refuse_run(spec: RunSpec, *, central_evaluation: bool, also: Iterable[str] =
         return
     missing = {
         "unit='example' is not trained by devices yet": privacy.unit == "example",
-        "trust='distributed' is not carried by rounds yet": privacy.trust == "distributed",
-        "adaptive_clip is not carried by rounds yet": privacy.adaptive_clip is not None,
-        "sampling='poisson' needs cohorts of random size, which are not drawn yet": (
-            privacy.sampling == "poisson"
-        ),
-        "weight_cap is not known to devices yet": privacy.weight_cap > 0,
+        "sampling='poisson' needs cohorts of random size, which are not drawn yet; take mechanism='blt' with "
+        "min_separation": privacy.sampling == "poisson",
     }
     refuse_conflicts(
         privacy,
         spec,
-        secure_aggregation=False,
+        secure_aggregation=spec.secure_aggregation == "required",
         central_evaluation=central_evaluation,
         also=[*also, *(why for why, is_so in missing.items() if is_so)],
     )
@@ -79,19 +81,27 @@ def prepared(spec: RunSpec, coordinates: int) -> Prepared:
     Raises:
         ConfigError: the numbers contradict each other.
     """
+    privacy, ring = _privacy(spec), None
+    if spec.secure_aggregation == "required":
+        width = rotation_width(coordinates + privacy.tail_size)
+        flat = spec.secure.spread / sqrt(width) if spec.secure.bits == 16 else 0.0
+        ring = Ring(spec.secure.bits, min(spec.most_asked, spec.secure.max_cohort), flat)
     return prepare(
-        _privacy(spec),
+        privacy,
         rounds=spec.rounds,
         cohort=spec.cohort.size,
         coordinates=coordinates,
         grid_step=spec.grid_step,
+        survivors=spec.noise_survivors,
+        ring=ring,
     )
 
 
 def budget_of(spec: RunSpec, ready: Prepared, name: str) -> Budget:
     """The budget that a run needs, and no more: its epsilon, or what its noise is worth."""
     privacy = _privacy(spec)
-    return Budget(name, privacy.epsilon or ready.epsilon, privacy.delta, adjacency=privacy.adjacency)
+    epsilon = privacy.epsilon or ready.epsilon
+    return Budget(name, epsilon, privacy.delta, trust=privacy.trust, adjacency=privacy.adjacency)
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class PrivateState:
         separation: the smallest number of rounds between two participations of a device; the contract's, if
             that was kept.
         times: the most participations of a device; the contract's, if that was kept.
+        clip: of the next round, where it moves; 0 = it does not, or there was no round yet.
     """
 
     noise: bytes = field(default=b"", repr=False)
@@ -112,6 +123,7 @@ class PrivateState:
     charged: Mapping[Event, int] = field(default_factory=dict)
     separation: int = 1
     times: int = 0
+    clip: float = 0.0
 
     def to_bytes(self) -> bytes:
         """A line of JSON, and the sealed noise."""
@@ -121,6 +133,7 @@ class PrivateState:
             "charged": [[to_json(event), count] for event, count in self.charged.items()],
             "separation": self.separation,
             "times": self.times,
+            "clip": self.clip,
         }
         return json.dumps(header, sort_keys=True, separators=(",", ":")).encode() + b"\n" + self.noise
 
@@ -138,7 +151,8 @@ class PrivateState:
                 raise ValueError("another format")
             took_part = {str(d): (int(last), int(times)) for d, (last, times) in header["took_part"].items()}
             charged = {from_json(text): int(count) for text, count in header["charged"]}
-            return cls(noise, took_part, charged, int(header["separation"]), int(header["times"]))
+            contract = int(header["separation"]), int(header["times"])
+            return cls(noise, took_part, charged, *contract, float(header.get("clip", 0.0)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateCorrupt(
                 f"Expected the state of private rounds, got bytes that are none ({error})."
@@ -161,20 +175,21 @@ class PrivateRounds:
         """Prepare; nothing is charged yet.
 
         Args:
-            spec: of the run, with ``privacy`` of device level and central trust.
+            spec: of the run, with ``privacy`` of device level.
             run_id: its name in the ledger.
             ready: see ``prepared``.
             ledger: what is charged.
             sealing_key: 32 bytes; encrypts remembered noise at rest.
             stream: of an attempt's noise; fresh from the operating system, but in a simulation.
         """
-        if ready.mechanism is None:
-            raise RunError("The noise of this guarantee is not the coordinator's.")
         self._spec, self._privacy, self._run_id = spec, _privacy(spec), run_id
         self._start: ReleaseMechanism = ready.mechanism
         self._mechanism = self._following = self._start
         self._ready, self._ledger, self._key, self._stream = ready, ledger, sealing_key, stream
         self._round = 0  # the last committed one
+        self._clip = self._next_clip = ready.clip
+        self._shape = ready.shape(ready.clip)
+        self._figures: dict[str, float] = {}  # what the last release told besides the update
         self._pending: list[Event] = []  # what the attempt in hand costs
         self._state = self._fresh()
 
@@ -194,7 +209,9 @@ class PrivateRounds:
                 hint="What it has spent is not known. Start a new run.",
             )
         self._state, self._round = state or self._fresh(), round_number
-        self._mechanism, self._pending = self._start, []
+        self._mechanism, self._pending, self._clip = self._start, [], self._ready.clip
+        if self._clip is not None and self._state.clip:
+            self._clip = replace(self._clip, clip_norm=self._state.clip)
         if state is not None and isinstance(self._start, Correlated):
             opened = unseal(state.noise, self._key, run_id=self._run_id, round_number=round_number)
             self._mechanism = self._start.restored(opened)
@@ -221,6 +238,20 @@ class PrivateRounds:
         most = self._privacy.max_participations
         return self._round + 1 - last >= self._privacy.min_separation and not 0 < most <= times
 
+    # --- what devices are told ----------------------------------------------------------------------
+
+    def shaped(self, plan: RoundPlan) -> RoundPlan:
+        """The plan of an attempt, with the clip norm of its round and what devices do besides clipping."""
+        self._shape = shape = self._ready.shape(self._clip)
+        plain = not (shape.part.tail or shape.part.weight_cap or plan.secure)
+        return plan.model_copy(
+            update={
+                "clip_norm": shape.clip_norm,
+                "grid_step": shape.grid_step,
+                "private": None if plain else shape.part,
+            }
+        )
+
     # --- what is charged ----------------------------------------------------------------------------
 
     def reserve(self, plan: RoundPlan) -> None:
@@ -245,7 +276,8 @@ class PrivateRounds:
     def release(self, plan: RoundPlan, aggregator: Aggregator) -> NDArray[np.float64]:
         """The private mean update, (P,) float64; the aggregator's sum is used up.
 
-        The denominator is the planned cohort: how many have answered depends on the devices.
+        The denominator is the planned cohort: how many have answered depends on the devices. The noise is
+        made for the clip of this attempt; the clip of the next round is found here.
 
         Raises:
             RunError: the updates were not added exactly.
@@ -253,9 +285,26 @@ class PrivateRounds:
         if not isinstance(aggregator, Accumulator):
             raise RunError(f"Noise is added to exact sums; {plan.aggregation.name!r} makes none.")
         total = aggregator.subtotal().total
-        stream = self._stream(plan)
-        self._following = self._mechanism.release(total, plan.round, stream).following
-        return scaled(total, plan.grid_step / self._spec.cohort.size)
+        stream, mechanism = self._stream(plan), self._mechanism
+        if isinstance(mechanism, Independent):
+            mechanism = replace(mechanism, norm_bound=self._shape.norm_bound)
+        self._following = mechanism.release(total, plan.round, stream).following
+        self._read_tail(self._shape, total[plan.sent_size :].tolist())
+        return scaled(total[: plan.sent_size], plan.grid_step / self._spec.cohort.size)
+
+    def _read_tail(self, shape: Shape, tail: list[int]) -> None:
+        """What the noisy sums behind the update say."""
+        planned, part, self._next_clip = self._spec.cohort.size, shape.part, self._clip
+        self._figures = {"clip_norm": shape.clip_norm}
+        if part.bit and self._clip is not None:
+            found = tail.pop(0)
+            self._figures["clip_within"] = within(found, part.bit, planned)
+            self._next_clip = self._clip.updated(found, part.bit, planned)
+        if part.metrics:
+            examples, losses = (max(0.0, value / part.metrics) for value in tail)
+            self._figures["examples"] = examples * part.most_examples
+            if examples:
+                self._figures["loss"] = min(1.0, losses / examples) * part.most_loss
 
     def commit(self, plan: RoundPlan, accepted: Iterable[str]) -> PrivateState:
         """Settle a release.
@@ -268,7 +317,7 @@ class PrivateRounds:
             What is to be committed with the round.
         """
         self._ledger.commit(self._run_id, plan.round, plan.attempt)
-        self._mechanism, self._round = self._following, plan.round
+        self._mechanism, self._round, self._clip = self._following, plan.round, self._next_clip
         before = self._state
         seen = self._seen(before, plan.round, sorted(accepted))
         for event in self._pending:
@@ -277,7 +326,8 @@ class PrivateRounds:
             self._ledger.record(self._run_id, plan.round, plan.attempt, extra)
             seen = _charged(seen, extra)
         self._pending = []
-        self._state = replace(seen, noise=self._sealed(plan.round))
+        clip = self._clip.clip_norm if self._clip else 0.0
+        self._state = replace(seen, noise=self._sealed(plan.round), clip=clip)
         return self._state
 
     def _sealed(self, round_number: int) -> bytes:
@@ -306,18 +356,22 @@ class PrivateRounds:
         """What a broken contract costs on top, so that all charges together are those of the run as it is."""
         if (before.separation, before.times) == (after.separation, after.times):
             return None
-        planned = self._whole(self._spec.rounds, before)
-        actual = self._whole(self._spec.rounds, after)
-        if planned is None or actual is None:
+        rounds = self._spec.rounds
+        if isinstance(self._start, DistributedNoise) and self._start.participations:
+            times = [participations(rounds, s.separation, s.times) for s in (before, after)]
+            extra = times[1] - times[0]
+            return self._start.event_of(extra) if extra > 0 else None
+        planned, actual = self._whole(rounds, before), self._whole(rounds, after)
+        if not (isinstance(planned, Gaussian) and isinstance(actual, Gaussian)):
             return None
         more = 1 / actual.noise_multiplier**2 - 1 / planned.noise_multiplier**2
         return Gaussian(1 / sqrt(more)) if more > 0 else None
 
-    def _whole(self, rounds: int, state: PrivateState) -> Gaussian | None:
+    def _whole(self, rounds: int, state: PrivateState) -> Event | None:
         """What so many rounds cost together; None where each round is charged by itself."""
         if isinstance(self._start, Correlated):
             return self._start.event_of(rounds, state.separation, state.times)
-        if isinstance(self._start, Independent) and self._start.participations:
+        if isinstance(self._start, Independent | DistributedNoise) and self._start.participations:
             return self._start.event_of(participations(rounds, state.separation, state.times))
         return None
 
@@ -340,7 +394,7 @@ class PrivateRounds:
             "epsilon_charged": self._epsilon(self._state.charged),
             "delta": self._privacy.delta,
             "noise_multiplier": self._ready.noise_multiplier,
-            "clip_norm": self._privacy.clip_norm,
+            **self._figures,
         }
 
     def _epsilon(self, counts: Mapping[Event, int]) -> float:

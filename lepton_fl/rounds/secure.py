@@ -17,28 +17,29 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, sqrt
 from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, LeptonError, QuorumError, Rejection, TrustError, UpdateRejected
-from lepton_fl.plan import RoundPlan, RunSpec, SecureSpec
+from lepton_fl.plan import PrivatePart, RoundPlan, RunSpec, SecureSpec
+from lepton_fl.privacy.noise import DiscreteGaussian, IntegerNoise, Keystream, Skellam
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal, UpdateBatch
-from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, TRAINING, Clock, Collected, Participation
+from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, TRAINING, Clock, Collected, Finish, Participation
 from lepton_fl.rounds.collect import collect as collect_answers
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.secagg.cohorts import add_sums, pinned, split
 from lepton_fl.secagg.context import RoundContext, Rules, hidden_rules
-from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, Sum
+from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, Sum, noise_room
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Trust
 from lepton_fl.secagg.masks import Ring, ring_type
 from lepton_fl.secagg.server import Journal, Outcome, ServerSession, Stage
 from lepton_fl.secagg.uploads import Intake, MemorySpool, Spool
 from lepton_fl.tasks.metrics import Sums
-from lepton_fl.wire.messages import Request, TrainReply
+from lepton_fl.wire.messages import Request, TrainReply, malformed
 from lepton_fl.wire.records import Records
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,11 @@ def encoding_of(plan: RoundPlan) -> SumEncoding:
     Raises:
         ConfigError: a sum could leave the ring; ``RunSpec`` has refused that before.
     """
-    weight = plan.max_weight if plan.weighting == "examples" else 1
     seed = hashlib.sha256(f"rotation {_named(plan)}".encode()).hexdigest()
     steps, spec = plan.clip_norm / plan.grid_step, _secure(plan)
+    if plan.private is not None:
+        return _private_encoding(spec, plan.private, plan.update_size, steps, seed)
+    weight = plan.max_weight if plan.weighting == "examples" else 1
     return _encoding(spec, plan.update_size, max(spec.sums(len(plan.cohort))), weight, steps, seed)
 
 
@@ -84,6 +87,27 @@ def _encoding(spec: SecureSpec, size: int, cohort: int, weight: int, steps: floa
     return Rotated(size, cohort, weight, steps, seed, spec.spread, counters)
 
 
+def _private_encoding(spec: SecureSpec, part: PrivatePart, size: int, steps: float, seed: str) -> SumEncoding:
+    """Room for the noise that was planned; no counters, for nothing would cover them."""
+    bound, counters = part.norm_bound(steps), (Counter(WEIGHT, 1),)
+    half = 2 ** (spec.bits - 1) - 1
+    if spec.bits == 32:
+        width = noise_room(sqrt(part.asked * part.share_variance), size) if part.share_variance else 0
+        room = min(width, half - part.asked * int(bound))  # four deviations at least, by the plan
+        return Exact(size, part.asked, 1, int(bound), counters, max(0, room), survivors=part.survivors)
+    return Rotated(
+        size,
+        part.asked,
+        1,
+        bound,
+        seed,
+        spec.spread,
+        counters,
+        half - part.asked * part.limit,
+        survivors=part.survivors,
+    )
+
+
 def prove_fits(spec: RunSpec, coordinates: int) -> None:
     """Refuse a run whose sums could leave the ring, before anybody is asked.
 
@@ -94,7 +118,7 @@ def prove_fits(spec: RunSpec, coordinates: int) -> None:
     Raises:
         ConfigError: with the numbers.
     """
-    if spec.secure_aggregation == "off":
+    if spec.secure_aggregation == "off" or spec.privacy is not None:  # whose plan proves it
         return
     weight = spec.max_weight if spec.weighting == "examples" else 1
     _encoding(spec.secure, coordinates, spec.largest_sum, weight, spec.clip_norm / spec.grid_step, "0" * 64)
@@ -126,18 +150,30 @@ def context_of(plan: RoundPlan, request: Request, deployment: str, cohort: int =
     return RoundContext.of(request, deployment, encoding_of(plan), rules, cohort)
 
 
-def encode_reply(plan: RoundPlan | Request, encoding: SumEncoding, reply: TrainReply, random: Random) -> Ring:
-    """One device's vector: its update times its weight, and its counts.
+def encode_reply(
+    plan: RoundPlan | Request,
+    encoding: SumEncoding,
+    reply: TrainReply,
+    random: Random,
+    stream: Keystream | None = None,
+) -> Ring:
+    """One device's vector: its update times its weight, and its counts; of a private run, with its noise.
 
     Args:
         plan: of the attempt, or the request that a device has got.
         encoding: from ``encoding_of``.
         reply: what the device would send in a plain round.
         random: for the rounding of 16 bits: the operating system's; it hides the fractions.
+        stream: of the noise; None = fresh, of the operating system. Only simulations give one.
 
     Raises:
         UpdateRejected: a value is outside the bounds of the plan.
     """
+    if plan.private is not None:
+        noise = noise_share(plan.private, encoding, len(reply.update), stream)
+        if isinstance(encoding, Exact):
+            return encoding.encode(reply.update, 1, {}, noise)
+        return encoding.encode(reply.update, 1, random, {}, noise)
     weight = 1 if plan.weighting == "equal" else min(reply.num_examples, plan.max_weight)
     examples = min(int(reply.sums["examples"][0]), _EXAMPLES.bound)
     counters = {"examples": examples, "loss": _loss_steps(reply.sums) + _LOSS_HALF}
@@ -146,8 +182,43 @@ def encode_reply(plan: RoundPlan | Request, encoding: SumEncoding, reply: TrainR
     return encoding.encode(reply.update, weight, random, counters)
 
 
+def noise_share(
+    part: PrivatePart, encoding: SumEncoding, size: int, stream: Keystream | None = None
+) -> NDArray[np.int64] | None:
+    """(length,) what a device adds to its vector: nothing to the counters; None where it adds no noise.
+
+    Raises:
+        UpdateRejected: the sum may be learnt of fewer devices than the noise is made for.
+    """
+    law = share_law(part)
+    if law is None:
+        return None
+    if encoding.survivors < part.survivors:
+        raise malformed(
+            f"noise made for {part.survivors} devices is asked for, in a sum of {encoding.survivors} or more"
+        )
+    noise = np.zeros(encoding.length, np.int64)
+    law.add_to(noise[:size], stream or Keystream())
+    return noise
+
+
+def share_law(part: PrivatePart) -> IntegerNoise | None:
+    """The law of the noise that one device adds; None = none."""
+    if part.noise == "none":
+        return None
+    return (
+        Skellam(part.share_variance)
+        if part.noise == "skellam"
+        else DiscreteGaussian(sqrt(part.share_variance))
+    )
+
+
 def decode_total(
-    plan: RoundPlan, encoding: SumEncoding, totals: Sequence[Ring], reports: int
+    plan: RoundPlan,
+    encoding: SumEncoding,
+    totals: Sequence[Ring],
+    reports: int,
+    finish: Finish | None = None,
 ) -> tuple[NDArray[np.float64], Sums]:
     """The mean update, (P + A,), and the devices' added counts.
 
@@ -156,8 +227,11 @@ def decode_total(
         encoding: from ``encoding_of``.
         totals: the sum of the vectors of each cohort; they may be overwritten.
         reports: how many vectors were added.
+        finish: of a private run; makes the update of the sum.
     """
     found = add_sums([encoding.decode(total) for total in totals])
+    if finish is not None:
+        return finish(_as_aggregate(plan, encoding, found, reports)), {}
     if found.counters.keys() != {WEIGHT, "examples", "loss"}:
         raise ConfigError("This sum is not one of a plan's updates.")
     loss = found.counters["loss"] - reports * _LOSS_HALF
@@ -173,10 +247,18 @@ def _mean(plan: RoundPlan, encoding: SumEncoding, found: Sum, reports: int) -> N
         restored = encoding.restore(found)
         restored *= plan.grid_step / found.weight
         return restored
-    # The very arithmetic of a plain round.
+    return _as_aggregate(plan, encoding, found, reports).finalize()  # the very arithmetic of a plain round
+
+
+def _as_aggregate(plan: RoundPlan, encoding: SumEncoding, found: Sum, reports: int) -> Accumulator:
+    """The sum as an accumulator has it; of a rotated one, rounded to the grid: that is post-processing."""
+    if isinstance(encoding, Rotated):
+        whole = np.rint(encoding.restore(found)).astype(np.int64)
+    else:
+        whole = found.update.astype(np.int64, copy=False)
     accumulator = Accumulator(plan)
-    accumulator.merge(Subtotal(found.update.astype(np.int64, copy=False), found.weight, reports))
-    return accumulator.finalize()
+    accumulator.merge(Subtotal(whole, found.weight, reports))
+    return accumulator
 
 
 def _loss_steps(sums: Sums) -> int:
@@ -396,7 +478,12 @@ class SecureRounds(Protocol):
     """How the rounds of a secure run are collected."""
 
     def collect(
-        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock
+        self,
+        plan: RoundPlan,
+        request: Request,
+        exchange: Exchange,
+        clock: Clock,
+        finish: Finish | None = None,
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         """One attempt; as ``collect_training``."""
         ...
@@ -417,6 +504,7 @@ def collect_secure(
     tell: Callable[[str, UpdateRejected | None], None] = lambda device, refusal: None,
     known_as: Callable[[str], str] = lambda device: device,
     workers: int = 0,
+    finish: Finish | None = None,
 ) -> tuple[Collected, NDArray[np.float64] | None]:
     """One attempt at a training round of which the coordinator sees a sum only.
 
@@ -435,6 +523,7 @@ def collect_secure(
         tell: says to a device what became of its vector.
         known_as: the name in the cohort of a device that the protocol knows by its key.
         workers: cores to unmask with; 0 = all.
+        finish: makes the update of the sum; None = the mean as it is.
 
     Returns:
         What happened, and the (P + A,) mean update; None if too few devices came through, and then nothing
@@ -466,7 +555,7 @@ def collect_secure(
     totals = [party.outcome.total for party in parties if party.outcome and party.outcome.total is not None]
     if not totals or not collected.enough:
         return collected, None
-    mean, collected.sums = decode_total(plan, encoding, totals, collected.reports)
+    mean, collected.sums = decode_total(plan, encoding, totals, collected.reports, finish)
     return collected, mean
 
 
@@ -552,26 +641,38 @@ class _Heard:
 class IdealRounds:
     """The sum that the protocol would bring, without the protocol; for simulations, which see all anyway."""
 
-    def __init__(self, random_of: Callable[[RoundPlan, str], Random]) -> None:
+    def __init__(
+        self,
+        random_of: Callable[[RoundPlan, str], Random],
+        stream_of: Callable[[RoundPlan, str], Keystream | None] = lambda plan, device: None,
+    ) -> None:
         """Prepare.
 
         Args:
             random_of: the randomness that a device rounds with, for 16 bits.
+            stream_of: of the noise that a device adds; None = fresh.
         """
-        self._random_of = random_of
+        self._random_of, self._stream_of = random_of, stream_of
 
     def collect(
-        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock
+        self,
+        plan: RoundPlan,
+        request: Request,
+        exchange: Exchange,
+        clock: Clock,
+        finish: Finish | None = None,
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         """See ``SecureRounds``."""
         encoding = encoding_of(plan)
         if isinstance(encoding, Exact):
-            return self._exact(plan, request, exchange, clock)
+            return self._exact(plan, request, exchange, clock, finish)
         total: Ring = np.zeros(encoding.length, ring_type(encoding.bits))
 
         def take(answer: Answer) -> TrainReply:
             reply = read_reply(answer, plan)
-            vector = encode_reply(plan, encoding, reply, self._random_of(plan, answer.device_id))
+            device = answer.device_id
+            random, stream = self._random_of(plan, device), self._stream_of(plan, device)
+            vector = encode_reply(plan, encoding, reply, random, stream)
             np.add(total, vector, out=total)
             return without_counts(reply)
 
@@ -579,11 +680,11 @@ class IdealRounds:
         _forget_counts(collected)
         if not collected.enough:
             return collected, None
-        mean, collected.sums = decode_total(plan, encoding, [total], collected.reports)
+        mean, collected.sums = decode_total(plan, encoding, [total], collected.reports, finish)
         return collected, mean
 
     def _exact(
-        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock
+        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock, finish: Finish | None
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         """The integers of a plain round, added in 64 bits: the plan proves that 32 would do."""
         accumulator = Accumulator(plan)
@@ -599,7 +700,21 @@ class IdealRounds:
 
         collected = collect_answers(plan, request, exchange, TRAINING, take, take_many, clock)
         _forget_counts(collected)
-        return collected, accumulator.finalize() if collected.enough else None
+        if not collected.enough:
+            return collected, None
+        if finish is None:
+            return collected, accumulator.finalize()
+        self._add_shares(plan, collected, accumulator)
+        return collected, finish(accumulator)
+
+    def _add_shares(self, plan: RoundPlan, collected: Collected, accumulator: Accumulator) -> None:
+        """The noise that the devices of the sum have added, if they do."""
+        law = share_law(plan.private) if plan.private else None
+        if law is None:
+            return
+        for device, entry in collected.participation.items():
+            if entry.outcome == ACCEPTED:
+                law.add_to(accumulator.subtotal().total, self._stream_of(plan, device) or Keystream())
 
 
 def read_reply(answer: Answer, plan: RoundPlan) -> TrainReply:

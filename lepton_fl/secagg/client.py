@@ -312,7 +312,7 @@ class ClientSession(_Secret):
 
     def _deliver(self, message: bytes) -> bytes:
         self._require("share_keys" in self._told and not self._dealers, "shares out of turn")
-        n, me, rules = len(self._peers), self._me, self._context.rules
+        n, me = len(self._peers), self._me
         delivery = Delivery.decode(message, n)
         self._require(delivery.roster == self._r, "shares for another roster")
         self._require(delivery.receiver == me, "shares for another device")
@@ -322,7 +322,7 @@ class ClientSession(_Secret):
             opened = self._open(dealer, sealed, commitments)
             if opened is not None:
                 self._held[dealer] = opened
-        least = rules.least_survivors(n)
+        least = self._context.least_survivors(n)
         self._require(len(self._held) >= least, f"usable shares of {len(self._held)} devices, {least} needed")
         self._dealers = delivery.dealers
         self._complaints = delivery.dealers - frozenset(self._held)
@@ -412,9 +412,9 @@ class ClientSession(_Secret):
 
     def _consent(self, message: bytes) -> bytes:
         self._require("mask" in self._told, "a survivor set out of turn")
-        n, rules = len(self._peers), self._context.rules
+        n = len(self._peers)
         proposed = Survivors.decode(message, n)
-        members, least = proposed.members, rules.least_survivors(n)
+        members, least = proposed.members, self._context.least_survivors(n)
         self._require(proposed.roster == self._r, "survivors of another roster")
         self._require(proposed.dealers == self._dealers_digest(), "survivors of other dealers")
         self._require(self._me in members, "a survivor set without this device")

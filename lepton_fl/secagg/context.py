@@ -190,6 +190,10 @@ class RoundContext:
         """The ring is the integers modulo ``2**bits``."""
         return self.encoding.bits
 
+    def least_survivors(self, n: int) -> int:
+        """Of a roster of n, these must come through, or nothing is revealed: by the rules, and the noise."""
+        return max(self.rules.least_survivors(n), self.encoding.survivors)
+
     @property
     def upload_bytes(self) -> int:
         """Bytes of one masked vector."""

@@ -71,6 +71,11 @@ class Encoding(Protocol):
         """SHA-256 of all parameters."""
         ...
 
+    @property
+    def survivors(self) -> int:
+        """The sum of fewer devices is not to be learnt, whatever the rules allow; 0 = as these say."""
+        ...
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -127,7 +132,10 @@ def _length(coordinates: int, counters: tuple[Counter, ...], cohort: int, bits: 
 
 
 def _digest_of(kind: str, encoding: Any) -> bytes:  # noqa: ANN401 - one of the two records below
-    text = json.dumps([kind, asdict(encoding)], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    body = asdict(encoding)
+    if not body["survivors"]:
+        del body["survivors"]
+    text = json.dumps([kind, body], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(b"flsa/1 encoding\0" + text.encode()).digest()
 
 
@@ -181,6 +189,7 @@ class Exact:
         counters: Sums that travel with the update; one is the weight.
         noise: Ring elements set aside for noise.
         bits: 32; 16 is possible where it fits.
+        survivors: The noise is made for at least so many devices; 0 = there is none.
     """
 
     num_coordinates: int
@@ -190,6 +199,7 @@ class Exact:
     counters: tuple[Counter, ...] = ()
     noise: int = 0
     bits: int = 32
+    survivors: int = 0
 
     def __post_init__(self) -> None:
         if WEIGHT not in {c.name for c in self.counters}:
@@ -351,6 +361,7 @@ class Rotated:
         counters: Sums that travel with the update; one is the weight.
         noise: Ring elements set aside for noise.
         bits: 16; 32 is possible.
+        survivors: The noise is made for at least so many devices; 0 = there is none.
     """
 
     num_coordinates: int
@@ -362,6 +373,7 @@ class Rotated:
     counters: tuple[Counter, ...] = ()
     noise: int = 0
     bits: int = 16
+    survivors: int = 0
 
     def __post_init__(self) -> None:
         if WEIGHT not in {c.name for c in self.counters}:

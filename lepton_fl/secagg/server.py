@@ -179,8 +179,8 @@ class ServerSession:
         rules = self.context.rules
         return {
             Stage.ADVERTS: rules.min_cohort,
-            Stage.SHARES: rules.least_survivors(self.n),
-            Stage.UPLOADS: rules.least_survivors(self.n),
+            Stage.SHARES: self.context.least_survivors(self.n),
+            Stage.UPLOADS: self.context.least_survivors(self.n),
             Stage.CONSENTS: rules.quorum(self.n),
             Stage.REVEALS: rules.threshold(self.n),
         }.get(self.stage, 0)
@@ -356,7 +356,7 @@ class ServerSession:
     def _decide_survivors(self) -> list[bytes]:
         rules, n = self.context.rules, self.n
         uploaded = frozenset(self._accepted[Stage.UPLOADS])
-        least, quorum = rules.least_survivors(n), rules.quorum(n)
+        least, quorum = self.context.least_survivors(n), rules.quorum(n)
         settled = settle_complaints(uploaded, self._complaints, rules.corrupted(n), quorum, least)
         blames = [Blame(self._peers[p].device, fault) for p, fault in sorted(settled.culprits.items())]
         records = [bytes(Writer().u8(_BLAME).raw(b.encode())) for b in blames if b not in self.blames]

@@ -12,13 +12,15 @@ import time
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from lepton_fl.contribution import contributions, mean_losses
 from lepton_fl.errors import DataContractError, DataError, LeptonError, Rejection, TaskError, UpdateRejected
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.training.local import LocalState
 from lepton_fl.training.memory import Memory
-from lepton_fl.training.trainer import Trainer
-from lepton_fl.vector import to_grid
+from lepton_fl.training.trainer import LocalResult, Trainer
+from lepton_fl.vector import Vector
 from lepton_fl.wire.messages import EvaluateReply, Failure, Fields, Request, Ticket, TrainReply, malformed
 from lepton_fl.wire.records import Records
 
@@ -136,9 +138,9 @@ def _train(request: Request, desk: Desk) -> TrainReply:
         should_stop=desk.should_stop,
     )
     sent = state.outgoing(result.delta, result.steps, request.local.learning_rate)
-    update = to_grid(sent, request.grid_step, request.clip_norm)
+    update = _encoded(request, sent, result)
     if memory is not None:
-        left = state.leaves(result.delta, update, request.grid_step)
+        left = state.leaves(result.delta, update[: len(sent)], request.grid_step)
         memory.keep(request.ticket.run_id, request.ticket.round, request.ticket.attempt, left)
     return TrainReply(
         request.ticket,
@@ -148,6 +150,19 @@ def _train(request: Request, desk: Desk) -> TrainReply:
         result.sums,
         time.monotonic() - began,
     )
+
+
+def _encoded(request: Request, sent: Vector, result: LocalResult) -> NDArray[np.int32]:
+    """The update and its tail on the grid."""
+    losses = mean_losses(result.sums["loss_sum"], result.sums["examples"])
+    examples = np.array([result.num_examples], np.int64)
+    found = contributions(
+        request.private, sent[None, :], request.grid_step, request.clip_norm, examples, losses
+    )
+    for refusal in found.refused.values():
+        raise refusal
+    update: NDArray[np.int32] = found.updates[0]
+    return update
 
 
 def _evaluate(request: Request, desk: Desk) -> EvaluateReply:

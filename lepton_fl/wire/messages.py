@@ -20,8 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from lepton_fl.contribution import check_tail
 from lepton_fl.errors import Rejection, UpdateRejected
-from lepton_fl.plan import MAX_RETRIED, PROTOCOL_VERSION, LocalPlan, RoundPlan, attempt_counted
+from lepton_fl.plan import (
+    MAX_RETRIED,
+    PROTOCOL_VERSION,
+    LocalPlan,
+    PrivatePart,
+    RoundPlan,
+    attempt_counted,
+)
 from lepton_fl.vector import Vector, check_norm, vector_digest
 from lepton_fl.wire.records import Records
 
@@ -106,6 +114,7 @@ class Request:
     auxiliary: Vector | None = None  # (A,) what else is needed: SCAFFOLD's control of the server
     auxiliary_sha256: str = ""
     retried: tuple[tuple[int, int], ...] = ()  # see RoundPlan
+    private: PrivatePart | None = None  # see RoundPlan
 
     @classmethod
     def of(cls, plan: RoundPlan, model: Vector, auxiliary: Vector | None = None) -> "Request":
@@ -125,6 +134,7 @@ class Request:
             auxiliary,
             plan.auxiliary_sha256,
             plan.retried,
+            plan.private,
         )
 
     def counted(self, round_number: int, attempt: int) -> bool:
@@ -146,6 +156,8 @@ class Request:
             "auxiliary-sha256": self.auxiliary_sha256,
             "retried": json.dumps(self.retried),
         }
+        if self.private is not None:
+            config["private"] = json.dumps(self.private.to_json(), sort_keys=True)
         arrays = {MODEL: self.model}
         if self.auxiliary is not None:
             arrays[AUXILIARY] = self.auxiliary
@@ -164,8 +176,10 @@ class Request:
         layout, sha256 = fields.text("layout"), fields.text("model-sha256")
         try:
             local = LocalPlan.model_validate_json(fields.text("local"))
+            told = fields.text("private") if fields.has("private") else "null"
+            private = None if told == "null" else PrivatePart.model_validate_json(told)
         except ValidationError as error:
-            raise malformed(f"the local plan does not validate: {error.errors()[0]['msg']}") from error
+            raise malformed(f"the plan does not validate: {error.errors()[0]['msg']}") from error
         weighting = fields.text("weighting")
         if weighting not in ("examples", "equal"):
             raise malformed(f"weighting is {weighting!r}")
@@ -202,6 +216,7 @@ class Request:
             more[0] if more else None,
             auxiliary_sha256,
             retried,
+            private,
         )
 
 
@@ -212,7 +227,7 @@ class TrainReply:
     ticket: Ticket
     task_version: str
     num_examples: int
-    update: NDArray[np.int32]  # (P + A,)
+    update: NDArray[np.int32]  # (P + A + E,)
     sums: Sums  # training loss and what else the task counts
     seconds: float  # the device's own time for the work
 
@@ -235,7 +250,9 @@ class TrainReply:
                 f"The update has shape {update.shape}, the plan says ({plan.update_size},).",
             )
         if plan.clip_norm:
-            check_norm(update, plan.grid_step, plan.clip_norm)
+            check_norm(update[: plan.sent_size], plan.grid_step, plan.clip_norm)
+        if plan.private:
+            check_tail(plan.private, update[plan.sent_size :])
         return cls(ticket, version, num_examples, update, sums, seconds)
 
 

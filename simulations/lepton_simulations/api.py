@@ -257,6 +257,7 @@ def build_fleet(config: SimulationConfig, task: Task | None = None) -> VirtualFl
         seed=engine.seed,
         device=engine.device,
         tier=engine.tier,
+        tail=config.run.privacy.tail_size if config.run.privacy else 0,
     )
 
 

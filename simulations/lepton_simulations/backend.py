@@ -79,7 +79,12 @@ class Shard(Protocol):
 
     @property
     def update_size(self) -> int:
-        """Number of coordinates of an update: P, and the auxiliary ones (``RoundPlan.update_size``)."""
+        """Number of coordinates of an update (``RoundPlan.update_size``)."""
+        ...
+
+    @property
+    def sent_size(self) -> int:
+        """Number of coordinates of what is sent to a device (``RoundPlan.sent_size``)."""
         ...
 
     @property

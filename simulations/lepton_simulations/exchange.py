@@ -126,12 +126,12 @@ class InMemoryExchange:
 
     def _fates(self, plan: RoundPlan) -> list[Fate]:
         """Of those who are heard of before the deadline, in the order of arrival."""
-        size, train = 4 * plan.update_size + ENVELOPE, plan.kind == "train"
+        train = plan.kind == "train"
         fates = self._fleet.world.fates(
             plan,
             lambda device_id: self._fleet.examples(plan, device_id),
-            size,
-            size if train else ENVELOPE,
+            4 * plan.sent_size + ENVELOPE,
+            4 * plan.update_size + ENVELOPE if train else ENVELOPE,
         )
         return [fate for fate in fates if fate.arrives_s <= plan.deadline_s]
 

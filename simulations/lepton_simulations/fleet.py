@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_fl.contribution import contributions, mean_losses
 from lepton_fl.errors import DataContractError, Rejection, RunError, UpdateRejected
 from lepton_fl.files import make_private_folder
 from lepton_fl.plan import LocalPlan, RoundPlan, RunSpec
@@ -26,7 +27,7 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.tasks.federated import FederatedDataset
 from lepton_fl.tasks.metrics import Sums
-from lepton_fl.vector import Vector, encode
+from lepton_fl.vector import Vector
 from lepton_fl.wire.records import Records
 from lepton_simulations.backend import Outcome, Part, Trained
 from lepton_simulations.memory import FleetMemory, outgoing
@@ -64,6 +65,7 @@ class VirtualFleet:
     unfit: dict[str, str] = field(default_factory=dict)  # device -> how its data break the contract
     engine_note: str = ""  # why it is not the fastest engine; '' = it is
     memory: FleetMemory | None = None  # where the run needs devices that remember something
+    tail: int = 0  # coordinates behind an update: see ``PrivatePart``
     _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)  # prepared
     _engine: "Engine | None" = None
 
@@ -78,6 +80,7 @@ class VirtualFleet:
         seed: int = 0,
         device: "Device" = "cpu",
         tier: Tier = "auto",
+        tail: int = 0,
     ) -> "VirtualFleet":
         """Build the engine and prepare the rows; a device whose data break the contract sits out.
 
@@ -89,6 +92,7 @@ class VirtualFleet:
             seed: of the batch orders.
             device: on which is trained.
             tier: which engine; see ``engines.choose``.
+            tail: coordinates behind an update of a private run.
 
         Raises:
             TaskError: the task's model cannot be used.
@@ -97,7 +101,8 @@ class VirtualFleet:
         from lepton_fl.training.trainer import Trainer
 
         world = world or World.build(WorldConfig(), data.clients, seed)
-        fleet = cls(task, Trainer(data.task, device), data, world, local or data.task.local, seed, tier)
+        trainer = Trainer(data.task, device)
+        fleet = cls(task, trainer, data, world, local or data.task.local, seed, tier, tail=tail)
         fleet._prepare_tests()
         if 4 * data.corpus.train.x.size <= MAX_PREPARED:
             fleet._prepare_training()
@@ -116,7 +121,12 @@ class VirtualFleet:
 
     @property
     def update_size(self) -> int:
-        """Number of coordinates of an update."""
+        """Number of coordinates of an update, its tail included."""
+        return self.sent_size + self.tail
+
+    @property
+    def sent_size(self) -> int:
+        """Number of coordinates of what is sent to a device."""
         return self.size * (2 if self.local.control_variates else 1)
 
     def remember(self, folder: Path | None) -> None:
@@ -224,7 +234,9 @@ class VirtualFleet:
         if states:
             failures = self._add_and_remember(names, plan, states, result, counts, accumulator)
         else:
-            added = accumulator.add_deltas(result.deltas, counts, leave_out=result.failures)
+            added = accumulator.add_deltas(
+                result.deltas, counts, result.failures, mean_losses(result.loss_sum, result.seen)
+            )
             failures = {**added.refused, **result.failures}
         refused |= {names[row]: failure for row, failure in failures.items()}
         kept = [row for row in range(len(works)) if row not in failures]
@@ -243,12 +255,14 @@ class VirtualFleet:
         """Add what devices with a memory send, and keep what they remember; says who failed."""
         assert self.memory is not None
         sent = outgoing(states, result.deltas, result.steps, plan.local.learning_rate)
-        encoded = encode(sent, plan.grid_step, plan.clip_norm)
+        losses = mean_losses(result.loss_sum, result.seen)
+        encoded = contributions(plan.private, sent, plan.grid_step, plan.clip_norm, counts, losses)
         failures = {**encoded.refused, **result.failures}
         kept = [row for row in range(len(names)) if row not in failures]
         accumulator.add(UpdateBatch(encoded.updates[kept], counts[kept]))
         for row in kept:
-            left = states[row].leaves(result.deltas[row], encoded.updates[row], plan.grid_step)
+            update = encoded.updates[row, : plan.sent_size]
+            left = states[row].leaves(result.deltas[row], update, plan.grid_step)
             self.memory.keep(names[row], plan, left)
         return failures
 

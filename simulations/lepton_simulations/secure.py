@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, UpdateRejected
 from lepton_fl.plan import RoundPlan
-from lepton_fl.rounds.collect import Clock, Collected
+from lepton_fl.privacy.noise import Keystream, simulation_key
+from lepton_fl.rounds.collect import Clock, Collected, Finish
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.secure import (
     IdealRounds,
@@ -65,7 +66,11 @@ def secure_rounds(config: SimulationConfig) -> SecureRounds | None:
         name = f"rounding {seed} {plan.round} {plan.attempt} {device}"
         return np.random.default_rng(list(hashlib.sha256(name.encode()).digest())).bytes
 
-    return IdealRounds(random_of) if config.engine.secure_aggregation == "ideal" else FullRounds(random_of)
+    def stream_of(plan: RoundPlan, device: str) -> Keystream:
+        return Keystream(simulation_key("share", seed, plan.round, plan.attempt, device))
+
+    kind = IdealRounds if config.engine.secure_aggregation == "ideal" else FullRounds
+    return kind(random_of, stream_of)
 
 
 def one_by_one(config: SimulationConfig) -> bool:
@@ -79,16 +84,25 @@ def one_by_one(config: SimulationConfig) -> bool:
 class FullRounds:
     """Rounds with a real session for every device and for the coordinator."""
 
-    def __init__(self, random_of: Callable[[RoundPlan, str], Random]) -> None:
+    def __init__(
+        self,
+        random_of: Callable[[RoundPlan, str], Random],
+        stream_of: Callable[[RoundPlan, str], Keystream | None] = lambda plan, device: None,
+    ) -> None:
         """Prepare; see ``IdealRounds``."""
-        self._random_of = random_of
+        self._random_of, self._stream_of = random_of, stream_of
 
     def collect(
-        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock
+        self,
+        plan: RoundPlan,
+        request: Request,
+        exchange: Exchange,
+        clock: Clock,
+        finish: Finish | None = None,
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         """See ``SecureRounds``."""
         members, trust = make_members(plan.cohort, DEPLOYMENT, os.urandom)
-        devices = _Devices(plan, request, exchange, self._random_of, members, trust)
+        devices = _Devices(plan, request, exchange, self._random_of, self._stream_of, members, trust)
         return collect_secure(
             plan,
             request,
@@ -99,6 +113,7 @@ class FullRounds:
             now=lambda: 0.0,  # nothing expires
             spool=devices.spool,
             tell=devices.tell,
+            finish=finish,
         )
 
 
@@ -110,6 +125,7 @@ class _Devices:
     request: Request
     exchange: Exchange
     random_of: Callable[[RoundPlan, str], Random]
+    stream_of: Callable[[RoundPlan, str], Keystream | None]
     members: list[Member]
     trust: Pinned
     spool: MemorySpool = field(default_factory=MemorySpool)
@@ -160,7 +176,8 @@ class _Devices:
                 device = answer.device_id  # type: ignore[union-attr]  # asked one by one: no sums
                 try:
                     reply = read_reply(answer, self.plan)  # type: ignore[arg-type]  # as above
-                    vector = encode_reply(self.plan, encoding, reply, self.random_of(self.plan, device))
+                    random, stream = self.random_of(self.plan, device), self.stream_of(self.plan, device)
+                    vector = encode_reply(self.plan, encoding, reply, random, stream)
                 except UpdateRejected as refusal:  # by the device's own software
                     yield Told(device, refusal)
                     continue

@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lepton_fl.errors import BudgetRefused, ConfigError, NotFound, RunError, StateConflict, StateCorrupt
-from lepton_fl.plan import AdaptiveClipSpec, AggregationSpec, RoundPlan, RunSpec
+from lepton_fl.plan import AggregationSpec, RoundPlan, RunSpec
 from lepton_fl.privacy.accounting import GdpExact
 from lepton_fl.privacy.audit import gdp_lower_bound
 from lepton_fl.privacy.budget import Budget
@@ -136,9 +136,7 @@ def test_without_privacy_nothing_is_implied_nor_refused():
     [
         ({"mechanism": "dp-sgd", "unit": "example", "trust": "local", "noise_multiplier": 1.0}, "example"),
         ({"mechanism": "skellam", "trust": "distributed", "epsilon": 5.0}, "secure aggregation"),
-        ({**INDEPENDENT, "adaptive_clip": AdaptiveClipSpec()}, "adaptive_clip"),
         ({**INDEPENDENT, "sampling": "poisson", "population": 20, "always_reachable": True}, "poisson"),
-        ({**INDEPENDENT, "weight_cap": 5}, "weight_cap"),
     ],
 )
 def test_what_rounds_cannot_keep_is_refused_by_name(privacy, word):
@@ -147,10 +145,10 @@ def test_what_rounds_cannot_keep_is_refused_by_name(privacy, word):
 
 
 def test_all_conflicts_are_named_at_once():
-    wrong = spec({**INDEPENDENT, "weight_cap": 5}, evaluate_every=1, weighting="examples")
+    wrong = spec(evaluate_every=1, weighting="examples", local={"control_variates": True})
     with pytest.raises(ConfigError) as caught:
         refuse_run(wrong, central_evaluation=False, also=["no ledger"])
-    for word in ("weighting", "evaluate_every", "weight_cap", "no ledger"):
+    for word in ("weighting", "evaluate_every", "proximal_mu", "no ledger"):
         assert word in str(caught.value)
 
 

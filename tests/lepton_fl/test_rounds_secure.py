@@ -140,7 +140,7 @@ def secure(fleet: Fleet, **more):
         ({"mode": "buffered"}, "buffered"),
         ({"weighting": "examples"}, "max_weight"),
         ({"grid_step": 2.0**-28}, "grid_step=5.96046e-08"),
-        ({"privacy": {"noise_multiplier": 1.0}}, "privacy"),
+        ({"privacy": {"noise_multiplier": 1.0}, "secure": {"bits": 16}}, "privacy"),
     ],
 )
 def test_what_cannot_be_hidden_or_does_not_fit_is_refused_by_name(more, word):

@@ -62,6 +62,7 @@ class Toy:
 
     size: int = 3
     update_size: int = 3
+    sent_size: int = 3
     chunk: int = 3
     on_gpu: bool = False
 

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lepton_fl.contribution import shrink, tails
 from lepton_fl.errors import ConfigError, StateConflict, StateCorrupt
+from lepton_fl.plan import PrivatePart
 from lepton_fl.privacy.accounting import GdpExact
-from lepton_fl.privacy.clipping import AdaptiveClip, capped_weight, norm_bound, quantile_bits
+from lepton_fl.privacy.clipping import AdaptiveClip
 from lepton_fl.privacy.events import Gaussian, PoissonGaussian
 from lepton_fl.privacy.mechanisms import Correlated, Independent
 from lepton_fl.privacy.noise import DiscreteGaussian, Keystream, simulation_key
@@ -237,6 +239,18 @@ def test_a_sealed_state_opens_for_its_run_and_round_only():
 # ------------------------------------------------------------------------------------------ adaptive clipping
 
 
+def quantile_bits(norms, clip_norm, height):
+    part = PrivatePart(bit=height)
+    return tails(part, clip_norm, norms, np.ones(len(norms), np.int64), np.zeros(len(norms)))[:, 0]
+
+
+def tail_of(clip, grid_norm, multiplier):
+    """(height, norm of update and tail): as a round has them."""
+    part = clip.part(multiplier)
+    height = max(1, int(grid_norm * part / np.sqrt(1 - part**2)))
+    return height, PrivatePart(bit=height).norm_bound(grid_norm)
+
+
 @pytest.mark.parametrize("start", [0.01, 1.0, 100.0])
 def test_the_clip_finds_the_median_from_anywhere(start):
     """The sign, and noise with it: fails for the update that runs away from the quantile."""
@@ -245,9 +259,8 @@ def test_the_clip_finds_the_median_from_anywhere(start):
     history = []
     for number in range(100):
         norms = rng.lognormal(0.0, 1.0, devices)
-        height = clip.height(clip.clip_norm / step, z)
+        height, bound = tail_of(clip, clip.clip_norm / step, z)
         total = np.array([quantile_bits(norms, clip.clip_norm, height).sum()], np.int64)
-        bound = norm_bound(clip.clip_norm / step, height)
         Independent(z, bound).release(total, number, fixed(f"{start} {number}"))
         clip = clip.updated(int(total[0]), height, devices)
         history.append(clip.clip_norm)
@@ -267,8 +280,12 @@ def test_other_quantiles_are_followed_too():
 def test_the_bit_has_its_noise_and_the_round_its_price(multiplier, bit_noise, grid_norm):
     """One vector, one event: the paper's split of z between update and bit."""
     clip = AdaptiveClip(1.0, bit_noise)
-    height = clip.height(grid_norm, multiplier)
-    sigma = multiplier * norm_bound(grid_norm, height)
+    try:
+        height, bound = tail_of(clip, grid_norm, multiplier)
+    except ConfigError:
+        assert multiplier > 1.4 * bit_noise
+        return
+    sigma = multiplier * bound
     on_the_count = sigma / (2 * height)  # of one device more or less within the clip
     assert on_the_count == pytest.approx(bit_noise, rel=1 / height)  # a whole number of steps
     update_multiplier = sigma / grid_norm
@@ -280,8 +297,8 @@ def test_the_bit_has_its_noise_and_the_round_its_price(multiplier, bit_noise, gr
 def test_a_round_costs_the_same_whatever_the_clip():
     for clip_norm in (0.01, 1.0, 50.0):
         grid = clip_norm * 2.0**20
-        height = AdaptiveClip(clip_norm, 5.0).height(grid, 2.0)
-        charged = Independent(2.0, norm_bound(grid, height)).charge(1)
+        _, bound = tail_of(AdaptiveClip(clip_norm, 5.0), grid, 2.0)
+        charged = Independent(2.0, bound).charge(1)
         assert GdpExact().epsilon({charged: 1}, 1e-6) == GdpExact().epsilon({Gaussian(2.0): 1}, 1e-6)
 
 
@@ -296,9 +313,7 @@ def test_clips_without_a_meaning_are_refused():
         with pytest.raises(ConfigError, match="Expected"):
             AdaptiveClip(**{"clip_norm": 1.0, "bit_noise": 5.0, **wrong})
     with pytest.raises(ConfigError, match="so few devices"):
-        AdaptiveClip(1.0, bit_noise=0.5).height(1000.0, 2.0)
-    with pytest.raises(ConfigError, match="finite norms"):
-        quantile_bits(np.array([1.0, np.nan]), 1.0, 10)
+        AdaptiveClip(1.0, bit_noise=0.5).part(2.0)
 
 
 def test_the_clip_stays_within_its_bounds():
@@ -312,8 +327,6 @@ def test_the_clip_stays_within_its_bounds():
 
 
 def test_a_capped_weight_never_exceeds_one():
-    assert [capped_weight(n, 50) for n in (1, 25, 50, 10**9)] == [0.02, 0.5, 1.0, 1.0]
-    assert capped_weight(7, 0) == 1.0
-    for wrong in ((0, 50), (5, -1)):
-        with pytest.raises(ConfigError, match="num_examples"):
-            capped_weight(*wrong)
+    examples = np.array([1, 25, 50, 10**9])
+    assert shrink(PrivatePart(weight_cap=50), examples).tolist() == [0.02, 0.5, 1.0, 1.0]
+    assert shrink(PrivatePart(), examples) is None

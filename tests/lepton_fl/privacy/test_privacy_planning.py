@@ -1,5 +1,6 @@
 """What may be asked for, what is refused, and the table of choices."""
 
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
@@ -8,9 +9,10 @@ from pydantic import ValidationError
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.plan import AggregationSpec, CohortSpec, PrivacySpec, RunSpec
+from lepton_fl.privacy.accounting import RdpGate
 from lepton_fl.privacy.budget import Account, Budget
+from lepton_fl.privacy.events import DistributedGaussian, Skellam, composed
 from lepton_fl.privacy.mechanisms import Correlated, Independent
-from lepton_fl.privacy.noise import Keystream, simulation_key
 from lepton_fl.privacy.planning import (
     CENTRAL,
     Contract,
@@ -114,7 +116,7 @@ def test_a_contract_that_the_population_cannot_keep_is_refused():
             },
             "zero-out",
         ),
-        ({"adaptive_clip": {}}, "adaptive_clip is for mechanism='independent'"),
+        ({"adaptive_clip": {}}, "adaptive_clip is for noise that is fresh"),
         ({"bands": 3}, "bands is for mechanism='banded'"),
         ({"bands": 51, "mechanism": "banded"}, "exceeds min_separation=50"),
         (
@@ -205,20 +207,53 @@ def test_the_clip_moves_and_the_price_does_not():
         coordinates=3,
         grid_step=step,
     )
-    total = np.array([0, 0, 0, cohort * ready.clip_height], np.int64)  # everybody within the clip
-    ready.mechanism.release(total, 1, Keystream(simulation_key("clip")))
-    after = ready.reclipped(int(total[3]), cohort=cohort, grid_step=step)
-    assert after.clip.clip_norm < 4.0
-    assert after.mechanism.charge(1) == ready.mechanism.charge(1)
-    assert after.mechanism.norm_bound < ready.mechanism.norm_bound
+    shape = ready.shape(ready.clip)
+    assert ready.mechanism.norm_bound == shape.norm_bound
+    after = ready.clip.updated(cohort * shape.part.bit, shape.part.bit, cohort)  # everybody within the clip
+    assert after.clip_norm < 4.0
+    smaller = ready.shape(after)
+    assert smaller.clip_norm <= after.clip_norm < shape.clip_norm * 1.1
+    assert smaller.norm_bound < shape.norm_bound
+    assert smaller.part.bit / smaller.norm_bound == pytest.approx(shape.part.bit / shape.norm_bound, rel=1e-4)
     fixed = prepare(spec(), rounds=50, cohort=cohort, coordinates=3, grid_step=step)
-    assert fixed.reclipped(0, cohort=cohort, grid_step=step) is fixed
+    assert fixed.shape(None).part.tail == 0
+    assert fixed.shape(None).norm_bound == fixed.clip_norm / step
+
+
+@pytest.mark.parametrize("kind", ["skellam", "ddgauss"])
+def test_devices_add_noise_in_proportion_to_a_clip_that_moves(kind):
+    """Every round costs at most what is charged, fits its bits, and has few different clips."""
+    asked = spec(
+        mechanism=kind, trust="distributed", adaptive_clip={}, metrics={}, clip_norm=1.0, min_separation=10
+    )
+    ready = prepare(asked, rounds=50, cohort=100, coordinates=1000, grid_step=2.0**-24)
+    noise, clip, laws = ready.distributed, ready.clip, set()
+    honest = noise.min_survivors - noise.colluders
+    for wanted in np.geomspace(1e-4, 1e4, 200).tolist():
+        shape = ready.shape(replace(clip, clip_norm=wanted))
+        assert 0.9 < shape.clip_norm / wanted <= 1.1
+        assert (shape.clip_norm / shape.grid_step).is_integer()
+        l1 = min(sqrt(1003) * shape.norm_bound, shape.norm_bound**2)
+        variance = shape.part.share_variance * honest
+        event = {
+            "skellam": lambda l1=l1, n=shape.norm_bound, v=variance: Skellam(l1, n, v),
+            "ddgauss": lambda l1=l1, n=shape.norm_bound, v=variance: DistributedGaussian(
+                l1, n, v, float(honest), 1003.0
+            ),
+        }[kind]()
+        assert RdpGate().epsilon({event: 5}, asked.delta) <= ready.epsilon * (1 + 1e-12)
+        largest = 100 * shape.norm_bound + 4 * sqrt(100 * shape.part.share_variance)
+        assert largest < 2.0 ** (asked.bits - 1)
+        laws.add(shape.part.share_variance)
+    assert len(laws) <= 8
 
 
 def test_distributed_runs_bring_their_own_grid():
     asked = spec(mechanism="skellam", trust="distributed", bits=24, min_separation=10)
     ready = prepare(asked, rounds=50, cohort=100, coordinates=1000, grid_step=2.0**-20)
-    assert ready.mechanism is None
+    assert ready.mechanism is ready.distributed
+    assert ready.mechanism.charge(1) == composed(ready.distributed.planned_event, 5)
+    assert ready.mechanism.charge(2) is None
     assert ready.distributed.min_survivors == 70
     assert ready.planned == {ready.distributed.planned_event: 5}
     assert 7.99 < ready.epsilon <= 8.0
