@@ -11,6 +11,7 @@ Other libraries' exceptions are translated where they enter. ``code`` is stable 
     │   └── DataContractError       4  the data are readable but break the task's contract
     ├── ConnectionFailed            5  the other side cannot be reached, a port is taken
     ├── TrustError                  6  a credential, certificate, token or signature is not accepted
+    │   └── ReleaseRefused          6  a release is not taken, by fault; the one in service stays
     ├── StateError                  7  the state on disk cannot be used as it is
     │   ├── StateLocked             7  another process holds it
     │   ├── StateTooNew             7  written by newer code
@@ -79,6 +80,33 @@ class TrustError(LeptonError):
 
     code = "trust"
     exit_code = 6
+
+
+class Fault(StrEnum):
+    """Why a device does not take a release. The coordinator is told this word."""
+
+    UNKNOWN = "unknown"  # the signed list of releases does not name it
+    UNSIGNED = "unsigned"  # metadata without enough signatures of trusted keys
+    EXPIRED = "expired"  # metadata past its end: frozen, or the clock is wrong
+    REPLAYED = "replayed"  # metadata older than what was seen before
+    TAMPERED = "tampered"  # bytes that do not have the signed hash, or do not decode
+    ENDLESS = "endless"  # more bytes than are signed for or allowed
+    OLDER = "older"  # an earlier release or round than this device may go back to
+    FOREIGN = "foreign"  # of a task or for a profile that is not this device's
+    QUOTA = "quota"  # does not fit on the disk or into the owner's quota
+    RUNTIME = "runtime"  # this device lacks what runs it
+    SELF_TEST = "self-test"  # computes something else here than where it was measured
+    CRASHED = "crashed"  # ended its process, in the self-test or in service
+
+
+class ReleaseRefused(TrustError):
+    """A device does not take a release; what it served before it serves still."""
+
+    code = "release-refused"
+
+    def __init__(self, fault: Fault, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.fault = fault
 
 
 class StateError(LeptonError):

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _CHUNK = 1 << 20  # bytes read at a time when hashing
 _STALE = 24 * 3600.0  # seconds after which an abandoned temporary blob is removed
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_GONE = ".gone-"  # a folder on its way out
 
 
 def sha256_hex(data: bytes) -> str:
@@ -118,6 +120,61 @@ def remove(path: str | os.PathLike[str]) -> None:
     """Delete a file that may be gone already; raises StateError if the folder may not be written."""
     try:
         Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        _raise_translated(error, Path(path))
+
+
+def remove_tree(path: str | os.PathLike[str]) -> None:
+    """Delete a folder and all in it, which may be gone already.
+
+    It first gets a name that nobody looks for (``.gone-…``), so that no one sees half of it; a reader that
+    opened its files keeps them. What a crash leaves under such a name is removed by :func:`sweep`.
+
+    Raises:
+        StateError: It may not be removed.
+    """
+    target = Path(path)
+    doomed = target.with_name(f"{_GONE}{secrets.token_hex(8)}")
+    try:
+        os.rename(target, doomed)
+        shutil.rmtree(doomed)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _raise_translated(error, target)
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left in a folder that nobody else writes now: never raises."""
+    with contextlib.suppress(OSError):
+        for leftover in Path(folder).iterdir():
+            if leftover.name.startswith(_GONE):
+                shutil.rmtree(leftover, ignore_errors=True)
+            elif leftover.name.startswith(".") and leftover.suffix == ".tmp":
+                leftover.unlink(missing_ok=True)
+
+
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """Have every file in a folder, and every folder below it, on the disk.
+
+    Raises:
+        DiskFull: No space was left.
+        StateError: Something cannot be read.
+    """
+    try:
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                _sync_file(Path(parent, name))
+            _sync_folder(Path(parent))
+    except OSError as error:
+        _raise_translated(error, Path(folder))
+
+
+@contextlib.contextmanager
+def translated(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise DiskFull or StateError about ``path`` where the operating system refuses something."""
+    try:
+        yield
     except OSError as error:
         _raise_translated(error, Path(path))
 
@@ -208,6 +265,14 @@ def _new_file(path: Path, mode: int) -> Iterator[BinaryIO]:
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

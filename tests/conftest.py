@@ -164,3 +164,103 @@ def small_files() -> Callable[[int], contextlib.AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
+
+
+@pytest.fixture(scope="session")
+def make_variant() -> Callable[..., Path]:
+    """``make_variant(folder, seed=…, round=…)``: a variant's three files, with a small real ONNX model in it.
+
+    ``damage`` says what is wrong with it: ``"parity"`` computes something else than it says, ``"model"`` is
+    no ONNX at all. ``like`` keeps most weights of another seed, as the next round of a run does.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+    from safetensors.numpy import save
+
+    from lepton_fl.compression.card import CARD, MODEL, PARITY, Card
+    from lepton_fl.files import sha256_hex
+
+    def weights(seed: int, like: int | None, width: int) -> "np.ndarray":
+        own = np.random.default_rng(seed).normal(0, 0.3, (width, 10)).astype(np.float32)
+        if like is None:
+            return own
+        other = np.random.default_rng(like).normal(0, 0.3, (width, 10)).astype(np.float32)
+        return np.where(np.abs(own) > 0.6, own, other)
+
+    def make(
+        folder: Path,
+        *,
+        seed: int = 1,
+        round: int = 1,
+        run: str = "r1",
+        name: str = "int8",
+        task: str = "lepton_fl.tasks.images:digits",
+        width: int = 64,
+        like: int | None = None,
+        damage: str = "",
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        matrix = weights(seed, like, width)
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["input", "w"], ["output"])],
+            "digits",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", width])],
+            [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["n", 10])],
+            [numpy_helper.from_array(matrix, "w")],
+        )
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        model = made.SerializeToString() if damage != "model" else b"no graph " * 100
+        rows = np.random.default_rng(0).random((4, width), np.float32)
+        output = rows @ matrix + (1.0 if damage == "parity" else 0.0)
+        parity = save({"input": rows, "output": output.astype(np.float32)})
+        lineage = {
+            "run": run,
+            "round": round,
+            "global_sha256": sha256_hex(matrix.tobytes()),
+            "candidate_sha256": "2" * 64,
+            "recipe_sha256": "3" * 64,
+        }
+        measured = {
+            "wire_bytes": len(model),
+            "parameters": matrix.size,
+            "nonzero": matrix.size,
+            "macs": matrix.size,
+            "energy_uj": 1.0,
+            "energy_model": "none",
+            "rows": 4,
+            "metrics": {"accuracy": 0.9},
+            "deviation": 0.0,
+            "p50_ms": 0.1,
+            "p95_ms": 0.1,
+            "peak_memory": 0,
+            "build_seconds": 0.0,
+            "processor": "test",
+        }
+        card = Card.model_validate(
+            {
+                "name": name,
+                "task": task,
+                "task_version": "1",
+                "opset": 17,
+                "model_sha256": sha256_hex(model),
+                "model_bytes": len(model),
+                "input": {"name": "input", "dtype": "float32", "shape": (None, width)},
+                "output": {"name": "output", "dtype": "float32", "shape": (None, 10)},
+                "steps": ("test",),
+                "predicted_bytes": 1.0,
+                "lineage": lineage,
+                "measured": measured,
+                "parity": {
+                    "sha256": sha256_hex(parity),
+                    "rows": 4,
+                    "tolerance": 1e-3,
+                    "torch_error": 0.0,
+                },
+            }
+        )
+        (folder / MODEL).write_bytes(model)
+        (folder / PARITY).write_bytes(parity)
+        (folder / CARD).write_bytes(card.to_bytes())
+        return folder
+
+    return make

@@ -1,4 +1,4 @@
-"""``lepton server``, ``run``, ``devices`` and ``token``: what an operator types.
+"""``lepton server``, ``run``, ``devices``, ``token``, ``keys``, ``release``: what an operator types.
 
 All but ``server`` work on the coordinator's database, found through the same configuration: they need no port
 and no login, and they work while the coordinator is down. Importing this module imports none of its weight.
@@ -10,7 +10,6 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,9 +18,10 @@ import typer
 
 from lepton_fl.cli.output import Format, FormatOption, print_data, say
 from lepton_fl.errors import ConfigError, NotFound, RunError
+from lepton_server.cli_releases import keys_app, release_app
+from lepton_server.commands import ConfigOption, StateOption, find_device, load, opened
 
 if TYPE_CHECKING:
-    from lepton_server.config import ServerConfig
     from lepton_server.store import Run, Store
 
 app = typer.Typer()
@@ -31,11 +31,9 @@ token_app = typer.Typer(help="One-time tokens that let devices join.", no_args_i
 app.add_typer(run_app, name="run")
 app.add_typer(devices_app, name="devices")
 app.add_typer(token_app, name="token")
+app.add_typer(keys_app, name="keys")
+app.add_typer(release_app, name="release")
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="The coordinator's TOML file; see server/server.toml.")
-]
-StateOption = Annotated[Path | None, typer.Option("--state-dir", help="Folder of keys, database and models.")]
 RunArgument = Annotated[str, typer.Argument(help="Run id, a unique beginning of it, or 'last'.")]
 
 POLL_S = 0.5  # between two looks of `run watch`
@@ -55,7 +53,7 @@ def server(
     ] = None,
 ) -> None:
     """Run the coordinator until it is stopped. The first start makes its certificate authority."""
-    settings = _load(
+    settings = load(
         config, {"server.state_dir": state_dir, "listen.host": host, "listen.public_names": public_name}
     )
     from lepton_fl.logs import configure
@@ -92,13 +90,13 @@ def token_create(
     from lepton_server.authority import Authority
     from lepton_server.device_service import endpoints_of, hosts_of
 
-    settings = _load(config, {"server.state_dir": state_dir})
+    settings = load(config, {"server.state_dir": state_dir})
     listen = settings.listen
     if not listen.enrolment_port:
         raise ConfigError(
             "listen.enrolment_port is 0, so a token cannot say where to join.", hint="Set a fixed port."
         )
-    with _store(settings, make=True) as store:
+    with opened(settings, make=True) as store:
         authority = Authority.open(settings.server.state_dir / "keys", hosts_of(listen))
         addr = endpoints_of(listen, listen.enrolment_port, listen.device_port, listen.fleet_port).enrolment
         secret = crypto.new_secret()
@@ -128,7 +126,7 @@ def devices_list(
     config: ConfigOption = None, state_dir: StateOption = None, format: FormatOption = Format.TEXT
 ) -> None:
     """All enrolled devices, with what they last said."""
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
         rows = [_device_row(device) for device in store.devices()]
     columns = ["id", "name", "state", "groups", "last_seen", "status", "tasks"]
     print_data(rows, format=format, title="Devices", columns=columns)
@@ -142,8 +140,8 @@ def devices_show(
     format: FormatOption = Format.TEXT,
 ) -> None:
     """One device: identity, twin, certificate."""
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
-        found = _find_device(store, device)
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
+        found = find_device(store, device)
     row = _device_row(found) | {
         "certificate_ends": _when(found.cert_not_after),
         "enrolled": _when(found.enrolled_at),
@@ -163,8 +161,8 @@ def devices_revoke(
     format: FormatOption = Format.TEXT,
 ) -> None:
     """Shut a device out for good; a running coordinator does so within a second."""
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
-        found = _find_device(store, device)
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
+        found = find_device(store, device)
         store.record("device.revoked", found.id, {"device_id": found.id, "reason": reason})
     print_data({"id": found.id, "name": found.name, "state": "revoked"}, format=format)
 
@@ -203,7 +201,7 @@ def run_start(
     wanted = wanted.model_copy(update={"task": resolve(wanted.task), "local": local})
     run_id = f"r-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     shown = wanted.name or wanted.task.rpartition(":")[2]
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
         store.record("run.queued", run_id, {"run_id": run_id, "name": shown, "spec": wanted.to_json()})
     print_data({"id": run_id, "name": shown, "task": wanted.task, "state": "queued"}, format=format)
 
@@ -213,7 +211,7 @@ def run_list(
     config: ConfigOption = None, state_dir: StateOption = None, format: FormatOption = Format.TEXT
 ) -> None:
     """All runs, the newest last."""
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
         rows = [_run_row(run) for run in store.runs()]
     columns = ["id", "name", "state", "round", "rounds", "best", "queued", "waiting"]
     print_data(rows, format=format, title="Runs", columns=columns)
@@ -227,7 +225,7 @@ def run_show(
     format: FormatOption = Format.TEXT,
 ) -> None:
     """One run: state, what the coordinator sees of its devices, every round, each device in the last one."""
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
         found = _find_run(store, run)
         rounds = [_round_row(r) for r in store.rounds(found.id)]
         newest = max((int(r["round"]) for r in rounds), default=0)
@@ -266,7 +264,7 @@ def run_stop(
     format: FormatOption = Format.TEXT,
 ) -> None:
     """Stop a run: the round in hand gets ten seconds for the answers on their way. Its models stay."""
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
         found = _find_run(store, run)
         store.record("run.stopping", found.id, {"run_id": found.id, "reason": reason})
     print_data({"id": found.id, "state": "stopping"}, format=format)
@@ -282,7 +280,7 @@ def run_watch(
 ) -> None:
     """Print each round as it is committed, until the run ends; exits 8 unless it completed."""
     ends = time.monotonic() + timeout if timeout else float("inf")
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
         run_id = _find_run(store, run).id
         for line in _follow(store, run_id, ends):
             typer.echo(json.dumps(line) if format == Format.JSON else _sentence(line))
@@ -306,8 +304,8 @@ def run_export(
     from lepton_fl.files import BlobStore
     from lepton_server.requests import export_model
 
-    settings = _load(config, {"server.state_dir": state_dir})
-    with _store(settings) as store:
+    settings = load(config, {"server.state_dir": state_dir})
+    with opened(settings) as store:
         found = _find_run(store, run)
     sha256 = found.best_sha256 if best else found.model_sha256
     if sha256 is None:
@@ -327,7 +325,7 @@ def run_journal(
     from lepton_fl.files import write_atomic
     from lepton_server.requests import journal_lines
 
-    with _store(_load(config, {"server.state_dir": state_dir})) as store:
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
         lines = journal_lines(store, _find_run(store, run))
         if output is not None:
             write_atomic(output, b"".join(lines))
@@ -337,31 +335,6 @@ def run_journal(
 
 
 # --- helpers ----------------------------------------------------------------------------------------
-
-
-def _load(path: Path | None, given: dict[str, Any]) -> "ServerConfig":
-    from lepton_fl.config import load
-    from lepton_server.config import ServerConfig
-
-    return load(ServerConfig, path, overrides={k: v for k, v in given.items() if v is not None}).value
-
-
-@contextmanager
-def _store(settings: "ServerConfig", *, make: bool = False) -> "Iterator[Store]":
-    """The coordinator's state; only a first start and a first token make one, a typing error does not."""
-    from lepton_fl.files import make_private_folder
-    from lepton_server.store import open_store
-
-    folder = settings.server.state_dir
-    if make:
-        make_private_folder(folder)
-    elif settings.database_file is not None and not settings.database_file.exists():
-        raise NotFound(
-            f"There is no coordinator's state in {folder.absolute()}.",
-            hint="Name its folder with --state-dir or --config, or start `lepton server` there first.",
-        )
-    with open_store(settings.store_url) as store:
-        yield store
 
 
 def _when(seconds: float | None) -> datetime | None:
@@ -438,18 +411,6 @@ def _find_run(store: "Store", wanted: str) -> "Run":
     if not found:
         raise NotFound(f"There is no run {wanted!r}.", hint="`lepton run list` shows them.")
     raise NotFound(f"{len(found)} runs begin with {wanted!r}.", hint="Give more of the id.")
-
-
-def _find_device(store: "Store", wanted: str) -> Any:  # noqa: ANN401 - store.Device, imported late
-    from lepton_fl.crypto import is_device_id
-
-    if is_device_id(wanted):
-        return store.device(wanted)
-    found = [d for d in store.devices() if d.name == wanted]
-    if len(found) == 1:
-        return found[0]
-    problem = f"{len(found)} devices are named" if found else "There is no device"
-    raise NotFound(f"{problem} {wanted!r}.", hint="`lepton devices list` shows their ids.")
 
 
 _SHOWN = (

@@ -203,6 +203,32 @@ class RoundsSection(_Section):
     )
 
 
+class DeliverySection(_Section):
+    """[delivery]: the releases that devices download."""
+
+    folder: Path | None = Field(
+        default=None,
+        description="Folder of signed releases and their chunks. Empty = releases in state_dir.",
+    )
+    max_downloads: int = Field(
+        default=32, ge=1, le=10_000, description="Downloads served at once; others stand in line."
+    )
+    cache_bytes: int = Field(
+        default=64 * 2**20, ge=0, le=2**40, description="Memory for chunks that many devices fetch, bytes."
+    )
+    timestamp_days: float = Field(
+        default=1.0,
+        ge=1 / 1440,
+        le=30,
+        allow_inf_nan=False,
+        description="So long a device believes the coordinator's word on what is newest, days; it is signed "
+        "anew at half of that.",
+    )
+    snapshot_days: float = Field(
+        default=7.0, ge=1 / 1440, le=90, allow_inf_nan=False, description="Life of the snapshot, days."
+    )
+
+
 class LogSection(_Section):
     """[log]: what is written to standard error."""
 
@@ -224,6 +250,7 @@ class ServerConfig(_Section):
     check_in: CheckInSection = CheckInSection()
     limits: LimitsSection = LimitsSection()
     rounds: RoundsSection = RoundsSection()
+    delivery: DeliverySection = DeliverySection()
     log: LogSection = LogSection()
 
     @property
@@ -240,3 +267,8 @@ class ServerConfig(_Section):
     def blob_dir(self) -> Path:
         """The folder of blobs, with the default filled in."""
         return self.store.blobs or self.server.state_dir / "blobs"
+
+    @property
+    def release_dir(self) -> Path:
+        """The folder of releases, with the default filled in."""
+        return self.delivery.folder or self.server.state_dir / "releases"

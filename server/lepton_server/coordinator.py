@@ -29,6 +29,7 @@ from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.ops import Meters, ops_app
+from lepton_server.releases import ListKeeper, online_keys, shelf_of
 from lepton_server.runs import RunDriver
 from lepton_server.store import Store, open_store
 from lepton_server.tls import ServerTls
@@ -123,6 +124,9 @@ class Coordinator:
         service = self._service = DeviceService(config, store, authority, fleet, fleet_port=fleet_port)
         service.start()
         stack.callback(service.stop)
+        keeper = ListKeeper(shelf_of(config), online_keys(config))
+        keeper.start()
+        stack.callback(keeper.close)
         self._driver = RunDriver(config.rounds, store, blobs, fleet, link, self.meters)
         fleet.on_revoked(self._driver.expel)
         self._serve_ops(stack)
@@ -199,6 +203,9 @@ class Coordinator:
         for name in ("registered", "online", "busy"):
             self.meters.devices.labels(name).set(getattr(counts, name))
         self.meters.streams.set(counts.waiting)
+        self.meters.serving.clear()
+        for release, devices in self._fleet.releases().items():
+            self.meters.serving.labels(release[:12]).set(devices)
         self.meters.runs.labels("active").set(self._driver.active())
 
     def _refused(self, refused: Refused) -> None:

@@ -2,7 +2,7 @@
 
 Two ports of one process. The *enrolment port* has server TLS and answers ``Enroll`` and ``Renew``: whoever
 calls proves itself with a token or with its key. The *device port* demands a certificate of our authority and
-answers ``CheckIn`` and ``Wait``.
+answers ``CheckIn``, ``Wait``, ``FetchMetadata`` and ``FetchChunks``.
 
 Rules:
 
@@ -43,13 +43,15 @@ from cryptography import x509
 from google.protobuf.message import DecodeError, Message
 
 from lepton_fl import crypto
-from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError, TrustError
+from lepton_fl.errors import ConfigError, ConnectionFailed, Fault, LeptonError, TrustError
 from lepton_fl.plan import PROTOCOL_VERSION
 from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.authority import Authority, DeviceCertificate
 from lepton_server.config import ListenSection, ServerConfig
-from lepton_server.fleet import BUSY, IDLE, NOT_ELIGIBLE, Fleet, Report, TaskState
+from lepton_server.downloads import Downloads
+from lepton_server.fleet import BUSY, IDLE, NOT_ELIGIBLE, Failed, Fleet, Report, Serving, TaskState
+from lepton_server.releases import shelf_of
 from lepton_server.store import Device, Store, Token
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,11 @@ REPLAY_S = 600.0  # a device whose answer was lost may show its spent token agai
 REFRESH_S = 3600.0  # how often the server's own certificate is looked at
 RENEW_GAP_S = 60.0  # a device gets at most one certificate in this time
 ENROLMENTS_AT_ONCE = 64  # more are put off
+MAX_FAILED = 9  # failed releases in one check-in
+MAX_DOWNLOAD_CALLS = 4_000  # served or in line
 _SERVICE = "lepton.v1.DeviceService"
+_CALLS = ("Enroll", "Renew", "CheckIn", "Wait", "FetchMetadata", "FetchChunks")
+_STREAMS = ("Wait", "FetchChunks")
 _STATUS = {pb.STATUS_IDLE: IDLE, pb.STATUS_BUSY: BUSY, pb.STATUS_NOT_ELIGIBLE: NOT_ELIGIBLE}
 _PASSING: tuple[Literal["protocol", "status", "reason", "device_time", "desired_digest"], ...] = (
     "protocol",
@@ -136,6 +142,7 @@ class DeviceService:
         self._thread: threading.Thread | None = None
         self._servers: list[grpc.aio.Server] = []
         self._keeper: asyncio.Future[None] | None = None
+        self._downloads: Downloads | None = None
         self._endpoints: Endpoints | None = None
 
     # -- life ---------------------------------------------------------------------------------------
@@ -190,8 +197,15 @@ class DeviceService:
     async def _open(self) -> None:
         listen, limits = self._config.listen, self._config.limits
         enrolment = self._server({"Enroll": self._enroll, "Renew": self._renew}, ENROLMENTS_AT_ONCE)
-        room = limits.max_concurrent + self._config.check_in.max_waiting
-        device = self._server({"CheckIn": self._check_in, "Wait": self._wait}, room)
+        room = limits.max_concurrent + self._config.check_in.max_waiting + MAX_DOWNLOAD_CALLS
+        self._downloads = Downloads(shelf_of(self._config), self._config.delivery)
+        calls: dict[str, Work] = {
+            "CheckIn": self._check_in,
+            "Wait": self._wait,
+            "FetchMetadata": self._fetch_metadata,
+            "FetchChunks": self._fetch_chunks,
+        }
+        device = self._server(calls, room)
         self._servers = [enrolment, device]
         ports = [
             _bind(
@@ -213,6 +227,8 @@ class DeviceService:
         for server in self._servers:
             await server.stop(grace_s)
         self._servers.clear()
+        if self._downloads is not None:
+            self._downloads.close()
 
     def _credentials(self, *, demand: bool) -> grpc.ServerCredentials:
         own = _OwnCertificate(self._authority, demand)
@@ -235,12 +251,12 @@ class DeviceService:
     def _server(self, here: dict[str, Work], at_once: int) -> grpc.aio.Server:
         server = grpc.aio.server(options=_options(self._config), maximum_concurrent_rpcs=at_once)
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        for name in ("Enroll", "Renew", "CheckIn", "Wait"):
+        for name in _CALLS:
             work = here.get(name, self._elsewhere)
             # No deserializer: bytes that do not decode are answered by us, in our words.
             make: Any = (
                 grpc.unary_stream_rpc_method_handler
-                if name == "Wait"
+                if name in _STREAMS
                 else grpc.unary_unary_rpc_method_handler
             )
             handlers[name] = make(_guarded(name, work), response_serializer=_serialize)
@@ -250,7 +266,7 @@ class DeviceService:
     async def _elsewhere(self, _data: bytes, _context: Context) -> Message | None:
         error = ConfigError(
             "This call is not served at this port.",
-            hint="Enroll and Renew go to the enrolment port, CheckIn and Wait to the device port.",
+            hint="Enroll and Renew go to the enrolment port, all other calls to the device port.",
         )
         raise _Refusal(grpc.StatusCode.UNIMPLEMENTED, error)
 
@@ -438,6 +454,24 @@ class DeviceService:
                 ),
             )
         await self._serve_stream(device_id, stream, context)
+
+    async def _fetch_metadata(self, data: bytes, context: Context) -> pb.FetchMetadataResponse:
+        self._fleet.require(self._identify(context).device_id)
+        request = _parse(pb.FetchMetadataRequest(), data)
+        _check_protocol(request.protocol)
+        assert self._downloads is not None, "the service is open"
+        return pb.FetchMetadataResponse(data=await self._downloads.metadata(request.name))
+
+    async def _fetch_chunks(self, data: bytes, context: Context) -> None:
+        device_id = self._identify(context).device_id
+        self._fleet.require(device_id)
+        request = _parse(pb.FetchChunksRequest(), data)
+        _check_protocol(request.protocol)
+        assert self._downloads is not None, "the service is open"
+        sent = self._downloads.chunks(device_id, request.sha256, lambda: self._fleet.require(device_id))
+        async with contextlib.aclosing(sent) as chunks:  # its turn ends here, however the call ends
+            async for chunk in chunks:
+                await context.write(pb.Chunk(data=chunk))
 
     async def _serve_stream(self, device_id: str, stream: "_Waiting", context: Context) -> None:
         end = stream.loop.time() + self._config.check_in.stream_s
@@ -764,17 +798,41 @@ def _checked_report(request: pb.CheckInRequest) -> Report:
         ("accelerator", _words("accelerator", can.accelerator, 50)),
         ("os", _words("os", can.os, 100)),
     )
-    return Report(tasks, _label("client_version", request.client_version, 0, 50), capabilities)
+    version = _label("client_version", request.client_version, 0, 50)
+    serving = _serving(request.serving) if request.HasField("serving") else None
+    return Report(tasks, version, capabilities, serving)
+
+
+def _serving(said: pb.Serving) -> Serving:
+    if len(said.failed) > MAX_FAILED:
+        raise ConfigError(f"Expected at most {MAX_FAILED} failed releases, got {len(said.failed)}.")
+    return Serving(
+        _label("a served task", said.task, 0, 200),
+        _label("profile", said.profile, 0, 50),
+        _digest("release", said.release, empty=True),
+        tuple(_failed(failed) for failed in said.failed),
+    )
+
+
+def _failed(said: pb.FailedRelease) -> Failed:
+    if said.fault not in list(Fault):
+        known = ", ".join(Fault)
+        raise ConfigError(f"Expected one of {known} as a fault, got {_printable(said.fault, 40)!r}.")
+    release = _digest("a failed release", said.release)
+    return Failed(release, said.fault, _words("detail", said.detail, 500), said.final)
+
+
+def _digest(field: str, text: str, *, empty: bool = False) -> str:
+    if not (empty and not text) and (len(text) != 64 or not set(text) <= set("0123456789abcdef")):
+        raise ConfigError(f"Expected {field} of 64 hexadecimal digits, got {_printable(text, 70)!r}.")
+    return text
 
 
 def _task_state(task: pb.TaskReport) -> TaskState:
-    digest = task.layout_digest
-    if digest and (len(digest) != 64 or not set(digest) <= set("0123456789abcdef")):
-        raise ConfigError(f"Expected layout_digest of 64 hexadecimal digits, got {_printable(digest, 70)!r}.")
     return TaskState(
         _label("a task's name", task.name, 1, 200),
         _label("a task's version", task.version, 0, 50),  # empty: not known yet
-        digest,
+        _digest("layout_digest", task.layout_digest, empty=True),
         task.ready,
         _words("a task's reason", task.reason, 500),
     )

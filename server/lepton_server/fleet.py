@@ -22,6 +22,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -59,16 +60,50 @@ class TaskState:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """A release that a device does not take."""
+
+    release: str
+    fault: str  # one of errors.Fault
+    detail: str
+    final: bool  # given up; else it is tried again
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a device makes of releases."""
+
+    task: str  # empty: it takes none
+    profile: str
+    release: str  # SHA-256 of the manifest in service; empty = none
+    failed: tuple[Failed, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "task": self.task,
+            "profile": self.profile,
+            "release": self.release,
+            "failed": [
+                {"release": f.release, "fault": f.fault, "detail": f.detail, "final": f.final}
+                for f in self.failed
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a device says of itself and what seldom changes; equal reports share one object."""
 
     tasks: tuple[TaskState, ...]
     client_version: str
     capabilities: tuple[tuple[str, int | str], ...]
+    serving: Serving | None = None  # older clients do not say
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, as journalled."""
-        return {
+        told = {} if self.serving is None else {"serving": self.serving.to_json()}
+        return told | {
             "tasks": [
                 {
                     "name": t.name,
@@ -617,6 +652,13 @@ class Fleet:
         """Whether a device holds its stream open now."""
         device = self._devices.get(device_id)
         return device is not None and device.stream is not None
+
+    def releases(self) -> dict[str, int]:
+        """How many enrolled devices serve each release, by SHA-256 of its manifest."""
+        with self._lock:
+            devices = list(self._devices.values())
+        served = (d.report.serving.release for d in devices if d.report.serving and not d.revoked)
+        return dict(Counter(name for name in served if name))
 
     def counts(self) -> FleetCounts:
         """Count the fleet."""

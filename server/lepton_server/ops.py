@@ -54,6 +54,9 @@ class Meters:
         self.bytes = Counter(
             "lepton_model_bytes", "Model bytes by direction", ["run", "direction"], registry=self.registry
         )
+        self.serving = Gauge(
+            "lepton_serving", "Devices by the release they serve", ["release"], registry=self.registry
+        )
         self.waiting = Gauge(
             "lepton_run_waiting", "1 while a run waits for a quorum", ["run"], registry=self.registry
         )

@@ -68,7 +68,9 @@ def failing(error: BaseException) -> typer.Typer:
 ALL_ERRORS = [
     kind
     for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, errors.LeptonError) and kind is not errors.UpdateRejected
+    if isinstance(kind, type)
+    and issubclass(kind, errors.LeptonError)
+    and kind not in (errors.UpdateRejected, errors.ReleaseRefused)
 ]
 
 
@@ -117,7 +119,7 @@ def test_every_error_code_is_documented():
     text = (Path(__file__).parents[2] / "docs/errors.md").read_text()
     for kind in ALL_ERRORS:
         assert f"`{kind.code}`" in text
-    for reason in errors.Rejection:
+    for reason in (*errors.Rejection, *errors.Fault):
         assert f"`{reason}`" in text
 
 

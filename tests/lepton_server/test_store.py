@@ -121,6 +121,9 @@ def a_whole_life(store):
         "device.reported", "d1", {"device_id": "d1", "reported": {"rows": 5, "load": 0.25, "ü": None}}
     )
     store.record("device.desired", "d1", {"device_id": "d1", "desired": {"paused": True}})
+    signed = {"release": "4" * 64, "task": "digits", "variant": "int8", "sequence": 1}
+    store.record("release.published", signed)
+    store.record("release.withdrawn", {"release": "4" * 64})
     store.record("device.revoked", "d3", {"device_id": "d3", "reason": "lost"})
     task = {"name": "digits", "reference": "lepton_fl.tasks:digits", "version": "1", "num_parameters": 10}
     store.record("task.registered", "digits", task | {"layout_digest": SHA["f"]})

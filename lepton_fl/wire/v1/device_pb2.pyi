@@ -85,7 +85,7 @@ class TaskReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., layout_digest: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest")
+    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class CheckInRequest(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TIME_FIELD_NUMBER: _ClassVar[int]
     DESIRED_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     status: Status
     reason: str
@@ -102,7 +103,32 @@ class CheckInRequest(_message.Message):
     capabilities: Capabilities
     device_time: float
     desired_digest: str
-    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ...) -> None: ...
+    serving: Serving
+    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ...) -> None: ...
+
+class Serving(_message.Message):
+    __slots__ = ("task", "profile", "release", "failed")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    profile: str
+    release: str
+    failed: _containers.RepeatedCompositeFieldContainer[FailedRelease]
+    def __init__(self, task: _Optional[str] = ..., profile: _Optional[str] = ..., release: _Optional[str] = ..., failed: _Optional[_Iterable[_Union[FailedRelease, _Mapping]]] = ...) -> None: ...
+
+class FailedRelease(_message.Message):
+    __slots__ = ("release", "fault", "detail", "final")
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
+    release: str
+    fault: str
+    detail: str
+    final: bool
+    def __init__(self, release: _Optional[str] = ..., fault: _Optional[str] = ..., detail: _Optional[str] = ..., final: _Optional[bool] = ...) -> None: ...
 
 class Capabilities(_message.Message):
     __slots__ = ("cpus", "memory_bytes", "accelerator", "os")
@@ -209,3 +235,31 @@ class Leave(_message.Message):
 class Ping(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class FetchMetadataRequest(_message.Message):
+    __slots__ = ("protocol", "name")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    name: str
+    def __init__(self, protocol: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+
+class FetchMetadataResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class FetchChunksRequest(_message.Message):
+    __slots__ = ("protocol", "sha256")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    sha256: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, protocol: _Optional[int] = ..., sha256: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...

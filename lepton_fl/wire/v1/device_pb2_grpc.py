@@ -54,6 +54,16 @@ class DeviceServiceStub:
                 request_serializer=lepton_dot_v1_dot_device__pb2.WaitRequest.SerializeToString,
                 response_deserializer=lepton_dot_v1_dot_device__pb2.Instruction.FromString,
                 _registered_method=True)
+        self.FetchMetadata = channel.unary_unary(
+                '/lepton.v1.DeviceService/FetchMetadata',
+                request_serializer=lepton_dot_v1_dot_device__pb2.FetchMetadataRequest.SerializeToString,
+                response_deserializer=lepton_dot_v1_dot_device__pb2.FetchMetadataResponse.FromString,
+                _registered_method=True)
+        self.FetchChunks = channel.unary_stream(
+                '/lepton.v1.DeviceService/FetchChunks',
+                request_serializer=lepton_dot_v1_dot_device__pb2.FetchChunksRequest.SerializeToString,
+                response_deserializer=lepton_dot_v1_dot_device__pb2.Chunk.FromString,
+                _registered_method=True)
 
 
 class DeviceServiceServicer:
@@ -87,6 +97,20 @@ class DeviceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchMetadata(self, request, context):
+        """A file of the signed metadata of releases. NOT_FOUND is an answer: there is no newer one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchChunks(self, request, context):
+        """Chunks of releases by their hash, in the order asked for. One such call per device at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeviceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +133,16 @@ def add_DeviceServiceServicer_to_server(servicer, server):
                     servicer.Wait,
                     request_deserializer=lepton_dot_v1_dot_device__pb2.WaitRequest.FromString,
                     response_serializer=lepton_dot_v1_dot_device__pb2.Instruction.SerializeToString,
+            ),
+            'FetchMetadata': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchMetadata,
+                    request_deserializer=lepton_dot_v1_dot_device__pb2.FetchMetadataRequest.FromString,
+                    response_serializer=lepton_dot_v1_dot_device__pb2.FetchMetadataResponse.SerializeToString,
+            ),
+            'FetchChunks': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchChunks,
+                    request_deserializer=lepton_dot_v1_dot_device__pb2.FetchChunksRequest.FromString,
+                    response_serializer=lepton_dot_v1_dot_device__pb2.Chunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +253,60 @@ class DeviceService:
             '/lepton.v1.DeviceService/Wait',
             lepton_dot_v1_dot_device__pb2.WaitRequest.SerializeToString,
             lepton_dot_v1_dot_device__pb2.Instruction.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchMetadata(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lepton.v1.DeviceService/FetchMetadata',
+            lepton_dot_v1_dot_device__pb2.FetchMetadataRequest.SerializeToString,
+            lepton_dot_v1_dot_device__pb2.FetchMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lepton.v1.DeviceService/FetchChunks',
+            lepton_dot_v1_dot_device__pb2.FetchChunksRequest.SerializeToString,
+            lepton_dot_v1_dot_device__pb2.Chunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -303,6 +303,26 @@ class RunBest(_AboutRun):
     value: Annotated[float, Field(allow_inf_nan=False)]
 
 
+class ReleasePublished(Body):
+    """A variant was signed as a release."""
+
+    subject_field: ClassVar[str] = "release"
+    release: Sha256  # of its manifest
+    task: Label
+    variant: Label
+    sequence: Positive
+    run: Text = ""
+    round: RoundNumber | None = None
+
+
+class ReleaseWithdrawn(Body):
+    """A release was taken off the list."""
+
+    subject_field: ClassVar[str] = "release"
+    release: Sha256
+    reason: Text = ""
+
+
 class ServerStarted(Body):
     """A coordinator process began to serve."""
 
@@ -337,6 +357,8 @@ KINDS: Mapping[str, type[Body]] = {
     "round.evaluated": RoundEvaluated,
     "run.waiting": RunWaiting,
     "model.created": ModelCreated,
+    "release.published": ReleasePublished,
+    "release.withdrawn": ReleaseWithdrawn,
     "server.started": ServerStarted,
     "server.stopped": ServerStopped,
 }

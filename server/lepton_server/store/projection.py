@@ -476,6 +476,8 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.RunWaiting: _run_waiting,
     ev.RoundEvaluated: _round_evaluated,
     ev.ModelCreated: _model_created,
+    ev.ReleasePublished: _nothing,
+    ev.ReleaseWithdrawn: _nothing,
     ev.ServerStarted: _nothing,
     ev.ServerStopped: _nothing,
 }

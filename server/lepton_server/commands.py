@@ -1,0 +1,58 @@
+"""What the operator's commands share: options, configuration, the store, and names of devices."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lepton_fl.errors import NotFound
+
+if TYPE_CHECKING:
+    from lepton_server.config import ServerConfig
+    from lepton_server.store import Device, Store
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The coordinator's TOML file; see server/server.toml.")
+]
+StateOption = Annotated[Path | None, typer.Option("--state-dir", help="Folder of keys, database and models.")]
+
+
+def load(path: Path | None, given: dict[str, Any]) -> "ServerConfig":
+    """The checked configuration; ``given`` are overrides by dotted key, None = not given."""
+    from lepton_fl.config import load as read
+    from lepton_server.config import ServerConfig
+
+    return read(ServerConfig, path, overrides=given).value
+
+
+@contextmanager
+def opened(settings: "ServerConfig", *, make: bool = False) -> Iterator["Store"]:
+    """The coordinator's state; only a first start and a first token make one, a typing error does not."""
+    from lepton_fl.files import make_private_folder
+    from lepton_server.store import open_store
+
+    folder = settings.server.state_dir
+    if make:
+        make_private_folder(folder)
+    elif settings.database_file is not None and not settings.database_file.exists():
+        raise NotFound(
+            f"There is no coordinator's state in {folder.absolute()}.",
+            hint="Name its folder with --state-dir or --config, or start `lepton server` there first.",
+        )
+    with open_store(settings.store_url) as store:
+        yield store
+
+
+def find_device(store: "Store", wanted: str) -> "Device":
+    """The device of that id or name; raises NotFound."""
+    from lepton_fl.crypto import is_device_id
+
+    if is_device_id(wanted):
+        return store.device(wanted)
+    found = [d for d in store.devices() if d.name == wanted]
+    if len(found) == 1:
+        return found[0]
+    problem = f"{len(found)} devices are named" if found else "There is no device"
+    raise NotFound(f"{problem} {wanted!r}.", hint="`lepton devices list` shows their ids.")
