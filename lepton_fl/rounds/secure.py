@@ -645,14 +645,16 @@ class IdealRounds:
         self,
         random_of: Callable[[RoundPlan, str], Random],
         stream_of: Callable[[RoundPlan, str], Keystream | None] = lambda plan, device: None,
+        leaves: Callable[[RoundPlan], Mapping[str, Stage]] = lambda plan: {},
     ) -> None:
         """Prepare.
 
         Args:
             random_of: the randomness that a device rounds with, for 16 bits.
             stream_of: of the noise that a device adds; None = fresh.
+            leaves: who falls silent at which stage of the protocol.
         """
-        self._random_of, self._stream_of = random_of, stream_of
+        self._random_of, self._stream_of, self._leaves = random_of, stream_of, leaves
 
     def collect(
         self,
@@ -663,14 +665,15 @@ class IdealRounds:
         finish: Finish | None = None,
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         """See ``SecureRounds``."""
-        encoding = encoding_of(plan)
-        if isinstance(encoding, Exact):
+        encoding, groups, left = encoding_of(plan), groups_of(plan), self._leaves(plan)
+        if isinstance(encoding, Exact) and len(groups) == 1:
             return self._exact(plan, request, exchange, clock, finish)
-        total: Ring = np.zeros(encoding.length, ring_type(encoding.bits))
+        totals: list[Ring] = [np.zeros(encoding.length, ring_type(encoding.bits)) for _ in groups]
+        place = {device: i for i, group in enumerate(groups) for device in group}
 
         def take(answer: Answer) -> TrainReply:
-            reply = read_reply(answer, plan)
             device = answer.device_id
+            reply, total = read_reply(answer, plan), totals[place[device]]
             random, stream = self._random_of(plan, device), self._stream_of(plan, device)
             vector = encode_reply(plan, encoding, reply, random, stream)
             np.add(total, vector, out=total)
@@ -678,9 +681,12 @@ class IdealRounds:
 
         collected = collect_answers(plan, request, exchange, TRAINING, take, _refuse_sum, clock)
         _forget_counts(collected)
-        if not collected.enough:
+        good = [i for i, group in enumerate(groups) if _comes_through(plan, group, collected, left)]
+        _leave_out(collected, [group for i, group in enumerate(groups) if i not in good])
+        if not good or not collected.enough:
             return collected, None
-        mean, collected.sums = decode_total(plan, encoding, [total], collected.reports, finish)
+        chosen = [totals[i] for i in good]
+        mean, collected.sums = decode_total(plan, encoding, chosen, collected.reports, finish)
         return collected, mean
 
     def _exact(
@@ -699,6 +705,8 @@ class IdealRounds:
             accumulator.merge(part.subtotal)
 
         collected = collect_answers(plan, request, exchange, TRAINING, take, take_many, clock)
+        if not _comes_through(plan, plan.cohort, collected, self._leaves(plan)):
+            _leave_out(collected, [plan.cohort])
         _forget_counts(collected)
         if not collected.enough:
             return collected, None
@@ -715,6 +723,37 @@ class IdealRounds:
         for device, entry in collected.participation.items():
             if entry.outcome == ACCEPTED:
                 law.add_to(accumulator.subtotal().total, self._stream_of(plan, device) or Keystream())
+
+
+def _comes_through(
+    plan: RoundPlan, group: Sequence[str], collected: Collected, left: Mapping[str, Stage]
+) -> bool:
+    """Whether the protocol would bring the sum of these devices; as ``ServerSession`` counts them."""
+    rules = rules_of(_secure(plan), len(group))
+    roster = [device for device in group if left.get(device) is not Stage.ADVERTS]
+    n = len(roster)
+    sharing = [device for device in roster if left.get(device) is not Stage.SHARES]
+    uploaded = [d for d in sharing if collected.participation[d].outcome == ACCEPTED]
+    signing = [device for device in uploaded if left.get(device) is not Stage.CONSENTS]
+    revealing = [device for device in signing if left.get(device) is not Stage.REVEALS]
+    least = rules.least_survivors(n)
+    return (
+        n >= rules.min_cohort
+        and len(sharing) >= least
+        and len(uploaded) >= least
+        and len(signing) >= rules.quorum(n)
+        and len(revealing) >= rules.threshold(n)
+    )
+
+
+def _leave_out(collected: Collected, groups: Sequence[Sequence[str]]) -> None:
+    """These devices' sums have failed."""
+    lost = [collected.participation[device] for group in groups for device in group]
+    lost = [entry for entry in lost if entry.outcome == ACCEPTED]
+    collected.reports -= len(lost)
+    if collected.reports:  # else the attempt is given up as a whole, and what each device did stays
+        word = "The sum of its devices failed."
+        collected.participation |= {e.device_id: replace(e, outcome=SURPLUS, detail=word) for e in lost}
 
 
 def read_reply(answer: Answer, plan: RoundPlan) -> TrainReply:

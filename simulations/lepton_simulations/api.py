@@ -40,7 +40,7 @@ from lepton_simulations.labels import simulated
 from lepton_simulations.private import Guard, refuse_scenario
 from lepton_simulations.replaying import as_recorded, recorded_world
 from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
-from lepton_simulations.secure import one_by_one, secure_rounds
+from lepton_simulations.secure import one_by_one, refuse_secure, secure_rounds
 from lepton_simulations.settings import Strategy, explicit, refused, run_settings
 from lepton_simulations.threads import one_thread
 from lepton_simulations.world import DevicesConfig, FaultsConfig, World
@@ -238,7 +238,7 @@ def build_fleet(config: SimulationConfig, task: Task | None = None) -> VirtualFl
     folder = Path(config.data.folder) if config.data.folder else None
     data = federated_dataset(task, folder, config.data.partition, config.data.seed)
     refuse_scenario(_fitted(config, data), len(data.clients))
-    secure_rounds(config)  # refuses what it cannot show
+    refuse_secure(config)
     engine = config.engine
     if config.run.local.keeps_state and engine.backend != "local":
         raise ConfigError(
@@ -337,7 +337,11 @@ def _campaign(
             campaign: Campaign = BufferedCampaign(*seams, clock=clock, look_s=inf, dispatcher=dispatcher)
         else:
             campaign = Campaign(
-                *seams, clock=clock, look_s=inf, private=guard.start(state), secure=secure_rounds(config)
+                *seams,
+                clock=clock,
+                look_s=inf,
+                private=guard.start(state),
+                secure=secure_rounds(config, fleet.world),
             )
         try:
             return campaign.run(state, should_stop)

@@ -13,12 +13,12 @@ import hashlib
 import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import ConfigError, UpdateRejected
+from lepton_fl.errors import ConfigError, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.privacy.noise import Keystream, simulation_key
 from lepton_fl.rounds.collect import Clock, Collected, Finish
@@ -38,28 +38,44 @@ from lepton_fl.secagg.client import ClientSession, MemoryLedger, Policy
 from lepton_fl.secagg.context import LEAST_COHORT
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Pinned
+from lepton_fl.secagg.keys import SEALED_BYTES
+from lepton_fl.secagg.messages import Reveal, Roster, Shares
 from lepton_fl.secagg.rehearsal import Member, make_members
 from lepton_fl.secagg.server import Stage
 from lepton_fl.secagg.uploads import MemorySpool
 from lepton_fl.wire.messages import Request
 from lepton_simulations.config import SimulationConfig
+from lepton_simulations.world import World
 
 DEPLOYMENT = "simulation"
 
 
-def secure_rounds(config: SimulationConfig) -> SecureRounds | None:
-    """How a scenario's secure rounds are collected; None where nothing is to be hidden.
+def refuse_secure(config: SimulationConfig) -> None:
+    """Refuse what this simulation of secure rounds cannot show.
 
     Raises:
-        ConfigError: the scenario has attackers, whom the protocol would not stop and this simulation would.
+        ConfigError: the scenario has attackers, whom the protocol would not stop and this simulation would;
+            or devices that break the protocol, where only its result is computed.
     """
     if config.run.secure_aggregation == "off":
-        return None
-    if config.faults.malicious:
+        return
+    faults = config.faults
+    if faults.malicious:
         raise ConfigError(
             "faults.malicious does not go with run.secure_aggregation = 'required' in a simulation.",
             hint="A masked vector cannot be checked: show attacks with secure_aggregation = 'off'.",
         )
+    if config.engine.secure_aggregation == "ideal" and (faults.bad_shares or faults.wrong_shares):
+        raise ConfigError(
+            "faults.bad_shares and faults.wrong_shares need engine.secure_aggregation = 'full'.",
+            hint="The ideal functionality has no messages that could be wrong.",
+        )
+
+
+def secure_rounds(config: SimulationConfig, world: World) -> SecureRounds | None:
+    """How a scenario's secure rounds are collected; None where nothing is to be hidden."""
+    if config.run.secure_aggregation == "off":
+        return None
     seed = config.engine.seed
 
     def random_of(plan: RoundPlan, device: str) -> Random:
@@ -69,8 +85,12 @@ def secure_rounds(config: SimulationConfig) -> SecureRounds | None:
     def stream_of(plan: RoundPlan, device: str) -> Keystream:
         return Keystream(simulation_key("share", seed, plan.round, plan.attempt, device))
 
-    kind = IdealRounds if config.engine.secure_aggregation == "ideal" else FullRounds
-    return kind(random_of, stream_of)
+    def leaves(plan: RoundPlan) -> dict[str, Stage]:
+        return {device: Stage[stage.upper()] for device, stage in world.leaves(plan).items()}
+
+    if config.engine.secure_aggregation == "full":
+        return FullRounds(random_of, stream_of, world)
+    return IdealRounds(random_of, stream_of, leaves)
 
 
 def one_by_one(config: SimulationConfig) -> bool:
@@ -78,7 +98,8 @@ def one_by_one(config: SimulationConfig) -> bool:
     run = config.run
     if run.secure_aggregation == "off":
         return False
-    return config.engine.secure_aggregation == "full" or run.secure.bits == 16
+    several = len(run.secure.sums(run.most_asked)) > 1
+    return config.engine.secure_aggregation == "full" or run.secure.bits == 16 or several
 
 
 class FullRounds:
@@ -87,10 +108,17 @@ class FullRounds:
     def __init__(
         self,
         random_of: Callable[[RoundPlan, str], Random],
-        stream_of: Callable[[RoundPlan, str], Keystream | None] = lambda plan, device: None,
+        stream_of: Callable[[RoundPlan, str], Keystream | None],
+        world: World,
     ) -> None:
-        """Prepare; see ``IdealRounds``."""
-        self._random_of, self._stream_of = random_of, stream_of
+        """Prepare; see ``IdealRounds``.
+
+        Args:
+            random_of: the randomness that a device rounds with, for 16 bits.
+            stream_of: of the noise that a device adds; None = fresh.
+            world: says who falls silent, repeats itself or breaks the protocol.
+        """
+        self._random_of, self._stream_of, self._world = random_of, stream_of, world
 
     def collect(
         self,
@@ -102,7 +130,9 @@ class FullRounds:
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         """See ``SecureRounds``."""
         members, trust = make_members(plan.cohort, DEPLOYMENT, os.urandom)
-        devices = _Devices(plan, request, exchange, self._random_of, self._stream_of, members, trust)
+        devices = _Devices(
+            plan, request, exchange, self._random_of, self._stream_of, self._world, members, trust
+        )
         return collect_secure(
             plan,
             request,
@@ -126,6 +156,7 @@ class _Devices:
     exchange: Exchange
     random_of: Callable[[RoundPlan, str], Random]
     stream_of: Callable[[RoundPlan, str], Keystream | None]
+    world: World
     members: list[Member]
     trust: Pinned
     spool: MemorySpool = field(default_factory=MemorySpool)
@@ -143,38 +174,87 @@ class _Devices:
             )
             for m in self.members
         }
+        self._leaves = self.world.leaves(self.plan)
+        self._dealing, self._lying = self.world.cheats("bad_shares"), self.world.cheats("wrong_shares")
+        self._late: dict[tuple[Stage, str], Told] = {}
+        self._adverts = {m.device: m.prekey.advert for m in self.members}
+        self._signing = {m.device: m.signing for m in self.members}
+        self._sizes: dict[str, int] = {}  # of a device's roster
 
     def tell(self, device: str, refusal: UpdateRejected | None) -> None:
-        """Pass on what became of a vector; the added are needed no more, for nobody complains here."""
+        """Pass on what became of a vector; one that is added is kept only where complaints can come."""
         self.exchange.tell(self.plan, device, refusal)
-        self.spool.discard(device)
+        if not self._dealing:
+            self.spool.discard(device)
         self._sessions[device].release()
 
     def ask(self, stage: Stage, messages: Mapping[str, bytes]) -> Generator[Told, None, None]:
-        """All devices answer at once, but with their vectors: these come when the world says so."""
-        if stage is Stage.ADVERTS:
-            yield from (Told(m.device, m.prekey.advert) for m in self.members if m.device in messages)
-            return
+        """All devices answer at once, but with their vectors: these come when the world says so.
+
+        Who falls silent at a stage may answer when it is over: that must change nothing.
+        """
+        late, self._late = self._late, {}
+        yield from (told for (before, _), told in late.items() if before < stage)
         if stage is Stage.UPLOADS:
             yield from self._train(messages)
             return
+        name, repeated = stage.name.lower(), self.world.repeated(self.plan, stage.name)
         for device, message in messages.items():
-            session = self._sessions[device]
+            told = self._answer(stage, device, message)
+            if self._leaves.get(device) == name:
+                self._late[stage, device] = told
+                continue
+            yield told
+            if device in repeated:
+                yield told
+
+    def _answer(self, stage: Stage, device: str, message: bytes) -> Told:
+        session = self._sessions[device]
+        try:
+            if stage is Stage.ADVERTS:
+                return Told(device, self._adverts[device])
             if stage is Stage.SHARES:
-                yield Told(device, session.share_keys(message, os.urandom, 0.0))
-            elif stage is Stage.CONSENTS:
-                yield Told(device, session.consent(message))
-            else:
-                yield Told(device, session.reveal(message))
+                self._sizes[device] = len(Roster.decode(message).adverts)
+                shares = session.share_keys(message, os.urandom, 0.0)
+                return Told(device, self._garbled(device, shares) if device in self._dealing else shares)
+            if stage is Stage.CONSENTS:
+                return Told(device, session.consent(message))
+            revealed = session.reveal(message)
+            return Told(device, self._falsified(device, revealed) if device in self._lying else revealed)
+        except TrustError as refusal:
+            return Told(device, UpdateRejected(Rejection.FAILED, str(refusal)))
+
+    def _garbled(self, device: str, message: bytes) -> bytes:
+        """Shares that a third and one more cannot open, rightly signed: enough to be found out."""
+        n = self._sizes[device]
+        honest = Shares.decode(message, n)
+        bad = SEALED_BYTES * (n // 3 + 1)
+        garbage = replace(honest, sealed=os.urandom(bad) + honest.sealed[bad:])
+        return garbage.encode(self._signing[device])
+
+    def _falsified(self, device: str, message: bytes) -> bytes:
+        """Shares that are not those that were dealt, rightly signed."""
+        n = self._sizes[device]
+        honest = Reveal.decode(message, n)
+        false = {dealer: bytes(len(part)) for dealer, part in honest.shares.items()}
+        return replace(honest, shares=false).encode(n, self._signing[device])
 
     def _train(self, deliveries: Mapping[str, bytes]) -> Generator[Told, None, None]:
         encoding = encoding_of(self.plan)
+        refused: dict[str, UpdateRejected] = {}
         for device, delivery in deliveries.items():
-            self._sessions[device].deliver(delivery)
+            try:
+                self._sessions[device].deliver(delivery)
+            except TrustError as error:
+                refused[device] = UpdateRejected(Rejection.FAILED, str(error))
         with closing(self.exchange.ask(self.plan, self.request)) as answers:
             for answer in answers:
                 device = answer.device_id  # type: ignore[union-attr]  # asked one by one: no sums
+                if device not in deliveries:  # its sum has failed
+                    continue
                 try:
+                    if device in refused:
+                        raise refused[device]
                     reply = read_reply(answer, self.plan)  # type: ignore[arg-type]  # as above
                     random, stream = self.random_of(self.plan, device), self.stream_of(self.plan, device)
                     vector = encode_reply(self.plan, encoding, reply, random, stream)

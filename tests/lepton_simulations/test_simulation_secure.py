@@ -55,6 +55,54 @@ def test_too_many_drop_outs_give_no_sum_whichever_way():
         assert "secure aggregation needs" in result.verdict.reason
 
 
+AT_EVERY_STAGE = {
+    "drop_adverts": 0.06,
+    "drop_shares": 0.06,
+    "drop_training": 0.06,
+    "drop_upload": 0.06,
+    "drop_consents": 0.06,
+    "drop_reveals": 0.06,
+}
+
+
+def test_drop_outs_at_every_stage_change_nothing_but_who_is_in_the_sum():
+    faults = {**AT_EVERY_STAGE, "repeats": 0.3}
+    ideal, full = run(faults=faults), run(how="full", faults=faults)
+    assert ideal.weights_sha256 == full.weights_sha256
+    assert [row.metrics for row in ideal.rows] == [row.metrics for row in full.rows]
+    assert min(row.reports for row in full.rows) < 18
+
+
+@pytest.mark.parametrize("stage", ["adverts", "shares", "consents", "reveals"])
+@pytest.mark.parametrize("how", ["ideal", "full"])
+def test_at_any_stage_too_many_give_no_sum(stage, how):
+    result = run(how=how, faults={f"drop_{stage}": 0.75}, cohort={"size": 18, "max_attempts": 1})
+    assert result.verdict.outcome == "failed"
+    assert not result.rows
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_several_sums_of_which_some_fail(bits):
+    more = {"cohort": {"size": 20}, "secure": {"min_cohort": 4, "max_cohort": 7, "bits": bits}, "rounds": 2}
+    faults = {"drop_shares": 0.15, "drop_consents": 0.15, "drop_upload": 0.05}
+    ideal, full = run(faults=faults, **more), run(how="full", faults=faults, **more)
+    assert ideal.weights_sha256 == full.weights_sha256
+    assert [row.reports for row in ideal.rows] == [row.reports for row in full.rows]
+    assert any(row.reports <= 14 for row in full.rows)  # one of the three sums was lost
+
+
+def test_who_breaks_the_protocol_is_named_and_the_round_goes_on(tmp_path, caplog):
+    faults = {"bad_shares": 0.05, "wrong_shares": 0.05}
+    result = run(how="full", faults=faults, folder=tmp_path / "run", cohort={"size": 20}, rounds=1)
+    assert result.verdict.outcome == "completed"
+    assert result.rows[0].reports == 19
+    text = (tmp_path / "run" / "journal.jsonl").read_text()
+    assert text.count('"reason":"blamed"') == 1
+    assert "round 1" not in caplog.text  # one attempt was enough
+    with pytest.raises(ConfigError, match="full"):
+        run(faults=faults)
+
+
 def test_attackers_are_not_shown_where_nobody_could_see_them():
     with pytest.raises(ConfigError, match="malicious"):
         run(faults={"malicious": 0.1, "attack": "sign_flip"})

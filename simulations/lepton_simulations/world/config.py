@@ -142,11 +142,19 @@ class FaultsConfig(Frozen):
     drop_download: Fraction = 0.0
     drop_training: Fraction = 0.0
     drop_upload: Fraction = 0.0
+    # The same at the stages of a secure aggregation; while it trains and sends its vector, it is the above.
+    drop_adverts: Fraction = 0.0
+    drop_shares: Fraction = 0.0
+    drop_consents: Fraction = 0.0
+    drop_reveals: Fraction = 0.0
     silence_s: NonNegative = SILENCE_S  # then the coordinator gives it up; 0 = only at the deadline
     stragglers: Fraction = 0.0  # share of devices that work and transfer slowly, always
     slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0  # so many times
     corrupt: Fraction = 0.0  # share of devices whose replies arrive damaged, each in its own way
     corrupt_data: Fraction = 0.0  # share of devices whose rows break the data contract
+    bad_shares: Fraction = 0.0  # share of devices that deal garbage in secure rounds; each is found out
+    wrong_shares: Fraction = 0.0  # share of devices that reveal false shares in secure rounds; as well
+    repeats: Fraction = 0.0  # probability that a message of a secure round comes twice
     malicious: Fraction = 0.0  # share of devices that attack in every round
     attack: Attack = ""
     # scaled_update: times this. sign_flip: minus this. random_update: noise of so many times the norm.

@@ -43,6 +43,7 @@ from lepton_simulations.world.timetable import Flags, Rows, Timetable, timetable
 Stage = Literal["", "offline", "download", "training", "upload"]
 Examples = Mapping[str, int] | Callable[[str], int]
 _STAGES: Final[tuple[Stage, ...]] = ("", "offline", "download", "training", "upload")
+SECURE_STAGES: Final = ("adverts", "shares", "consents", "reveals")
 _OFFLINE, _DOWNLOAD, _TRAINING, _UPLOAD = 1, 2, 3, 4
 
 
@@ -193,7 +194,7 @@ class World:
             return [self._ideal[device_id] for device_id in plan.cohort]
         about = (plan.kind, plan.round, plan.attempt)
         count = _counts(plan.cohort, examples)
-        course = self._course(rows, about, count, bytes_down, bytes_up)
+        course = self._course(rows, about, count, bytes_down, bytes_up, self._gone(plan))
         arrives = np.where(course.stage > 0, self._given_up(course.drops_s), course.arrives_s)
         order = np.argsort(arrives, kind="stable").tolist()
         arrives_s, seconds, stages = arrives.tolist(), course.seconds.tolist(), course.stage.tolist()
@@ -211,6 +212,35 @@ class World:
                 does = attack if bad[i] else ""
                 fates.append(Fate(device_id, arrives_s[i], seconds[i], "", damages.get(i, ""), does))
         return fates
+
+    def leaves(self, plan: RoundPlan) -> dict[str, str]:
+        """Who falls silent at which stage of a secure aggregation, training and its upload apart."""
+        if plan.secure is None or plan.kind != "train":
+            return {}
+        keys, found = self._devices.keys[self._rows(plan.cohort)], dict[str, str]()
+        for stage in reversed(SECURE_STAGES):  # the first one counts
+            if chance := float(getattr(self.faults, f"drop_{stage}")):
+                drawn = uniform(keys, "drop", stage, plan.round, plan.attempt) < chance
+                found |= {plan.cohort[int(i)]: stage for i in np.flatnonzero(drawn)}
+        return found
+
+    def _gone(self, plan: RoundPlan) -> Flags:
+        """Who is not even asked to train, because it has left the protocol before."""
+        early = {device for device, stage in self.leaves(plan).items() if stage in ("adverts", "shares")}
+        return np.array([device in early for device in plan.cohort], bool)
+
+    def cheats(self, fault: Literal["bad_shares", "wrong_shares"]) -> frozenset[str]:
+        """Who does such a thing in every secure round."""
+        marked = chosen(self._devices.keys, float(getattr(self.faults, fault)), fault)
+        return frozenset(self._devices.ids[int(i)] for i in np.flatnonzero(marked))
+
+    def repeated(self, plan: RoundPlan, stage: str) -> frozenset[str]:
+        """Whose message of this stage of a secure aggregation comes twice."""
+        if not self.faults.repeats:
+            return frozenset()
+        keys = self._devices.keys[self._rows(plan.cohort)]
+        drawn = uniform(keys, "repeat", stage, plan.round, plan.attempt) < self.faults.repeats
+        return frozenset(plan.cohort[int(i)] for i in np.flatnonzero(drawn))
 
     def crashes(self, plan: RoundPlan) -> bool:
         """Whether the coordinator dies in this attempt: the cohort has been asked, and its work is lost."""
@@ -232,7 +262,13 @@ class World:
         return drops_s + self.faults.silence_s if self.faults.silence_s else np.full(len(drops_s), inf)
 
     def _course(
-        self, rows: Rows, about: tuple[object, ...], count: Floats, bytes_down: int, bytes_up: int
+        self,
+        rows: Rows,
+        about: tuple[object, ...],
+        count: Floats,
+        bytes_down: int,
+        bytes_up: int,
+        gone: Flags,
     ) -> "_Course":
         d = self._devices
         per_example = d.evaluation[rows] if about[0] == "evaluate" else d.speed_s[rows]
@@ -241,7 +277,7 @@ class World:
         vary = np.exp(d.jitter[rows] * normal(d.keys[rows], "jitter", *about)) if d.jitter.any() else 1.0
         overhead, work = d.overhead_s[rows] * vary, count * per_example * vary
         there, until = self._state(self.clock.now_s, rows)
-        stage = np.where(there, self._drop_stage(d.keys[rows], about), _OFFLINE)
+        stage = np.where(there & ~gone, self._drop_stage(d.keys[rows], about), _OFFLINE)
         part = uniform(d.keys[rows], "moment", *about)  # of the stage in which it drops out
         runs = np.where(stage == _TRAINING, part, stage != _OFFLINE) * (stage != _DOWNLOAD)
         phases = np.stack([overhead * (runs > 0), work * runs], axis=1)
