@@ -37,6 +37,9 @@ class EngineConfig(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     # How devices are trained; "auto" takes the fastest that this model allows, and says which.
     tier: Literal["auto", "lean", "vectorised", "compiled", "fused"] = "auto"
+    # Devices train one by one: slower, and no float is rounded by who trains with whom in a chunk. With it a
+    # secure run and the same one without give the same bits, whatever the tier ("lean" does so anyway).
+    one_by_one: bool = False
     # Of a secure run: every message and mask of the protocol, or the sum that it must bring.
     secure_aggregation: Literal["full", "ideal"] = "ideal"
     seed: Annotated[int, Field(ge=0)] = 0  # of cohorts, batch orders and faults

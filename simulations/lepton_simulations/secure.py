@@ -1,12 +1,14 @@
 """Secure aggregation in a simulation: the whole protocol, or what it must compute.
 
 ``engine.secure_aggregation = "full"`` gives every virtual device of the cohort a real session: keys, shares,
-masks, signatures. ``"ideal"`` adds the same integers plainly. The weights are the same, bit for bit, if
-devices are trained alike (``engine.tier = "lean"``, or 16 bits): the protocol needs every update by itself,
-so devices train one by one, and other engines round differently in chunks.
+masks, signatures. ``"ideal"`` adds the same integers plainly. The weights are the same, bit for bit, where
+the same integers go in. The protocol needs every update by itself, so devices then train one by one; engines
+other than "lean" train a chunk in one matrix product, whose floats round by who is in it, before any integer
+is made. ``engine.one_by_one`` lets everybody train alike, with and without secure aggregation.
 
-Devices leave where the world says so, before their vector has come. Keys are the operating system's; the
-sum does not depend on them. One process sees all its devices, so nothing here protects anybody.
+Devices leave where the world says so, at any stage, and may repeat themselves, be late, or break the
+protocol. Keys are the operating system's; the sum does not depend on them. One process sees all its devices,
+so nothing here protects anybody.
 """
 
 import hashlib
@@ -96,6 +98,8 @@ def secure_rounds(config: SimulationConfig, world: World) -> SecureRounds | None
 def one_by_one(config: SimulationConfig) -> bool:
     """Whether every device's update is needed by itself."""
     run = config.run
+    if config.engine.one_by_one:
+        return True
     if run.secure_aggregation == "off":
         return False
     several = len(run.secure.sums(run.most_asked)) > 1

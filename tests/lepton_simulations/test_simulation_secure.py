@@ -8,7 +8,9 @@ from lepton_simulations.api import run_scenario
 from lepton_simulations.config import SimulationConfig
 
 
-def run(mode: str = "required", how: str = "ideal", workers: int = 0, faults=None, folder="", **more):
+def run(
+    mode: str = "required", how: str = "ideal", workers: int = 0, faults=None, folder="", engine=None, **more
+):
     config = SimulationConfig.model_validate(
         {
             "run": {
@@ -23,7 +25,7 @@ def run(mode: str = "required", how: str = "ideal", workers: int = 0, faults=Non
                 **more,
             },
             "data": {"partition": {"kind": "iid", "clients": 20}},
-            "engine": {"workers": workers, "tier": "lean", "secure_aggregation": how},
+            "engine": {"workers": workers, "tier": "lean", "secure_aggregation": how} | (engine or {}),
             "faults": faults or {},
             "output": {"folder": str(folder), "plots": False},
         }
@@ -35,6 +37,12 @@ def test_off_ideal_and_full_are_the_same_bits():
     plain, ideal, full = run("off"), run(), run(how="full")
     assert plain.weights_sha256 == ideal.weights_sha256 == full.weights_sha256
     assert [row.metrics for row in ideal.rows] == [row.metrics for row in full.rows]
+
+
+def test_of_another_tier_too_if_devices_train_one_by_one():
+    engine = {"tier": "fused", "one_by_one": True}
+    plain, ideal, full = (run(m, h, engine=engine, rounds=1) for m, h in (("off", "ideal"), *BOTH))
+    assert plain.weights_sha256 == ideal.weights_sha256 == full.weights_sha256
 
 
 def test_with_drop_outs_and_damaged_replies_too():
@@ -55,6 +63,7 @@ def test_too_many_drop_outs_give_no_sum_whichever_way():
         assert "secure aggregation needs" in result.verdict.reason
 
 
+BOTH = (("required", "ideal"), ("required", "full"))
 AT_EVERY_STAGE = {
     "drop_adverts": 0.06,
     "drop_shares": 0.06,
