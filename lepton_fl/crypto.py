@@ -30,6 +30,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 
 from lepton_fl.errors import ConfigError, StateCorrupt, TrustError
@@ -116,6 +117,31 @@ def load_key(path: str | os.PathLike[str]) -> PrivateKey:
         raise StateCorrupt(
             f"{os.fspath(path)}: {error}",
             hint="Restore the file, or remove it and enrol again with a new token.",
+        ) from error
+
+
+def save_signing_key(path: str | os.PathLike[str], key: Ed25519PrivateKey) -> None:
+    """Write an Ed25519 key, hexadecimal on one line, with mode 0600, durably.
+
+    Raises:
+        DiskFull: No space was left; nothing is left behind.
+    """
+    write_private(path, key.private_bytes_raw().hex().encode() + b"\n")
+
+
+def load_signing_key(path: str | os.PathLike[str]) -> Ed25519PrivateKey:
+    """Read what :func:`save_signing_key` wrote.
+
+    Raises:
+        NotFound: There is no such file.
+        TrustError: Others can read the file.
+        StateCorrupt: It holds no key.
+    """
+    try:
+        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(read_private(path).decode().strip()))
+    except ValueError as error:
+        raise StateCorrupt(
+            f"{os.fspath(path)} holds no Ed25519 key.", hint="Restore the file from a copy."
         ) from error
 
 
@@ -216,11 +242,13 @@ class JoinToken:
         addr: ``host:port`` of the enrolment service.
         ca: The coordinator's CA certificate, DER.
         secret: 20 random bytes, good for one enrolment; never logged, stored at the coordinator as a hash.
+        authority: The enrolment authority's public key, Ed25519, 32 bytes; empty where there is none.
     """
 
     addr: str
     ca: bytes = field(repr=False)
     secret: bytes = field(repr=False)
+    authority: bytes = b""
 
     @property
     def secret_sha256(self) -> str:
@@ -246,28 +274,31 @@ def secret_sha256(secret: bytes) -> str:
     return hashlib.sha256(secret).hexdigest()
 
 
-def make_join_token(addr: str, ca: bytes, secret: bytes) -> str:
+def make_join_token(addr: str, ca: bytes, secret: bytes, authority: bytes = b"") -> str:
     """Print a join token: ``lepton1.`` and the base64url of its canonical JSON.
 
     Args:
         addr: ``host:port`` of the enrolment service as devices reach it; IPv6 as ``[::1]:port``.
         ca: The CA certificate, DER.
         secret: 20 bytes from :func:`new_secret`.
+        authority: The enrolment authority's public key, 32 bytes, which the device then pins; may be empty.
 
     Raises:
         ConfigError: A part is not usable.
     """
     try:
-        _check_parts(addr, ca, secret)
+        _check_parts(addr, ca, secret, authority)
     except TrustError as error:
         raise ConfigError(str(error)) from error
-    check = _checksum(addr, ca, secret)
+    check = _checksum(addr, ca, secret, authority)
     fields = {
         "addr": addr,
         "ca": base64.b64encode(ca).decode("ascii"),
         "check": _b64url(check),
         "secret": _b64url(secret),
     }
+    if authority:
+        fields["authority"] = _b64url(authority)
     return _TOKEN_PREFIX + _b64url(canonical_json(fields))
 
 
@@ -285,22 +316,25 @@ def parse_join_token(text: str) -> JoinToken:
     try:
         raw = _unb64url(token.removeprefix(_TOKEN_PREFIX))
         fields = json.loads(raw)
-        if not isinstance(fields, dict) or set(fields) != {"addr", "ca", "check", "secret"}:
+        if not isinstance(fields, dict) or set(fields) - {"authority"} != {"addr", "ca", "check", "secret"}:
             raise _bad_token("The join token does not have the expected parts")
         if not all(isinstance(value, str) for value in fields.values()) or canonical_json(fields) != raw:
             raise _bad_token("The join token is not in its canonical form")
         ca = base64.b64decode(fields["ca"], validate=True)
         addr, secret, check = fields["addr"], _unb64url(fields["secret"]), _unb64url(fields["check"])
+        authority = _unb64url(fields.get("authority", ""))
     except (ValueError, RecursionError) as error:
         raise _bad_token("The join token does not decode") from error
-    if not secrets.compare_digest(check, _checksum(addr, ca, secret)):
+    if not secrets.compare_digest(check, _checksum(addr, ca, secret, authority)):
         raise _bad_token("The join token does not match its checksum")
-    _check_parts(addr, ca, secret)
-    return JoinToken(addr, ca, secret)
+    _check_parts(addr, ca, secret, authority)
+    return JoinToken(addr, ca, secret, authority)
 
 
-def _check_parts(addr: str, ca: bytes, secret: bytes) -> None:
+def _check_parts(addr: str, ca: bytes, secret: bytes, authority: bytes) -> None:
     _check_address(addr)
+    if len(authority) not in (0, 32):
+        raise _bad_token(f"Expected an authority's key of 32 bytes, got {len(authority)}")
     if len(secret) != SECRET_BYTES:
         raise _bad_token(f"Expected a secret of {SECRET_BYTES} bytes, got {len(secret)}")
     try:
@@ -322,9 +356,9 @@ def _check_address(addr: str) -> None:
         raise _bad_token(f"Expected a host name or an IP address, got {host!r}")
 
 
-def _checksum(addr: str, ca: bytes, secret: bytes) -> bytes:
+def _checksum(addr: str, ca: bytes, secret: bytes, authority: bytes) -> bytes:
     """Tell a slip of the pen from a good token before the network is asked. Not a signature."""
-    parts = [addr, ca.hex(), secret.hex()]
+    parts = [addr, ca.hex(), secret.hex(), *([authority.hex()] if authority else [])]
     return hashlib.sha256(_CHECK_CONTEXT + canonical_json(parts)).digest()[:_CHECK_BYTES]
 
 

@@ -35,6 +35,7 @@ from lepton_client.ledger import Ledger
 from lepton_client.limits import apply_limits
 from lepton_client.link import PROTOCOL, Cancelled, HungUp, Link, Listener, Refused
 from lepton_client.memory import FileMemory
+from lepton_client.secure import Seat
 from lepton_client.state import Identity, StateDir
 from lepton_client.worker import Answerer, Node, Selection, Worker
 from lepton_fl.errors import LeptonError, StateError, TrustError
@@ -97,13 +98,15 @@ class Agent:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()  # put() is safe in a signal handler
         self._inspector = Inspector(config.tasks, self._poke, check)
         self._memory = FileMemory(self._state.memory)
-        self._answer: Answerer = answer or Office(
+        office = Office(
             config.tasks,
             config.limits,
             self._inspector.distrust,
             self._memory,
             secure=config.client.secure_aggregation == "required",
         )
+        self._answer: Answerer = answer or office
+        self._office = office
         self._watch = Watch(self._clock)
         bounds = config.connection.backoff_min_s, config.connection.backoff_max_s
         self._backoff, self._stream_backoff = Backoff(*bounds), Backoff(*bounds)
@@ -138,6 +141,8 @@ class Agent:
             self._identity = self._state.identity()
             self._key_pem = read_private(self._state.key)
             ledger = Ledger(self._state.ledger)
+            self._seat = Seat(self._state, self._config.client, self._office, wall=self._clock.wall)
+            self._seat.belongs_to(self._identity)
             apply_limits(self._config.limits)
             self._diary = Diary(self._state, self._clock, self._facts())
             self._worker = Worker(
@@ -149,6 +154,7 @@ class Agent:
                 changed=self._poke,
                 trouble=self._diary.hit,
                 settle=self._settle,
+                seat=self._seat,
             )
             self._give_back(ledger)
             try:
@@ -247,6 +253,9 @@ class Agent:
             client_version=version("lepton-fl"),
             capabilities=_capabilities(),
             device_time=self._clock.wall(),
+            credential_ends=self._seat.credential_ends,
+            adverts=self._seat.adverts,
+            advert_session=self._seat.session,
         )
 
     def _status(self) -> tuple[pb.Status, str]:
@@ -282,8 +291,31 @@ class Agent:
             self._listen()
         else:
             self._hush()
+        self._seat.sent()
+        if self._prepare(answer):
+            return 0.0
         delay = answer.next_check_in_s
         return delay if 0 < delay <= 86_400 else FALLBACK_S  # NaN compares false
+
+    def _prepare(self, answer: pb.CheckInResponse) -> bool:
+        """Get ready for rounds with secure aggregation; whether there is something to tell at once."""
+        try:
+            if answer.certify:
+                before = self._seat.credential_ends
+                self._identity = self._seat.certify(self._identity, self._dial())
+                self._seat.belongs_to(self._identity)
+                return self._seat.credential_ends != before
+            if answer.adverts_wanted:
+                self._seat.make_adverts(answer.adverts_wanted)
+                return True
+        except Cancelled:
+            return False
+        except StateError as error:
+            self._diary.hit(error)
+        except LeptonError as error:
+            text = f"No secure rounds: {error} {error.hint}".strip()
+            self._diary.say("secure", text, logging.WARNING)
+        return False
 
     def _offline(self, error: LeptonError) -> float:
         self._failures += 1
@@ -410,10 +442,13 @@ class Agent:
         refusal = f"Not taking part: {reason}." if reason else ""
         deadline_s = call.deadline_s if 0 < call.deadline_s <= MAX_TASK_S else MAX_TASK_S
         stay_s = call.stay_s if 0 <= call.stay_s <= MAX_TASK_S else 0.0
-        log.info("selected to %s in round %d of run %s (%s)", call.kind, call.round, call.run_id, call.task)
         key = (call.run_id, call.round, call.nonce)
-        self._worker.select(Selection(key, self._clock.now() + deadline_s, stay_s, refusal))
-        self._diary.note(state="busy", reason="")
+        deadline = self._clock.now() + deadline_s
+        if self._worker.select(Selection(key, deadline, stay_s, refusal, call.resumed)):
+            log.info(
+                "selected to %s in round %d of run %s (%s)", call.kind, call.round, call.run_id, call.task
+            )
+            self._diary.note(state="busy", reason="")
 
     def _new_node(self) -> Node:
         from lepton_fl.crypto import load_key

@@ -56,6 +56,18 @@ class ClientSection(_Section):
         default="off",
         description="required: this device answers no round in which its own update or counts can be seen.",
     )
+    least_cohort: int = Field(
+        default=16,
+        ge=4,
+        le=1000,
+        description="This device takes part in no secure sum of fewer devices.",
+    )
+    authority: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="Public key of the enrolment authority whose devices this one believes, 64 hexadecimal "
+        "digits; empty = the one of the join token, or the first that the coordinator names.",
+    )
 
     @field_validator("groups")
     @classmethod

@@ -55,6 +55,10 @@ class Office:
         """Do what a request asks; a failure becomes the answer."""
         if self._secure:
             return _refuse_plain(records)
+        return self.respond(records, should_stop)
+
+    def respond(self, records: "Records", should_stop: Callable[[], bool]) -> "Records":
+        """The same, of a round that hides this device."""
         import torch
 
         torch.set_num_threads(self._limits.threads)

@@ -13,6 +13,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from lepton_client.link import PROTOCOL, Link, UntrustedServer
+from lepton_client.secure import signing_key
 from lepton_client.state import Identity, StateDir
 from lepton_fl import crypto
 from lepton_fl.errors import ConfigError, NotFound, TrustError
@@ -44,6 +45,7 @@ def enrol(
     if state.is_enrolled():
         return _already(state.identity(), join)
     key = _key(state)
+    signing_key(state)  # made here, certified at the first check-in
     request = pb.EnrollRequest(
         protocol=PROTOCOL,
         token_secret=join.secret,
@@ -64,6 +66,7 @@ def enrol(
         token_sha256=join.secret_sha256,
         valid_from=0.0,
         valid_until=0.0,
+        authority=join.authority.hex(),
     )
     return _keep(state, identity, key)
 

@@ -1,4 +1,4 @@
-"""The wire to the coordinator: four calls of the device service, and errors as ours.
+"""The wire to the coordinator: five calls of the device service, and errors as ours.
 
     with Link(address, ca_pem, timeout_s=20) as link:                       # enrolment port
     with Link(address, ca_pem, identity=(key_pem, certificate_pem)) as link:  # device port
@@ -88,6 +88,10 @@ class Link:
     def check_in(self, request: pb.CheckInRequest) -> pb.CheckInResponse:
         """Raises like ``enroll``."""
         return self._call(self._stub.CheckIn, request, pb.CheckInResponse)
+
+    def certify(self, request: pb.CertifyRequest) -> pb.CertifyResponse:
+        """Raises like ``enroll``."""
+        return self._call(self._stub.Certify, request, pb.CertifyResponse)
 
     def wait(self) -> "Listener":
         """Open the stream of instructions."""

@@ -38,6 +38,7 @@ class Identity:
     token_sha256: str  # of the secret it joined with, to know that token again
     valid_from: float  # of the certificate, UTC seconds; kept so that an idle agent need not decode it
     valid_until: float
+    authority: str = ""  # the enrolment authority's public key, hexadecimal; empty = none is pinned yet
 
     @property
     def ends(self) -> str:
@@ -53,6 +54,9 @@ class StateDir:
         self.key = folder / "device.key"
         self.ledger = folder / "ledger.json"
         self.memory = folder / "memory"
+        self.signing_key = folder / "signing.key"
+        self.signing = folder / "signing.json"  # the certificate of the signing key
+        self.signed = folder / "signed.jsonl"  # which survivor set was signed in which round
         self._identity = folder / "identity.json"
         self._status = folder / "status.json"
         self._lock = folder / "agent.lock"
@@ -166,6 +170,7 @@ class StateDir:
 def _identity_from(raw: bytes, path: Path) -> Identity:
     body = _decode(raw, path)
     kinds: dict[str, type] = {f.name: float if f.type in (float, "float") else str for f in fields(Identity)}
+    body = {"authority": ""} | body  # not in files of before there was one
     if set(body) != set(kinds) or not all(isinstance(body[name], kind) for name, kind in kinds.items()):
         raise StateCorrupt(
             f"{path} does not hold the fields of an identity.",

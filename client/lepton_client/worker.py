@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from lepton_client.backoff import Backoff
 from lepton_client.clock import Clock
 from lepton_client.ledger import Ledger
+from lepton_client.secure import Seat
 from lepton_fl.errors import LeptonError, Rejection, StateError, TrustError, UpdateRejected
 
 if TYPE_CHECKING:
+    from lepton_fl.rounds.secure_wire import StageRequest
     from lepton_fl.wire.messages import Ticket
     from lepton_fl.wire.records import Records
 
@@ -80,6 +82,7 @@ class Selection:
     deadline: float  # clock seconds
     stay_s: float
     refusal: str = ""  # why this device will not do it, when that is so
+    resumed: bool = False  # the coordinator goes on after a restart with what this device may have finished
 
 
 class Worker:
@@ -96,6 +99,7 @@ class Worker:
         changed: Callable[[], None],
         trouble: Callable[[LeptonError], None],
         settle: Callable[[str, int, int, bool], None] = lambda run_id, round_number, attempt, taken: None,
+        seat: Seat | None = None,
     ) -> None:
         """Nothing starts yet.
 
@@ -108,7 +112,10 @@ class Worker:
             changed: Called from the thread when it gets busy or idle.
             trouble: Called from the thread when this machine's own state fails (full disk).
             settle: Called from the thread with (run, round, attempt, whether the answer was taken).
+            seat: Answers rounds with secure aggregation; None = they are refused.
         """
+        self._seat = seat
+        self._nudged = False  # a message is there, or was a moment ago
         self._node_factory, self._answer, self._ledger = node_factory, answer, ledger
         self._clock, self._poll_s = clock, poll_s
         self._changed, self._trouble, self._settle = changed, trouble, settle
@@ -136,22 +143,32 @@ class Worker:
         with self._lock:
             return self._thread is not None and self._thread.is_alive()
 
-    def select(self, selection: Selection) -> None:
-        """This device is in a cohort."""
+    def select(self, selection: Selection) -> bool:
+        """This device is in a cohort; False when it knew that."""
         with self._lock:
-            if self._stopping or selection.key in self._open or selection.key in self._finished:
-                return  # told twice, by the stream and by a check-in
+            if selection.resumed and selection.key in self._finished:
+                self._finished.remove(selection.key)
+            if self._stopping or selection.key in self._finished:
+                return False  # told twice, by the stream and by a check-in
+            if selection.key in self._open:  # so was this, or there is the next of several messages
+                self._open[selection.key] = selection
+                self._nudged = True
+                self._lock.notify_all()
+                return False
             self._left.discard(selection.key)
             self._open[selection.key] = selection
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="lepton-worker", daemon=True)
                 self._thread.start()
             self._lock.notify_all()
+            return True
 
     def leave(self, key: Key) -> bool:
         """The round closed without this device; False when it was not at work on it."""
         with self._lock:
             if self._open.pop(key, None) is None:
+                if self._seat is not None:
+                    self._seat.leave(_name(key))  # nobody works on it any more
                 return False
             self._left.add(key)
             self._stay_until = 0.0
@@ -193,9 +210,13 @@ class Worker:
             self._expire()
             if self._open and not self._stopping:
                 return True
+            left = list(self._left)
             self._left.clear()
             self._thread = None
-            return False
+        if self._seat is not None:
+            for key in left:
+                self._seat.leave(_name(key))
+        return False
 
     def _engage(self) -> None:
         """Join Flower once and work until nobody waits for this device, or the connection breaks."""
@@ -253,8 +274,9 @@ class Worker:
 
     def _pause(self, seconds: float) -> None:
         with self._lock:
-            if not self._stopping:
+            if not (self._stopping or self._nudged):
                 self._lock.wait(seconds)
+            self._nudged = False
 
     def _expire(self) -> None:
         """Forget selections whose round is over; the lock is held."""
@@ -264,8 +286,12 @@ class Worker:
             log.warning("round %d of run %s: no message came before its deadline", key[1], key[0])
 
     def _work(self, node: Node, handle: Any, records: "Records") -> None:  # noqa: ANN401 - the node's own
+        from lepton_fl.rounds.secure_wire import is_stage
         from lepton_fl.wire.messages import Fields, Ticket
 
+        if is_stage(records):
+            self._work_stage(node, handle, records)
+            return
         try:
             ticket = Ticket.take(Fields(records.config))
         except UpdateRejected as error:
@@ -286,6 +312,73 @@ class Worker:
                 self._settle(ticket.run_id, ticket.round, ticket.attempt, taken)
             if taken:
                 self._note(ticket)
+        self._done(key)
+
+    def _work_stage(self, node: Node, handle: Any, records: "Records") -> None:  # noqa: ANN401 - the node's
+        """Answer one stage of a round with secure aggregation; after the roster, train."""
+        from lepton_fl.rounds.secure_wire import StageRequest
+        from lepton_fl.secagg.server import Stage
+
+        try:
+            asked = StageRequest.read(records)
+        except UpdateRejected as error:
+            reason, text = error.reason, str(error)
+            self._push(lambda: node.push_error(handle, reason, text), node, None)
+            self._pause(self._poll_s)
+            return
+        ticket = asked.ticket
+        key = (ticket.run_id, ticket.round, ticket.nonce)
+        answer, why, is_out = self._answer_stage(asked, key)
+        if answer is None:
+            log.warning("round %d of run %s, %s: %s", key[1], key[0], asked.stage.name.lower(), why)
+            self._push(lambda: node.push_error(handle, Rejection.FAILED, why), node, key)
+            if is_out:
+                self._give_up(ticket, key)
+            self._pause(self._poll_s)  # the same message may come again until the round is over
+            return
+        if not self._push(lambda: node.push(handle, answer), node, key):
+            return  # too late for this stage; perhaps not for the round
+        if asked.stage is Stage.SHARES and self._seat is not None:
+            log.info("train round %d of run %s begins", key[1], key[0])
+            self._seat.train(asked, _name(key), lambda: self._gone(key))
+        elif asked.stage is Stage.CONSENTS:
+            self._settle(ticket.run_id, ticket.round, ticket.attempt, True)
+        elif asked.stage is Stage.REVEALS:
+            self._note(ticket)
+            self._done(key)
+
+    def _answer_stage(self, asked: "StageRequest", key: Key) -> "tuple[Records | None, str, bool]":
+        """The answer; or why there is none, and whether this device is out of the round."""
+        refusal = "This device cannot aggregate securely." if self._seat is None else ""
+        if self._seat is not None and not self._seat.knows(_name(key)):
+            refusal = self._stage_refusal(asked, key)
+        if refusal or self._seat is None:
+            return None, refusal, True
+        try:
+            return self._seat.answer(asked, _name(key)).to_records(), "", False
+        except (TrustError, UpdateRejected) as error:
+            return None, str(error), True
+        except StateError as error:
+            self._trouble(error)
+            return None, str(error), False
+        except Exception as error:  # whatever is wrong with this machine, the round must hear of it
+            log.exception("round %d of run %s could not be worked on", key[1], key[0])
+            return None, f"The device failed with {type(error).__name__}.", True
+
+    def _stage_refusal(self, asked: "StageRequest", key: Key) -> str:
+        """Why this device must not begin; '' after the ledger has it as begun, which the roster is for."""
+        from lepton_fl.secagg.server import Stage
+
+        if asked.stage is Stage.SHARES:
+            return self._refusal(asked.ticket, key)
+        with self._lock:
+            selection = self._open.get(key)
+        return selection.refusal if selection is not None else ""
+
+    def _give_up(self, ticket: "Ticket", key: Key) -> None:
+        if self._seat is not None:
+            self._seat.leave(_name(key))
+        self._note(ticket)
         self._done(key)
 
     def _do(
@@ -369,3 +462,8 @@ class Worker:
             if selection is not None:
                 self._stay_until = self._clock.now() + selection.stay_s
         self._changed()
+
+
+def _name(key: Key) -> str:
+    """What the device's sessions call an attempt."""
+    return f"{key[0]}/{key[1]}/{key[2]}"

@@ -167,8 +167,10 @@ class Campaign:
     look_s: float = 1.0  # a waiting run looks around at least so often; inf in virtual time, which can jump
     private: PrivateRounds | None = None  # of a run with privacy
     secure: SecureRounds | None = None  # of a run with secure aggregation
+    unfinished: RoundPlan | None = None  # an attempt that a restart cut off and ``secure`` can go on with
     _blamed: set[str] = field(default_factory=set, init=False)  # broke the protocol: not asked again
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
+    _void: int = field(default=0, init=False)  # rounds in a row that gave nothing and cannot be repeated
     _known: tuple[Sequence[Candidate], list[str]] = field(default=((), []), init=False)
 
     def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
@@ -209,7 +211,7 @@ class Campaign:
         if self.secure is None and self.spec.secure_aggregation == "required":
             raise ConfigError(
                 "run.secure_aggregation is 'required', and nothing here runs its protocol.",
-                hint="It runs in `lepton simulate`, and in Flower apps (SecureAggregation).",
+                hint="It runs in `lepton simulate`, `lepton server`, and Flower apps (SecureAggregation).",
             )
 
     def _finished(self, state: RunState) -> str:
@@ -227,14 +229,16 @@ class Campaign:
         """One committed round, after as many attempts as it takes and is allowed; None: asked to stop."""
         number, cause, failures = state.round + 1, "", 0
         while failures < self.spec.cohort.max_attempts:
-            cohort = self._quorum(should_stop)
-            if cohort is None:
-                return None
-            state = state.on(attempt=state.attempt + 1)
-            plan = self._plan("train", number, state, cohort, self.spec.cohort.size)
-            if self.private:
-                self.private.reserve(plan)
-            self.book.planned(plan)
+            plan, self.unfinished = self.unfinished, None
+            if plan is None:
+                cohort = self._quorum(should_stop)
+                if cohort is None:
+                    return None
+                state = state.on(attempt=state.attempt + 1)
+                plan = self._plan("train", number, state, cohort, self.spec.cohort.size)
+                if self.private:
+                    self.private.reserve(plan)
+                self.book.planned(plan)
             began = self.clock()
             collected, mean = self._collect(plan, state)
             self._blamed |= {d for d, e in collected.participation.items() if e.outcome == Rejection.BLAMED}
@@ -244,17 +248,35 @@ class Campaign:
                 self.book.abandoned(collected, f"Stopped on request: {cause}" if stopped else cause)
                 if stopped:
                     return None
+                if collected.burnt:
+                    return self._skip(state, cause)
                 continue
             after = advance(self.spec, self.work, plan, state, mean, collected.reports)
             del mean
             seconds = self.clock() - began
             after, metrics = self._settled(after, collected)
             self.book.committed(Committed(after, collected, metrics, seconds, _bytes_down(plan)))
+            self._void = 0
             return after
         raise RunError(
             f"Round {number} was abandoned {failures} times in a row; the last time: {cause}.",
             hint="See `lepton run show` for each device's reason; cohort.max_attempts bounds the attempts.",
         )
+
+    def _skip(self, state: RunState, cause: str) -> RunState:
+        """Go on after a round of which a survivor set went out for signing, and no sum came.
+
+        Devices sign no other set in this round: two sums of the same updates would tell their difference. So
+        the next attempt is one at the next round, from the same model.
+        """
+        number, self._void = state.round + 1, self._void + 1
+        if self._void >= self.spec.cohort.max_attempts:
+            raise RunError(
+                f"{self._void} rounds in a row gave no sum; the last one, round {number}: {cause}.",
+                hint="See `lepton run show` for each device's reason; cohort.max_attempts bounds it.",
+            )
+        retried = after_attempt(state.retried, number, 0)
+        return state.on(round=number, attempt=0, evaluated=number, retried=retried)
 
     def _collect(self, plan: RoundPlan, state: RunState) -> tuple[Collected, NDArray[np.float64] | None]:
         """One attempt; of a private run, its noise is in the mean."""

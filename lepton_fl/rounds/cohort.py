@@ -18,6 +18,7 @@ Standing = Literal[
     "task-missing",
     "wrong-version",
     "busy",
+    "not-certified",  # a run with secure aggregation: the device has no certified signing key
     "resting",  # a private run: it would take part too soon again, or too often
     "other-group",
     "revoked",

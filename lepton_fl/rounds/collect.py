@@ -52,6 +52,7 @@ class Collected:
     sums: Sums = field(default_factory=dict)
     reports: int = 0
     bytes_up: int = 0
+    burnt: bool = False  # a survivor set went out for signing: nobody signs another one in this round
     elapsed_s: Callable[[], float] = lambda: 0.0  # since the attempt began
 
     @cached_property

@@ -36,10 +36,10 @@ from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, Sum, nois
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Trust
 from lepton_fl.secagg.masks import Ring, ring_type
-from lepton_fl.secagg.server import Journal, Outcome, ServerSession, Stage
+from lepton_fl.secagg.server import Journal, Outcome, ServerSession, Stage, is_decision
 from lepton_fl.secagg.uploads import Intake, MemorySpool, Spool
 from lepton_fl.tasks.metrics import Sums
-from lepton_fl.wire.messages import Request, TrainReply, malformed
+from lepton_fl.wire.messages import Fields, Request, Ticket, TrainReply, malformed
 from lepton_fl.wire.records import Records
 
 log = logging.getLogger(__name__)
@@ -211,6 +211,34 @@ def share_law(part: PrivatePart) -> IntegerNoise | None:
         if part.noise == "skellam"
         else DiscreteGaussian(sqrt(part.share_variance))
     )
+
+
+def encode_answer(asked: Records, answered: Records, encoding: SumEncoding, random: Random) -> Ring:
+    """A device's vector, out of what it was asked and what it would answer in a plain round.
+
+    Args:
+        asked: a ``Request``.
+        answered: a ``TrainReply`` or a ``Failure``.
+        encoding: of the sum.
+        random: see ``encode_reply``.
+
+    Raises:
+        UpdateRejected: the answer reports a failure, or does not fit.
+    """
+    if "failed" in answered.config:
+        fields = Fields(answered.config)
+        Ticket.take(fields)
+        reason, detail = fields.text("failed"), fields.text("detail")
+        raise UpdateRejected(Rejection(reason), detail)
+    request = Request.read(asked)
+    try:
+        sums = {name: np.asarray(answered.metrics[f"sum.{name}"]) for name in ("loss_sum", "examples")}
+        examples, update = answered.metrics["num-examples"], answered.arrays["update"]
+    except KeyError as error:
+        raise malformed(f"the device's own answer has no {error}") from error
+    count = Fields({"n": examples}).integer("n")
+    reply = TrainReply(request.ticket, request.task_version, count, update, sums, 0.0)
+    return encode_reply(request, encoding, reply, random)
 
 
 def decode_total(
@@ -554,6 +582,7 @@ def collect_secure(
     heard.settle(parties)
     totals = [party.outcome.total for party in parties if party.outcome and party.outcome.total is not None]
     if not totals or not collected.enough:
+        collected.burnt = any(party.session.stage > Stage.UPLOADS for party in parties)
         return collected, None
     mean, collected.sums = decode_total(plan, encoding, totals, collected.reports, finish)
     return collected, mean
@@ -562,6 +591,11 @@ def collect_secure(
 def _numbered(cohort: int, record: bytes) -> bytes:
     """A record of one of an attempt's cohorts."""
     return cohort.to_bytes(2, "big") + record
+
+
+def must_be_synced(record: bytes) -> bool:
+    """Whether a record that the journal is given must outlive a power cut before anybody hears of it."""
+    return is_decision(_unnumbered(record)[1])
 
 
 def _unnumbered(record: bytes) -> tuple[int, bytes]:

@@ -13,6 +13,7 @@ Secrets are in ``SecureMember`` only, for as long as the process lives; it refus
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from lepton_fl.wire.messages import malformed
 
 VALID_S: Final = 7 * 86_400  # seconds for which an advert is good
 MOST_SESSIONS: Final = 4  # at a time; the oldest goes
-MOST_SPARE: Final = 2  # keys made ahead; the oldest go
+MOST_SPARE: Final = 4  # keys made ahead; the oldest go
 DEFAULT_POLICY: Final = Policy()
 MOST_COORDINATES: Final = 2**31
 
@@ -167,7 +168,8 @@ class SecureMember:
         """Prepare; see ``ClientSession`` for the arguments."""
         self.device, self.deployment = device, deployment
         self._signing, self._trust, self._ledger, self._policy = signing, trust, ledger, policy
-        self._credential, self._random, self._now = credential, random, now
+        self.credential, self._random, self._now = credential, random, now
+        self._lock = threading.Lock()  # prekeys are made by another thread than the one that uses them
         self._places: dict[str, _Place] = {}
         self._spare: list[Prekey] = []
 
@@ -179,17 +181,19 @@ class SecureMember:
 
     def prekey(self) -> bytes:
         """A message 1 made ahead, for some later attempt: whichever roster it is in."""
-        self._spare.append(self._make())
-        while len(self._spare) > MOST_SPARE:
-            self._spare.pop(0).discard()
-        return self._spare[-1].advert
+        made = self._make()
+        with self._lock:
+            self._spare.append(made)
+            while len(self._spare) > MOST_SPARE:
+                self._spare.pop(0).discard()
+        return made.advert
 
     def _make(self) -> Prekey:
         return Prekey.make(
             self.device,
             self.deployment,
             self._signing,
-            self._credential,
+            self.credential,
             int(self._now()) + VALID_S,
             self._random,
         )
@@ -215,6 +219,7 @@ class SecureMember:
         for prekey in self._spare:
             if prekey.advert in adverts:
                 self._spare.remove(prekey)
+                self.leave(key)
                 self._enter(key, prekey)
                 return
 
@@ -226,8 +231,9 @@ class SecureMember:
             TrustError: a refusal.
         """
         wanted = Offer.from_json(offer)
-        if key not in self._places:
-            self._adopt(key, roster)
+        with self._lock:
+            if key not in self._places or self._places[key].session is None:
+                self._adopt(key, roster)
         place = self._place(key)
         if place.session is None:
             if wanted.encoding.cohort < wanted.rules.min_cohort:
@@ -267,6 +273,11 @@ class SecureMember:
     def reveal(self, key: str, certificate: bytes) -> bytes:
         """Message 9."""
         return self._session(key).reveal(certificate)
+
+    def leave(self, key: str) -> None:
+        """Overwrite the secrets of an attempt that goes on without this device."""
+        if key in self._places:
+            self._forget(key)
 
     def close(self) -> None:
         """Overwrite the secrets of everything under way."""

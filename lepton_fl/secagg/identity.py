@@ -97,6 +97,11 @@ class Certified:
         raise TrustError(f"The signing key of device {device} is not certified by a known authority.")
 
 
+def deployment_of(ca_der: bytes) -> str:
+    """The name of a coordinator's installation: that of its CA certificate (DER), which its devices have."""
+    return "ca-" + hashlib.sha256(ca_der).hexdigest()
+
+
 def request_certificate(identity: PrivateKey, signing: Ed25519PrivateKey, deployment: str) -> bytes:
     """Ask that ``signing`` be certified for the device whose identity key is ``identity``."""
     key = signing.public_key().public_bytes_raw()
@@ -124,6 +129,20 @@ def certify(
         UpdateRejected: MALFORMED, it does not decode.
         TrustError: one of the two signatures is wrong.
     """
+    device, key = read_request(request, deployment)
+    return device, issue(authority, deployment, device, key, not_after)
+
+
+def read_request(request: bytes, deployment: str) -> tuple[str, bytes]:
+    """Who asks for which signing key to be certified; both have signed.
+
+    Returns:
+        The device's id and the signing key, 32 bytes.
+
+    Raises:
+        UpdateRejected: MALFORMED, it does not decode.
+        TrustError: one of the two signatures is wrong, or the identity is no P-256 key.
+    """
     reader = Reader(request)
     der, key = reader.blob(512), reader.raw(32)
     possession, proof = reader.raw(SIGNATURE_BYTES), reader.blob(128)
@@ -133,13 +152,26 @@ def certify(
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(possession, statement)
         identity.verify(proof, statement, ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature as error:
+    except (InvalidSignature, ValueError) as error:
         raise TrustError(
             "The request for a signing certificate is not signed by both of its keys."
         ) from error
-    device = device_id(identity)
+    return device_id(identity), key
+
+
+def issue(authority: Ed25519PrivateKey, deployment: str, device: str, key: bytes, not_after: int) -> bytes:
+    """The credential (72 bytes) of a device whose request was found good."""
     signature = authority.sign(_certified(deployment, device, key, not_after))
-    return device, bytes(Writer().u64(not_after).raw(signature))
+    return bytes(Writer().u64(not_after).raw(signature))
+
+
+def ends_of(credential: bytes) -> int:
+    """When a credential ends, seconds since 1970; raises UpdateRejected if it is none."""
+    reader = Reader(credential)
+    not_after = reader.u64()
+    reader.raw(SIGNATURE_BYTES)
+    reader.finish()
+    return not_after
 
 
 def _requested(deployment: str, der: bytes, key: bytes) -> bytes:

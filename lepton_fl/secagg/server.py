@@ -470,10 +470,23 @@ class ServerSession:
         self.stage = Stage(self.stage + (2 if self.stage < Stage.REVEALS else 1))
 
     def _restore_intake(self) -> None:
+        for position, message in self._accepted[Stage.UPLOADS].items():
+            device = self._peers[position].device
+            if device not in self.intake.included:
+                self._check_spooled(device, Upload.decode(message, self.n).vector)
         if self._survivors is not None:
             self.intake.settle(self._names(self._survivors.members))
         elif self.stage is Stage.UPLOADS:
             self.intake.settle(self._names(self._accepted[Stage.UPLOADS]))
+
+    def _check_spooled(self, device: str, digest: bytes) -> None:
+        """A vector that was lost with the power must not become part of a sum."""
+        try:
+            self.intake.verify(device, digest)
+        except UpdateRejected as error:
+            raise StateCorrupt(
+                f"The masked vector of device {device} is not the one that came: {error}"
+            ) from error
 
     def _names(self, positions: Iterable[int]) -> tuple[str, ...]:
         return tuple(self._peers[p].device for p in sorted(positions))
@@ -588,6 +601,14 @@ class ServerSession:
                 for (member, _), (seed, coin) in zip(members, pairs, strict=True)
                 if has_edge(coin, odds)
             ]
+
+
+def is_decision(record: bytes) -> bool:
+    """Whether a record closes a stage.
+
+    It must be on the disk before anybody is told of it; messages of devices can come again.
+    """
+    return record[0] == _CLOSE
 
 
 def _seen(device: str, message: bytes) -> bytes:

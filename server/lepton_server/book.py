@@ -88,6 +88,10 @@ def fold(progress: Progress, event: Event) -> Progress:
             return replace(progress, model_sha256=body["model_sha256"])
         case "round.planned":
             return replace(progress, attempt=body["attempt"], open=True)
+        case "round.abandoned" if body.get("burnt"):
+            retried = after_attempt(progress.retried, body["round"], 0)
+            over = replace(progress, round=body["round"], attempt=0, open=False, retried=retried)
+            return replace(over, evaluated=body["round"])
         case "round.abandoned":
             return replace(progress, open=False)
         case "round.committed":
@@ -175,7 +179,7 @@ class RunBook:
     def abandoned(self, collected: Collected, cause: str) -> None:
         """Journal that an attempt does not count, and why."""
         body = _attempt(collected.plan) | {"cause": cause, "participation": _participation(collected)}
-        self._record("round.abandoned", body)
+        self._record("round.abandoned", body | {"burnt": collected.burnt})
         self._meters.abandoned.labels(self._run_id).inc()
         self._count(collected)
         log.warning("run %s round %d: abandoned: %s", self._run_id, collected.plan.round, cause)
@@ -261,6 +265,12 @@ class RunBook:
         self._waits = bool(cause)
         if cause:
             log.warning("run %s waits up to %.0f s more: %s", self._run_id, seconds, cause)
+
+    def stage(self, words: str, seconds: float) -> None:
+        """Journal at which stage of a round that hides its devices the run is, and whom it waits for."""
+        until = time.time() + seconds if words else 0.0
+        self._record("run.waiting", {"run_id": self._run_id, "cause": one_line(words), "until": until})
+        self._waits = bool(words)
 
     def _record(self, kind: str, body: dict[str, Any]) -> None:
         self._patience.insist(lambda: self._store.record(kind, self._run_id, body))

@@ -27,12 +27,17 @@ if TYPE_CHECKING:
 app = typer.Typer()
 run_app = typer.Typer(help="Start training runs and see how they go.", no_args_is_help=True)
 devices_app = typer.Typer(help="The enrolled devices.", no_args_is_help=True)
+authority_app = typer.Typer(
+    help="The enrolment authority: whose signing keys devices believe in secure aggregation.",
+    no_args_is_help=True,
+)
 token_app = typer.Typer(help="One-time tokens that let devices join.", no_args_is_help=True)
 app.add_typer(run_app, name="run")
 app.add_typer(devices_app, name="devices")
 app.add_typer(token_app, name="token")
 app.add_typer(keys_app, name="keys")
 app.add_typer(release_app, name="release")
+app.add_typer(authority_app, name="authority")
 
 RunArgument = Annotated[str, typer.Argument(help="Run id, a unique beginning of it, or 'last'.")]
 
@@ -89,6 +94,7 @@ def token_create(
     from lepton_fl import crypto
     from lepton_server.authority import Authority
     from lepton_server.device_service import endpoints_of, hosts_of
+    from lepton_server.signing import authority_key
 
     settings = load(config, {"server.state_dir": state_dir})
     listen = settings.listen
@@ -100,7 +106,7 @@ def token_create(
         authority = Authority.open(settings.server.state_dir / "keys", hosts_of(listen))
         addr = endpoints_of(listen, listen.enrolment_port, listen.device_port, listen.fleet_port).enrolment
         secret = crypto.new_secret()
-        token = crypto.make_join_token(addr, authority.ca_der, secret)
+        token = crypto.make_join_token(addr, authority.ca_der, secret, authority_key(settings))
         token_id, expires = f"t-{secrets.token_hex(6)}", time.time() + hours * 3600
         body = {
             "token_id": token_id,
@@ -116,6 +122,84 @@ def token_create(
     typer.echo(token)
     say(f"Valid for {uses} device(s) until {_when(expires):%Y-%m-%d %H:%M} UTC, at {addr}. On the device:")
     say("    lepton client enroll --token …")
+
+
+# --- the enrolment authority ------------------------------------------------------------------------
+
+
+@authority_app.command("create")
+def authority_create(
+    file: Annotated[Path, typer.Argument(help="File to write the private key to, mode 0600.")],
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Make an enrolment authority, best on another machine than the coordinator; print its public key."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from lepton_fl.crypto import save_signing_key
+
+    if file.exists():
+        raise ConfigError(f"{file} exists.", hint="Devices pin an authority for good: keep it.")
+    key = Ed25519PrivateKey.generate()
+    save_signing_key(file, key)
+    public = key.public_key().public_bytes_raw().hex()
+    print_data({"file": str(file), "public_key": public}, format=format)
+    say(f'In the coordinator\'s configuration: [authority] public_key = "{public}"')
+
+
+@authority_app.command("requests")
+def authority_requests(
+    output: Annotated[Path, typer.Argument(help="File to write: what `lepton authority sign` reads.")],
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Write the devices' open requests for signing certificates, to be taken to the authority."""
+    from lepton_server.signing import requests_of
+
+    settings = load(config, {"server.state_dir": state_dir})
+    with opened(settings) as store:
+        found = requests_of(store, settings.server.state_dir / "keys")
+    found.write(output)
+    print_data(found.rows(), format=format, title="Requests", columns=["device_id", "name"])
+
+
+@authority_app.command("sign")
+def authority_sign(
+    requests: Annotated[Path, typer.Argument(help="What `lepton authority requests` wrote.")],
+    output: Annotated[Path, typer.Argument(help="File to write: what `lepton authority install` reads.")],
+    key: Annotated[Path, typer.Option(help="The authority's private key.")],
+    days: Annotated[float, typer.Option(min=1, max=3650, help="Life of the certificates.")] = 365.0,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Certify devices' signing keys; needs no coordinator. Look at the list: it says who may take part."""
+    from lepton_fl.crypto import load_signing_key
+    from lepton_server.signing import Requests
+
+    signed = Requests.read(requests).sign(load_signing_key(key), int(time.time() + days * 86_400))
+    signed.write(output)
+    print_data(signed.rows(), format=format, title="Certified", columns=["device_id", "name"])
+
+
+@authority_app.command("install")
+def authority_install(
+    certificates: Annotated[Path, typer.Argument(help="What `lepton authority sign` wrote.")],
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Hand the authority's certificates to the coordinator; devices fetch them at their next check-in."""
+    from lepton_fl.secagg.identity import deployment_of
+    from lepton_server.authority import Authority
+    from lepton_server.signing import Certificates, Signing
+
+    settings = load(config, {"server.state_dir": state_dir})
+    with opened(settings) as store:
+        ca = Authority.open(settings.server.state_dir / "keys").ca_der
+        signing = Signing.open(settings.authority, store, deployment_of(ca))
+        if signing is None:
+            raise ConfigError("No enrolment authority is configured.", hint="Set authority.public_key.")
+        rows = Certificates.read(certificates).install(signing)
+    print_data(rows, format=format, title="Installed", columns=["device_id", "name"])
 
 
 # --- devices ----------------------------------------------------------------------------------------
@@ -195,13 +279,14 @@ def run_start(
         "run.cohort.deadline_s": deadline,
         "run.name": name or None,
     }
-    wanted = run_spec(spec, given, RunFile)
+    settings = load(config, {"server.state_dir": state_dir})
+    wanted = run_spec(spec, given, RunFile, authority=settings.has_authority)
     installed = load_task(wanted.task)  # a wrong name fails here, not in the coordinator's log
     local = wanted.local if "local" in wanted.model_fields_set else installed.local
     wanted = wanted.model_copy(update={"task": resolve(wanted.task), "local": local})
     run_id = f"r-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     shown = wanted.name or wanted.task.rpartition(":")[2]
-    with opened(load(config, {"server.state_dir": state_dir})) as store:
+    with opened(settings) as store:
         store.record("run.queued", run_id, {"run_id": run_id, "name": shown, "spec": wanted.to_json()})
     print_data({"id": run_id, "name": shown, "task": wanted.task, "state": "queued"}, format=format)
 

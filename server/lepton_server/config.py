@@ -108,6 +108,29 @@ class StoreSection(_Section):
     )
 
 
+class AuthoritySection(_Section):
+    """[authority]: the enrolment authority, which certifies the keys that devices sign secure rounds with."""
+
+    public_key: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="Its public key, 64 hexadecimal digits, as `lepton authority create` printed it. Devices "
+        "pin it. Empty, and no key_file = none: no runs with secure aggregation.",
+    )
+    key_file: Path | None = Field(
+        default=None,
+        description="Its private key, if this machine is to certify by itself. Whoever has it and this "
+        "coordinator can invent devices: better keep it elsewhere and use `lepton authority`.",
+    )
+    certificate_days: float = Field(
+        default=365.0,
+        ge=1,
+        le=3650,
+        allow_inf_nan=False,
+        description="Life of a signing certificate, days; devices ask for the next in its last third.",
+    )
+
+
 class CheckInSection(_Section):
     """[check_in]: how often idle devices call."""
 
@@ -201,6 +224,11 @@ class RoundsSection(_Section):
         allow_inf_nan=False,
         description="How long a device stays at the fleet port after its work: the next round comes soon.",
     )
+    stage_s: Seconds = Field(
+        default=60.0,
+        le=86_400,
+        description="Patience with each stage of secure aggregation but training, seconds.",
+    )
 
 
 class DeliverySection(_Section):
@@ -250,8 +278,19 @@ class ServerConfig(_Section):
     check_in: CheckInSection = CheckInSection()
     limits: LimitsSection = LimitsSection()
     rounds: RoundsSection = RoundsSection()
+    authority: AuthoritySection = AuthoritySection()
     delivery: DeliverySection = DeliverySection()
     log: LogSection = LogSection()
+
+    @property
+    def has_authority(self) -> bool:
+        """Whether devices' signing keys can be certified."""
+        return bool(self.authority.public_key or self.authority.key_file)
+
+    @property
+    def secure_dir(self) -> Path:
+        """The folder of secure rounds under way: masked vectors and the protocol's records."""
+        return self.server.state_dir / "secure"
 
     @property
     def store_url(self) -> str:

@@ -22,6 +22,7 @@ import uvicorn
 from lepton_fl import __version__
 from lepton_fl.errors import ConnectionFailed, LeptonError, StateLocked
 from lepton_fl.files import BlobStore, make_private_folder
+from lepton_fl.secagg.identity import deployment_of
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
 from lepton_server.device_service import DeviceService, Endpoints, hosts_of
@@ -31,6 +32,7 @@ from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.ops import Meters, ops_app
 from lepton_server.releases import ListKeeper, online_keys, shelf_of
 from lepton_server.runs import RunDriver
+from lepton_server.signing import Signing
 from lepton_server.store import Store, open_store
 from lepton_server.tls import ServerTls
 
@@ -119,15 +121,29 @@ class Coordinator:
         fleet_port = self._serve_fleet(stack, link, authority)
         stack.enter_context(link)  # closes before its listener: devices are told to come back
         fleet = self._fleet = Fleet(store, config.check_in)
+        signing = Signing.open(config.authority, store, deployment_of(authority.ca_der))
+        if signing is not None:
+            fleet.set_authority(signing.renew_s)
         fleet.start()
         stack.callback(fleet.stop)
-        service = self._service = DeviceService(config, store, authority, fleet, fleet_port=fleet_port)
+        service = self._service = DeviceService(
+            config, store, authority, fleet, fleet_port=fleet_port, signing=signing
+        )
         service.start()
         stack.callback(service.stop)
         keeper = ListKeeper(shelf_of(config), online_keys(config))
         keeper.start()
         stack.callback(keeper.close)
-        self._driver = RunDriver(config.rounds, store, blobs, fleet, link, self.meters)
+        self._driver = RunDriver(
+            config.rounds,
+            store,
+            blobs,
+            fleet,
+            link,
+            self.meters,
+            signing=signing,
+            secure_dir=config.secure_dir,
+        )
         fleet.on_revoked(self._driver.expel)
         self._serve_ops(stack)
         endpoints = {

@@ -2,7 +2,7 @@
 
 Two ports of one process. The *enrolment port* has server TLS and answers ``Enroll`` and ``Renew``: whoever
 calls proves itself with a token or with its key. The *device port* demands a certificate of our authority and
-answers ``CheckIn``, ``Wait``, ``FetchMetadata`` and ``FetchChunks``.
+answers ``CheckIn``, ``Wait``, ``Certify``, ``FetchMetadata`` and ``FetchChunks``.
 
 Rules:
 
@@ -36,7 +36,8 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from functools import partial
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import grpc
 from cryptography import x509
@@ -50,8 +51,19 @@ from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.authority import Authority, DeviceCertificate
 from lepton_server.config import ListenSection, ServerConfig
 from lepton_server.downloads import Downloads
-from lepton_server.fleet import BUSY, IDLE, NOT_ELIGIBLE, Failed, Fleet, Report, Serving, TaskState
+from lepton_server.fleet import (
+    BUSY,
+    IDLE,
+    NOT_ELIGIBLE,
+    Failed,
+    Fleet,
+    Report,
+    Secrecy,
+    Serving,
+    TaskState,
+)
 from lepton_server.releases import shelf_of
+from lepton_server.signing import Signing
 from lepton_server.store import Device, Store, Token
 
 log = logging.getLogger(__name__)
@@ -67,16 +79,21 @@ ENROLMENTS_AT_ONCE = 64  # more are put off
 MAX_FAILED = 9  # failed releases in one check-in
 MAX_DOWNLOAD_CALLS = 4_000  # served or in line
 _SERVICE = "lepton.v1.DeviceService"
-_CALLS = ("Enroll", "Renew", "CheckIn", "Wait", "FetchMetadata", "FetchChunks")
+_CALLS = ("Enroll", "Renew", "CheckIn", "Wait", "Certify", "FetchMetadata", "FetchChunks")
 _STREAMS = ("Wait", "FetchChunks")
 _STATUS = {pb.STATUS_IDLE: IDLE, pb.STATUS_BUSY: BUSY, pb.STATUS_NOT_ELIGIBLE: NOT_ELIGIBLE}
-_PASSING: tuple[Literal["protocol", "status", "reason", "device_time", "desired_digest"], ...] = (
+_Passing = Literal[
     "protocol",
     "status",
     "reason",
     "device_time",
     "desired_digest",
-)  # what a check-in says of this moment only
+    "credential_ends",
+    "adverts",
+    "advert_session",
+]
+_PASSING: tuple[_Passing, ...] = get_args(_Passing)  # what a check-in says of this moment only
+_MOST_ADVERTS, _MAX_ADVERT = 8, 1024  # keys made ahead in one check-in, and bytes of one
 _MAX_CACHED = 100_000  # certificates (about 250 bytes each) and reports whose check need not be repeated
 
 
@@ -117,6 +134,7 @@ class DeviceService:
         fleet: Fleet,
         *,
         fleet_port: int | None = None,
+        signing: Signing | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         """Prepare; nothing is opened before :meth:`start`.
@@ -127,8 +145,10 @@ class DeviceService:
             authority: Issues certificates and has the server's own.
             fleet: The view that check-ins feed; started by the caller.
             fleet_port: Where Flower's fleet API really listens, when the configured port is 0.
+            signing: The way to the enrolment authority; None = there is none.
             wall: UTC seconds.
         """
+        self._signing = signing
         self._config, self._store, self._authority, self._fleet = config, store, authority, fleet
         self._fleet_port = config.listen.fleet_port if fleet_port is None else fleet_port
         self._wall = wall
@@ -202,6 +222,7 @@ class DeviceService:
         calls: dict[str, Work] = {
             "CheckIn": self._check_in,
             "Wait": self._wait,
+            "Certify": self._certify,
             "FetchMetadata": self._fetch_metadata,
             "FetchChunks": self._fetch_chunks,
         }
@@ -410,6 +431,7 @@ class DeviceService:
         reason = _words("reason", request.reason, 500) if request.reason else ""
         if (desired := request.desired_digest) and len(desired) != 64:
             raise ConfigError(f"Expected desired_digest of 64 characters, got {len(desired)}.")
+        secrecy = _secrecy(request)
         answer = self._fleet.check_in(
             identity.device_id,
             self._report(request),  # consumes the request
@@ -417,6 +439,7 @@ class DeviceService:
             reason,
             device_time=device_time,
             desired_digest=desired,
+            secrecy=secrecy,
         )
         wall = self._wall()
         return pb.CheckInResponse(
@@ -426,7 +449,25 @@ class DeviceService:
             instructions=answer.instructions,
             renew=wall >= identity.renew_after,
             desired_json=answer.desired,
+            certify=answer.certify,
+            adverts_wanted=answer.adverts,
         )
+
+    async def _certify(self, data: bytes, context: Context) -> pb.CertifyResponse:
+        device_id = self._identify(context).device_id
+        self._fleet.require(device_id)
+        request = _parse(pb.CertifyRequest(), data)
+        _check_protocol(request.protocol)
+        _check_size("request", len(request.request), 1, 1024)
+        if self._signing is None:
+            raise ConfigError("This coordinator knows no enrolment authority.")
+        work = partial(self._certified, self._signing, device_id, request.request)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _certified(self, signing: Signing, device_id: str, request: bytes) -> pb.CertifyResponse:
+        credential = signing.answer(device_id, request)
+        self._fleet.follow()  # its next check-in is not told to ask again
+        return pb.CertifyResponse(authority=signing.public, credential=credential)
 
     def _report(self, request: pb.CheckInRequest) -> Report:
         """The lasting part of a check-in; one that was checked before is recognised by its bytes."""
@@ -826,6 +867,18 @@ def _digest(field: str, text: str, *, empty: bool = False) -> str:
     if not (empty and not text) and (len(text) != 64 or not set(text) <= set("0123456789abcdef")):
         raise ConfigError(f"Expected {field} of 64 hexadecimal digits, got {_printable(text, 70)!r}.")
     return text
+
+
+def _secrecy(request: pb.CheckInRequest) -> Secrecy:
+    if len(request.adverts) > _MOST_ADVERTS:
+        raise ConfigError(f"Expected at most {_MOST_ADVERTS} adverts, got {len(request.adverts)}.")
+    for advert in request.adverts:  # what is in them, the round checks that uses them
+        _check_size("an advert", len(advert), 1, _MAX_ADVERT)
+    if request.advert_session or request.adverts:
+        _check_size("advert_session", len(request.advert_session), 8, 8)
+    if request.credential_ends > 1e11:
+        raise ConfigError(f"Expected credential_ends in seconds since 1970, got {request.credential_ends}.")
+    return Secrecy(float(request.credential_ends), tuple(request.adverts), request.advert_session)
 
 
 def _task_state(task: pb.TaskReport) -> TaskState:

@@ -8,13 +8,15 @@ to stop waits ``STOP_S`` for the answers that are on their way.
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lepton_fl.errors import LeptonError, NotFound, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.exchange import Answer
 from lepton_fl.wire.messages import Request
+from lepton_fl.wire.records import Records
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Mailbox
@@ -33,7 +35,9 @@ class _Attempt:
     """The open messages of one attempt."""
 
     plan: RoundPlan
-    ends: float  # monotonic seconds
+    ends: float  # monotonic seconds; of a stage, if there are several
+    leaves: float = 0.0  # when devices stop waiting for more; 0 = at the end
+    resumed: bool = False  # it was begun before a restart
     hurried: bool = False  # the run was asked to stop, and the end is set accordingly
     devices: dict[str, str] = field(default_factory=dict)  # message id -> device id, unanswered
     nodes: dict[str, int] = field(default_factory=dict)  # device id -> Flower node id
@@ -76,23 +80,59 @@ class FleetExchange:
         attempt = _Attempt(plan, time.monotonic() + plan.deadline_s)
         box = self._link.mailbox()
         try:
-            yield from self._send(attempt, box, request)
-            while attempt.devices:
-                if self._closing():
-                    raise Interrupted
-                left = self._left(attempt)
-                reply = box.get(min(left, WAKE_S))
-                if reply is not None:
-                    if (device_id := attempt.devices.pop(reply.message_id, None)) is not None:
-                        yield Answer(device_id, reply.content, reply.num_bytes)
-                        del reply  # it may be large: not while waiting for the next one
-                elif left <= 0:  # only now: an answer that was complete in time counts
-                    break
-                else:
-                    yield from self._vanished(attempt, box)
+            yield from self._send(attempt, box, dict.fromkeys(plan.cohort, request.to_records()))
+            yield from self._answers(attempt, box)
         finally:
             box.close()
-            self._release(attempt)
+            self._release(attempt, set(attempt.devices.values()))
+
+    def stages(self, plan: RoundPlan, seconds: float, *, resumed: bool = False) -> "Stages":
+        """Open an attempt whose devices are asked several times; close it.
+
+        Args:
+            plan: of the attempt.
+            seconds: the longest that all of it takes.
+            resumed: devices that have taken part before a restart do so again.
+        """
+        leaves = time.monotonic() + seconds
+        return Stages(self, _Attempt(plan, leaves, leaves, resumed), self._link.mailbox())
+
+    def ask_stage(
+        self, attempt: _Attempt, box: Mailbox, messages: Mapping[str, Records], seconds: float
+    ) -> Generator[Answer | None, None, None]:
+        """See ``Stages.ask``."""
+        attempt.ends, attempt.hurried = time.monotonic() + seconds, False
+        try:
+            yield from self._send(attempt, box, messages)
+            yield from self._answers(attempt, box, idle=True)
+        finally:
+            box.withdraw(list(attempt.devices))
+            attempt.devices.clear()
+
+    def end_stages(self, attempt: _Attempt, box: Mailbox) -> None:
+        """See ``Stages.close``."""
+        box.close()
+        # At a shutdown the devices keep what they have: the attempt goes on after the restart.
+        self._release(attempt, set() if self._closing() else set(attempt.plan.cohort))
+
+    def _answers(
+        self, attempt: _Attempt, box: Mailbox, *, idle: bool = False
+    ) -> Generator[Any, None, None]:  # of Answer, and with ``idle`` of None
+        while attempt.devices:
+            if self._closing():
+                raise Interrupted
+            left = self._left(attempt)
+            reply = box.get(min(left, WAKE_S))
+            if reply is not None:
+                if (device_id := attempt.devices.pop(reply.message_id, None)) is not None:
+                    yield Answer(device_id, reply.content, reply.num_bytes)
+                    del reply  # it may be large: not while waiting for the next one
+            elif left <= 0:  # only now: an answer that was complete in time counts
+                break
+            else:
+                yield from self._vanished(attempt, box)
+                if idle:
+                    yield None
 
     def tell(self, plan: RoundPlan, device_id: str, refusal: UpdateRejected | None) -> None:
         """Send the verdict through the device service."""
@@ -113,9 +153,11 @@ class FleetExchange:
 
     # --- sending ------------------------------------------------------------------------------------
 
-    def _send(self, attempt: _Attempt, box: Mailbox, request: Request) -> Generator[Answer, None, None]:
-        plan, records = attempt.plan, request.to_records()
-        for device_id in plan.cohort:
+    def _send(
+        self, attempt: _Attempt, box: Mailbox, messages: Mapping[str, Records]
+    ) -> Generator[Answer, None, None]:
+        plan, ttl_s = attempt.plan, max(1.0, attempt.ends - time.monotonic())
+        for device_id in messages:
             if not self._fleet.mark_busy(device_id, plan.run_id):
                 busy = UpdateRejected(
                     Rejection.OFFLINE, f"Device {device_id} was taken by another run meanwhile."
@@ -124,7 +166,7 @@ class FleetExchange:
                 continue
             try:
                 node_id = self._admit(device_id)
-                message_id = box.post(node_id, records, message_type=plan.kind, ttl_s=plan.deadline_s)
+                message_id = box.post(node_id, messages[device_id], message_type=plan.kind, ttl_s=ttl_s)
             except (TrustError, NotFound) as error:
                 yield Answer(device_id, UpdateRejected(Rejection.REVOKED, str(error)))
                 continue
@@ -154,10 +196,11 @@ class FleetExchange:
                 kind=plan.kind,
                 task=plan.task,
                 task_version=plan.task_version,
-                deadline_s=max(0.0, attempt.ends - time.monotonic()),
+                deadline_s=max(0.0, (attempt.leaves or attempt.ends) - time.monotonic()),
                 stay_s=self._stay_s,
                 node_id=node_id,
                 nonce=plan.nonce,
+                resumed=attempt.resumed,
             )
         )
 
@@ -197,7 +240,7 @@ class FleetExchange:
             return True
         return device_id not in attempt.streamed and self._fleet.is_online(device_id)
 
-    def _release(self, attempt: _Attempt) -> None:
+    def _release(self, attempt: _Attempt, leaving: set[str]) -> None:
         plan = attempt.plan
         leave = pb.Instruction(
             leave=pb.Leave(
@@ -208,8 +251,29 @@ class FleetExchange:
                 nonce=plan.nonce,
             )
         )
-        unanswered = set(attempt.devices.values())
         for device_id in plan.cohort:
             self._fleet.mark_idle(device_id, plan.run_id)
-            if device_id in unanswered:
+            if device_id in leaving:
                 self._instruct(device_id, leave)
+
+
+class Stages:
+    """One attempt whose devices are asked several times, as secure aggregation does it."""
+
+    def __init__(self, exchange: FleetExchange, attempt: _Attempt, box: Mailbox) -> None:
+        self._exchange, self._attempt, self._box = exchange, attempt, box
+
+    def ask(self, messages: Mapping[str, Records], seconds: float) -> Generator[Answer | None, None, None]:
+        """Send each device its message and yield answers, and None now and then while none comes.
+
+        Ends when all have answered or ``seconds`` have passed. Closing it withdraws what is open; devices
+        stay in the attempt.
+
+        Raises:
+            Interrupted: the coordinator shuts down.
+        """
+        yield from self._exchange.ask_stage(self._attempt, self._box, messages, seconds)
+
+    def close(self) -> None:
+        """End the attempt: devices are told to leave, unless the coordinator shuts down."""
+        self._exchange.end_stages(self._attempt, self._box)

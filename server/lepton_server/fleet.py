@@ -42,7 +42,9 @@ MAX_PENDING = 16  # instructions kept for a device that is away
 KEEP_S = 3600.0  # how long an instruction without a deadline is kept for it
 CLOCK_TOLERANCE_S = 5.0  # Flower refuses signatures from further ahead than this; older than 300 s, too
 IDLE, BUSY, NOT_ELIGIBLE = "idle", "busy", "not-eligible"
-_FOLLOWED = ("device.enrolled", "device.renewed", "device.revoked", "device.desired")
+_SIGNING = ("device.signing", "device.certified")
+_FOLLOWED = ("device.enrolled", "device.renewed", "device.revoked", "device.desired", *_SIGNING)
+STOCK = 2  # keys for secure rounds that a device has made ahead, at most
 _PAGE = 1000  # events read at a time
 _REPORTS = 500  # journalled in one transaction: other writers wait for its end
 _EMPTY = hashlib.sha256(b"{}").hexdigest()
@@ -152,6 +154,11 @@ class _Device:
     desired: str = ""  # canonical JSON; empty = nothing is wanted
     desired_digest: str = ""
     run: str = ""  # the run that it was drawn into
+    requested: bool = False  # the enrolment authority has its request for a signing certificate
+    certified_until: float = 0.0  # UTC, s: of the last signing certificate that was issued
+    credential_ends: float = 0.0  # UTC, s: of the one that the device says it has
+    adverts: tuple[bytes, ...] = ()  # made ahead, each to be given out once
+    advert_session: bytes = b""  # of the process that has their secrets
     stream: "Stream | None" = None
     pending: list[_Pending] | None = None
 
@@ -175,12 +182,28 @@ class Answer:
         wait: Whether it should open a waiting stream now.
         instructions: To act upon, in order.
         desired: Canonical JSON of what the operator wants of it, or empty.
+        certify: Whether it should ask for, or fetch, a certificate of its signing key.
+        adverts: How many keys for secure rounds it should make ahead and send.
     """
 
     next_s: float
     wait: bool
     instructions: tuple[pb.Instruction, ...]
     desired: str
+    certify: bool = False
+    adverts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Secrecy:
+    """What a device that checks in says about secure aggregation."""
+
+    credential_ends: float = 0.0  # UTC, s
+    adverts: tuple[bytes, ...] = ()  # new ones
+    advert_session: bytes = b""
+
+
+_NO_SECRECY = Secrecy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +255,8 @@ class Fleet:
         self._registered = 0
         self._streams = 0
         self._run_active = False
+        self._secure_active = False
+        self._renew_s: float | None = None  # None: there is no enrolment authority
         self._batch = _Batch()
         self._seq = 0
         self._revocation: list[Callable[[str], None]] = []
@@ -299,21 +324,25 @@ class Fleet:
             with self._lock:
                 self._devices = devices
                 self._registered = len(devices)
-                self._seq = seq
                 self._changed()
+            self._read(0, seq, _SIGNING)
+            self._seq = seq
 
     # -- the journal --------------------------------------------------------------------------------
 
     def follow(self) -> None:
         """Apply the events that were journalled since the last call, by this process or another."""
         with self._follow_lock:
-            head = self._store.head_seq()
-            while self._seq < head:
-                events = self._store.events(self._seq, kinds=_FOLLOWED, limit=_PAGE)
-                for event in events:
-                    self._apply(event.kind, event.body)
-                # A short page has shown everything up to the head, also when that is of other kinds.
-                self._seq = events[-1].seq if len(events) == _PAGE else max(head, *(e.seq for e in events), 0)
+            self._seq = self._read(self._seq, self._store.head_seq(), _FOLLOWED)
+
+    def _read(self, seen: int, head: int, kinds: Sequence[str]) -> int:
+        while seen < head:
+            events = self._store.events(seen, kinds=kinds, limit=_PAGE)
+            for event in events:
+                self._apply(event.kind, event.body)
+            # A short page has shown everything up to the head, also when that is of other kinds.
+            seen = events[-1].seq if len(events) == _PAGE else max(head, *(e.seq for e in events), 0)
+        return seen
 
     def _apply(self, kind: str, body: Mapping[str, Any]) -> None:
         device_id = str(body["device_id"])
@@ -337,6 +366,10 @@ class Fleet:
                     device.stream.close(None)  # so that it checks in and is told
             elif device is not None and kind == "device.renewed":
                 device.renewed_at = self._clock()
+            elif device is not None and kind == "device.signing":
+                device.requested, device.certified_until = True, 0.0
+            elif device is not None and kind == "device.certified":
+                device.requested, device.certified_until = False, float(body["not_after"])
 
     def _revoke(self, device_id: str, reason: str) -> None:
         with self._lock:
@@ -392,6 +425,7 @@ class Fleet:
         *,
         device_time: float = 0.0,
         desired_digest: str = "",
+        secrecy: Secrecy = _NO_SECRECY,
     ) -> Answer:
         """Note that a device is there, and say what it should do.
 
@@ -402,6 +436,7 @@ class Fleet:
             reason: With ``not-eligible``: the rule and the value.
             device_time: Its clock, UTC seconds; 0 = it did not say.
             desired_digest: SHA-256 (hex) of the desired state that it acted upon last.
+            secrecy: What it brings to secure rounds.
 
         Raises:
             TrustError: It is not enrolled, or revoked.
@@ -411,7 +446,7 @@ class Fleet:
             device = self._require(device_id)
             room = device.stream is not None or self._streams < self._config.max_waiting
             next_s = self._interval()
-            if self._note(device, report, status, reason, now):
+            if self._note(device, report, status, reason, now) | self._note_secrecy(device, secrecy, wall):
                 self._changed()
             if device.stream is None:
                 device.due = now + next_s * self._config.offline_after
@@ -421,7 +456,52 @@ class Fleet:
             desired = device.desired if device.desired_digest != desired_digest else ""
             # A fleet that fits waits always, so that a run starts at once; a larger one only during a run.
             wanted = self._run_active or self._registered <= self._config.max_waiting
-        return Answer(next_s, wanted and room, instructions, desired)
+            certify = self._should_certify(device, wall)
+            has_key = device.credential_ends > wall
+            adverts = STOCK - len(device.adverts) if self._secure_active and has_key else 0
+        return Answer(next_s, wanted and room, instructions, desired, certify, max(0, adverts))
+
+    def _note_secrecy(self, device: _Device, secrecy: Secrecy, wall: float) -> bool:
+        """Take in keys made ahead; returns whether the device has become fit for secure rounds, or unfit."""
+        if secrecy.advert_session != device.advert_session:  # another process: the old ones' secrets are gone
+            device.advert_session, device.adverts = secrecy.advert_session, ()
+        if secrecy.adverts:
+            device.adverts = (*device.adverts, *secrecy.adverts)[-STOCK:]
+        was, device.credential_ends = device.credential_ends, secrecy.credential_ends
+        return (was > wall) != (device.credential_ends > wall)
+
+    def _should_certify(self, device: _Device, wall: float) -> bool:
+        if self._renew_s is None:
+            return False
+        if device.certified_until > max(wall, device.credential_ends + 1):
+            return True  # there is a newer one than it has
+        return not device.requested and device.credential_ends - wall < self._renew_s
+
+    def set_authority(self, renew_s: float) -> None:
+        """There is an enrolment authority; devices renew their certificates so long before the end."""
+        self._renew_s = renew_s
+
+    def set_secure_active(self, active: bool) -> None:
+        """Say whether a run with secure aggregation is under way: then devices make keys ahead."""
+        with self._lock:
+            self._secure_active = active
+
+    def take_advert(self, device_id: str) -> bytes | None:
+        """Take a key that a device has made ahead; each is given out once."""
+        with self._lock:
+            device = self._devices.get(device_id)
+            if device is None or not device.adverts:
+                return None
+            first, *rest = device.adverts
+            device.adverts = tuple(rest)
+            return first
+
+    def add_advert(self, device_id: str, advert: bytes) -> None:
+        """Keep a key that a device has sent along with a message of a round."""
+        with self._lock:
+            device = self._devices.get(device_id)
+            if device is not None and not device.revoked:
+                device.adverts = (*device.adverts, advert)[-STOCK:]
 
     def _note(self, device: _Device, report: Report, status: str, reason: str, now: float) -> bool:
         """Take in what a device says; returns whether that may change who is eligible."""
@@ -536,7 +616,9 @@ class Fleet:
 
     # -- what a round driver asks -----------------------------------------------------------------------
 
-    def candidates(self, task: str, version: str, groups: Sequence[str] = ()) -> list[Candidate]:
+    def candidates(
+        self, task: str, version: str, groups: Sequence[str] = (), *, secure: bool = False
+    ) -> list[Candidate]:
         """How every registered device stands towards a task.
 
         A device that is unfit in several ways is counted once, by the first of: revoked, other group,
@@ -546,11 +628,16 @@ class Fleet:
             task: ``package.module:attribute``.
             version: Of the task.
             groups: Only devices with one of these labels; empty = all.
+            secure: Only devices whose signing key is certified.
         """
         now, wanted = self._clock(), frozenset(groups)
         with self._lock:
             devices = list(self._devices.values())
-        return [_standing(device, task, version, wanted, now) for device in devices]
+        found = [_standing(device, task, version, wanted, now) for device in devices]
+        if secure:
+            wall = self._wall()
+            found = [_certified(d, c, wall) for d, c in zip(devices, found, strict=True)]
+        return found
 
     def wait_for_change(self, seen: int, timeout: float) -> int:
         """Wait until something that decides eligibility has changed since generation ``seen``.
@@ -792,6 +879,14 @@ def _standing(device: _Device, task: str, version: str, groups: frozenset[str], 
     if device.run or device.status == BUSY:
         return Candidate(device_id, "busy", device.run)
     return Candidate(device_id, "eligible")
+
+
+def _certified(device: _Device, standing: Candidate, wall: float) -> Candidate:
+    """The same, unless only a certificate is missing."""
+    if standing.standing not in ("eligible", "busy") or device.credential_ends > wall:
+        return standing
+    waits = "the enrolment authority has not answered yet" if device.requested else "it has not asked yet"
+    return Candidate(standing.device_id, "not-certified", f"no certified signing key: {waits}")
 
 
 def _best_state(tasks: Iterable[TaskState], task: str, version: str) -> TaskState | None:

@@ -29,8 +29,16 @@ class RunFile(BaseModel):
     output: dict[str, Any] = {}
 
 
-def run_spec(path: Path | None, given: dict[str, Any], model: type[RunFile] = RunFile) -> RunSpec:
+def run_spec(
+    path: Path | None, given: dict[str, Any], model: type[RunFile] = RunFile, *, authority: bool = True
+) -> RunSpec:
     """The run that a file and the command line describe together.
+
+    Args:
+        path: the file; None = the command line only.
+        given: of the command line, dotted.
+        model: of the file.
+        authority: whether there is an enrolment authority.
 
     Raises:
         ConfigError: no task, an unknown key, a value out of bounds, or a mode that this process cannot run.
@@ -42,23 +50,26 @@ def run_spec(path: Path | None, given: dict[str, Any], model: type[RunFile] = Ru
     if size is not None and "run.cohort.min_reports" not in overrides and path is None:
         overrides["run.cohort.min_reports"] = max(1, size // 2)
     spec = load(model, path, env={}, overrides=overrides).value.run
-    refuse_unknown(spec)
+    refuse_unknown(spec, authority=authority)
     return spec
 
 
-def refuse_unknown(spec: RunSpec) -> None:
+def refuse_unknown(spec: RunSpec, *, authority: bool) -> None:
     """Refuse what this process cannot do: a run without rounds, or one whose privacy has no ledger.
+
+    Args:
+        spec: of the run.
+        authority: whether there is an enrolment authority, which secure aggregation needs.
 
     Raises:
         ConfigError: names all that stands in the way of the privacy.
     """
     no_ledger = "the coordinator keeps no privacy ledger yet, which would charge its releases and refuse them"
     refuse_run(spec, central_evaluation=bool(spec.central_data), also=[no_ledger])
-    if spec.secure_aggregation == "required":
+    if spec.secure_aggregation == "required" and not authority:
         raise ConfigError(
-            "The coordinator cannot carry the messages of secure aggregation yet; "
-            "run.secure_aggregation is 'required'.",
-            hint="It works in `lepton simulate` and in any Flower app (lepton_strategies.SecureAggregation).",
+            "run.secure_aggregation is 'required', and no enrolment authority says whose keys are whose.",
+            hint="Make one with `lepton authority create`, then set authority.public_key of the coordinator.",
         )
     if spec.mode == "buffered":
         raise ConfigError(

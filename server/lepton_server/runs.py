@@ -7,13 +7,15 @@ left as it is, to be continued.
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random, SystemRandom
 
 from lepton_fl.errors import LeptonError, StateConflict, TaskError, TrustError
 from lepton_fl.files import BlobStore
-from lepton_fl.plan import RunSpec
+from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Campaign, RunState, Verdict, Work
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.exchange import Exchange
@@ -28,6 +30,8 @@ from lepton_server.flower import FlowerLink
 from lepton_server.ops import Meters
 from lepton_server.patience import PASSING, RETRY_S, Interrupted, Patience, Stopped, one_line
 from lepton_server.requests import refuse_unknown
+from lepton_server.secure import SecureFleet, records_of
+from lepton_server.signing import Signing
 from lepton_server.store import Store, TaskRegistered
 from lepton_server.workshop import Workshop
 
@@ -40,8 +44,17 @@ REST_S = 0.1  # between two looks at a fleet that keeps changing: each costs tim
 class FleetRoster:
     """The fleet view as the roster of one run (``rounds.campaign.Roster``)."""
 
-    def __init__(self, fleet: Fleet, work: Work, groups: Sequence[str], closing: threading.Event) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        work: Work,
+        groups: Sequence[str],
+        closing: threading.Event,
+        *,
+        secure: bool = False,
+    ) -> None:
         self._fleet, self._work, self._groups, self._closing = fleet, work, groups, closing
+        self._secure = secure
         self._seen = fleet.generation
 
     def candidates(self) -> Sequence[Candidate]:
@@ -49,7 +62,7 @@ class FleetRoster:
         if self._closing.is_set():
             raise Interrupted
         self._seen = self._fleet.generation
-        return self._fleet.candidates(self._work.task, self._work.version, self._groups)
+        return self._fleet.candidates(self._work.task, self._work.version, self._groups, secure=self._secure)
 
     def wait(self, seconds: float) -> None:
         """Wait for a change in the fleet."""
@@ -71,6 +84,8 @@ class RunDriver:
         *,
         rng: Random | None = None,
         exchange: Callable[[str], Exchange] | None = None,
+        signing: Signing | None = None,
+        secure_dir: Path | None = None,
     ) -> None:
         """Prepare; nothing happens before :meth:`start`.
 
@@ -83,7 +98,10 @@ class RunDriver:
             meters: what is counted.
             rng: draws cohorts and nonces; None = the operating system's, as nobody must foresee them.
             exchange: run id -> its way to the devices; None = the real one.
+            signing: the way to the enrolment authority; None = there is none, and no secure runs.
+            secure_dir: where secure rounds keep what comes.
         """
+        self._signing, self._secure_dir = signing, secure_dir
         self._config, self._store, self._blobs, self._fleet = config, store, blobs, fleet
         self._link, self._meters = link, meters
         self._rng, self._exchange = rng or SystemRandom(), exchange or self._fleet_exchange
@@ -156,6 +174,8 @@ class RunDriver:
                 self._active[run.id] = thread
                 thread.start()
         self._fleet.set_run_active(bool(self._active))
+        active = [r for r in runs if r.id in self._active]
+        self._fleet.set_secure_active(any(r.spec.get("secure_aggregation") == "required" for r in active))
 
     def _drive(self, run_id: str) -> None:
         try:
@@ -185,7 +205,7 @@ class RunDriver:
     def _is_stopping(self, run_id: str) -> Callable[[], bool]:
         return lambda: run_id in self._stopping
 
-    def _fleet_exchange(self, run_id: str) -> Exchange:
+    def _fleet_exchange(self, run_id: str) -> FleetExchange:
         return FleetExchange(
             self._link,
             self._fleet,
@@ -197,26 +217,59 @@ class RunDriver:
 
     def _run(self, run_id: str) -> Verdict:
         spec = RunSpec.model_validate_json(json.dumps(self._store.run(run_id).spec))
-        refuse_unknown(spec)
+        refuse_unknown(spec, authority=self._signing is not None)
         patience = self._patience(run_id)
         self._record_start(run_id, patience)
         work, initial = self._prepare(spec, patience)
-        start = [self._state(run_id, spec, initial, patience)]
+        unfinished = self._unfinished(run_id) if spec.secure_aggregation == "required" else None
+        start = [self._state(run_id, spec, initial, patience, unfinished)]
         del initial
+        book = RunBook(self._checkpoints, run_id, spec, self._meters, patience)
+        secure = self._secure(run_id, spec, book, patience)
         log.info("run %s: %s from round %d", run_id, work.task, start[0].round + 1)
         campaign = Campaign(
             spec=spec,
             run_id=run_id,
             work=work,
             exchange=self._exchange(run_id),
-            roster=FleetRoster(self._fleet, work, spec.cohort.groups, self._closing),
-            book=RunBook(self._checkpoints, run_id, spec, self._meters, patience),
+            roster=FleetRoster(
+                self._fleet, work, spec.cohort.groups, self._closing, secure=secure is not None
+            ),
+            book=book,
             rng=self._rng,
             claim=lambda device_ids: self._fleet.claim(device_ids, run_id),
+            secure=secure,
+            unfinished=unfinished,
         )
         return campaign.run(
             start.pop(), self._is_stopping(run_id)
         )  # no name here keeps the first model alive
+
+    def _secure(self, run_id: str, spec: RunSpec, book: RunBook, patience: Patience) -> SecureFleet | None:
+        """How the rounds of a run that must not see single updates are collected."""
+        if spec.secure_aggregation == "off" or self._signing is None or self._secure_dir is None:
+            return None
+        return SecureFleet(
+            self._fleet_exchange(run_id),
+            self._fleet,
+            self._signing,
+            self._secure_dir / run_id,
+            stage_s=self._config.stage_s,
+            show=book.stage,
+            insist=patience.insist,
+            name_of=lambda device_id: self._store.device(device_id).name,
+        )
+
+    def _unfinished(self, run_id: str) -> RoundPlan | None:
+        """The attempt that a restart has cut off, if it can go on."""
+        planned = [r for r in self._store.rounds(run_id) if r.state == "planned"]
+        if not planned:
+            return None
+        plan = RoundPlan.model_validate_json(json.dumps(dict(planned[-1].plan)))
+        if self._secure_dir is None or not records_of(self._secure_dir / run_id, plan).exists():
+            return None
+        log.info("run %s goes on with round %d, attempt %d", run_id, plan.round, plan.attempt)
+        return plan
 
     def _record_start(self, run_id: str, patience: Patience) -> None:
         try:
@@ -258,13 +311,20 @@ class RunDriver:
                 )
         return work, initial
 
-    def _state(self, run_id: str, spec: RunSpec, initial: Vector, patience: Patience) -> RunState:
-        """Where the run stands; an attempt that a crash left open is abandoned by name."""
+    def _state(
+        self,
+        run_id: str,
+        spec: RunSpec,
+        initial: Vector,
+        patience: Patience,
+        unfinished: RoundPlan | None = None,
+    ) -> RunState:
+        """Where the run stands; an attempt that a crash left open and nobody goes on with is abandoned."""
         progress = progress_of(self._store, run_id)
         if not progress.model_sha256:
             patience.insist(lambda: self._save_first(run_id, spec, initial))
             return RunState(initial, ServerState.initial(spec.server, initial.size))
-        if progress.open:
+        if progress.open and unfinished is None:
             body = {"run_id": run_id, "round": progress.round + 1, "attempt": progress.attempt}
             cause = {"cause": "the coordinator was restarted", "participation": []}
             patience.insist(lambda: self._store.record("round.abandoned", run_id, body | cause))
@@ -322,5 +382,7 @@ class RunDriver:
             "rounds": run.committed,
         }
         self._store.record("run.finished", run_id, body)
+        if self._secure_dir is not None:  # nothing of its rounds is needed any more
+            shutil.rmtree(self._secure_dir / run_id, ignore_errors=True)
         self._meters.waiting.labels(run_id).set(0)
         log.info("run %s %s: %s", run_id, verdict.outcome, verdict.reason)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lepton_fl.errors import ConfigError, LeptonError
-from lepton_fl.files import read_private, write_private
+from lepton_fl.crypto import load_signing_key, save_signing_key
+from lepton_fl.errors import ConfigError, LeptonError, StateCorrupt
 from lepton_fl.secagg.identity import Pinned
 
 KEY_BYTES = 32
@@ -36,7 +36,7 @@ def make_key(path: Path) -> bytes:
     if path.exists():
         raise ConfigError(f"{path} exists.", hint="A node keeps its key; give another name for a new node.")
     key = Ed25519PrivateKey.generate()
-    write_private(path, key.private_bytes_raw().hex().encode() + b"\n")
+    save_signing_key(path, key)
     return key.public_key().public_bytes_raw()
 
 
@@ -48,8 +48,8 @@ def load_key(path: Path) -> Ed25519PrivateKey:
         ConfigError: it is no key.
     """
     try:
-        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(read_private(path).decode().strip()))
-    except ValueError as error:
+        return load_signing_key(path)
+    except StateCorrupt as error:
         raise ConfigError(
             f"{path} holds no signing key.", hint="Make one: python -m lepton_strategies.secure_keys FILE"
         ) from error

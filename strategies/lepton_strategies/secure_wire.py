@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, UpdateRejected
-from lepton_fl.rounds.secure import encode_reply
+from lepton_fl.rounds.secure import encode_answer
 from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, limit_update
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.masks import Ring
 from lepton_fl.vector import to_grid
-from lepton_fl.wire.messages import Fields, Request, Ticket, TrainReply, malformed
-from lepton_fl.wire.records import Records
+from lepton_fl.wire.messages import malformed
 from lepton_strategies.records import from_record_dict
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def vector_of(
         UpdateRejected: the answer does not fit, or reports a failure.
     """
     if settings.lepton:
-        return _of_lepton(from_record_dict(content), from_record_dict(reply), encoding, random)
+        return encode_answer(from_record_dict(content), from_record_dict(reply), encoding, random)
     before, after = only_arrays(content), only_arrays(reply)
     if {n: tuple(a.shape) for n, a in before.items()} != {n: tuple(a.shape) for n, a in after.items()}:
         raise UpdateRejected(
@@ -184,23 +183,6 @@ def vector_of(
     if isinstance(encoding, Exact):
         return encoding.encode(update, weight, counters)
     return encoding.encode(update, weight, random, counters)
-
-
-def _of_lepton(asked: Records, answered: Records, encoding: SumEncoding, random: Random) -> Ring:
-    if "failed" in answered.config:
-        fields = Fields(answered.config)
-        Ticket.take(fields)
-        reason, detail = fields.text("failed"), fields.text("detail")
-        raise UpdateRejected(Rejection(reason), detail)
-    request = Request.read(asked)
-    try:
-        sums = {name: np.asarray(answered.metrics[f"sum.{name}"]) for name in ("loss_sum", "examples")}
-        examples, update = answered.metrics["num-examples"], answered.arrays["update"]
-    except KeyError as error:
-        raise malformed(f"the node's function reports no {error}") from error
-    count = Fields({"n": examples}).integer("n")
-    reply = TrainReply(request.ticket, request.task_version, count, update, sums, 0.0)
-    return encode_reply(request, encoding, reply, random)
 
 
 def only_arrays(content: "RecordDict") -> "ArrayRecord":

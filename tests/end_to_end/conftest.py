@@ -94,9 +94,23 @@ class RealFleet:
             *labels,
         )
 
-    def start_client(self, name, data: Path):
+    def start_client(self, name, data: Path, settings=""):
         arguments = ["--state-dir", str(self.state(name)), "--task", "digits", "--data", str(data)]
+        if settings:
+            path = self.folder / f"{name}.toml"
+            path.write_text(settings)
+            arguments += ["--config", str(path)]
         self.start(name, "client", "run", *arguments)
+
+    def make_authority(self):
+        """An enrolment authority on the coordinator's own machine."""
+        key = self.folder / "authority.key"
+        public = json.loads(self.run("authority", "create", str(key), "--format", "json").stdout)[
+            "public_key"
+        ]
+        with open(self.config, "a") as file:
+            file.write(f'[authority]\nkey_file = "{key}"\n')
+        return public
 
     def close(self):
         for process in self.processes.values():

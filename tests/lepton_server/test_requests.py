@@ -33,12 +33,13 @@ def test_settings_that_do_not_go_together_are_named(tmp_path, local, words):
         run_spec(path, {})
 
 
-def test_a_secure_run_is_refused_and_never_becomes_a_plain_one(tmp_path):
+def test_a_secure_run_needs_an_authority_and_never_becomes_a_plain_one(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
         '[run]\ntask = "digits"\nsecure_aggregation = "required"\nclip_norm = 1.0\nweighting = "equal"\n'
         "cohort.size = 20\n"
     )
-    with pytest.raises(ConfigError, match="secure_aggregation") as refused:
-        run_spec(path, {})
-    assert "SecureAggregation" in refused.value.hint
+    with pytest.raises(ConfigError, match="enrolment authority") as refused:
+        run_spec(path, {}, authority=False)
+    assert "lepton authority create" in refused.value.hint
+    assert run_spec(path, {}).secure_aggregation == "required"

@@ -85,7 +85,7 @@ class TaskReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., layout_digest: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving")
+    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving", "credential_ends", "adverts", "advert_session")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +95,9 @@ class CheckInRequest(_message.Message):
     DEVICE_TIME_FIELD_NUMBER: _ClassVar[int]
     DESIRED_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIAL_ENDS_FIELD_NUMBER: _ClassVar[int]
+    ADVERTS_FIELD_NUMBER: _ClassVar[int]
+    ADVERT_SESSION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     status: Status
     reason: str
@@ -104,7 +107,10 @@ class CheckInRequest(_message.Message):
     device_time: float
     desired_digest: str
     serving: Serving
-    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ...) -> None: ...
+    credential_ends: int
+    adverts: _containers.RepeatedScalarFieldContainer[bytes]
+    advert_session: bytes
+    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., credential_ends: _Optional[int] = ..., adverts: _Optional[_Iterable[bytes]] = ..., advert_session: _Optional[bytes] = ...) -> None: ...
 
 class Serving(_message.Message):
     __slots__ = ("task", "profile", "release", "failed")
@@ -143,20 +149,40 @@ class Capabilities(_message.Message):
     def __init__(self, cpus: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ..., os: _Optional[str] = ...) -> None: ...
 
 class CheckInResponse(_message.Message):
-    __slots__ = ("next_check_in_s", "wait", "server_time", "instructions", "renew", "desired_json")
+    __slots__ = ("next_check_in_s", "wait", "server_time", "instructions", "renew", "desired_json", "certify", "adverts_wanted")
     NEXT_CHECK_IN_S_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     SERVER_TIME_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     DESIRED_JSON_FIELD_NUMBER: _ClassVar[int]
+    CERTIFY_FIELD_NUMBER: _ClassVar[int]
+    ADVERTS_WANTED_FIELD_NUMBER: _ClassVar[int]
     next_check_in_s: float
     wait: bool
     server_time: float
     instructions: _containers.RepeatedCompositeFieldContainer[Instruction]
     renew: bool
     desired_json: str
-    def __init__(self, next_check_in_s: _Optional[float] = ..., wait: _Optional[bool] = ..., server_time: _Optional[float] = ..., instructions: _Optional[_Iterable[_Union[Instruction, _Mapping]]] = ..., renew: _Optional[bool] = ..., desired_json: _Optional[str] = ...) -> None: ...
+    certify: bool
+    adverts_wanted: int
+    def __init__(self, next_check_in_s: _Optional[float] = ..., wait: _Optional[bool] = ..., server_time: _Optional[float] = ..., instructions: _Optional[_Iterable[_Union[Instruction, _Mapping]]] = ..., renew: _Optional[bool] = ..., desired_json: _Optional[str] = ..., certify: _Optional[bool] = ..., adverts_wanted: _Optional[int] = ...) -> None: ...
+
+class CertifyRequest(_message.Message):
+    __slots__ = ("protocol", "request")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    request: bytes
+    def __init__(self, protocol: _Optional[int] = ..., request: _Optional[bytes] = ...) -> None: ...
+
+class CertifyResponse(_message.Message):
+    __slots__ = ("authority", "credential")
+    AUTHORITY_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIAL_FIELD_NUMBER: _ClassVar[int]
+    authority: bytes
+    credential: bytes
+    def __init__(self, authority: _Optional[bytes] = ..., credential: _Optional[bytes] = ...) -> None: ...
 
 class WaitRequest(_message.Message):
     __slots__ = ("protocol",)
@@ -177,7 +203,7 @@ class Instruction(_message.Message):
     def __init__(self, participate: _Optional[_Union[Participate, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class Participate(_message.Message):
-    __slots__ = ("run_id", "round", "attempt", "kind", "task", "task_version", "deadline_s", "stay_s", "node_id", "nonce")
+    __slots__ = ("run_id", "round", "attempt", "kind", "task", "task_version", "deadline_s", "stay_s", "node_id", "nonce", "resumed")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +214,7 @@ class Participate(_message.Message):
     STAY_S_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
     attempt: int
@@ -198,7 +225,8 @@ class Participate(_message.Message):
     stay_s: float
     node_id: int
     nonce: str
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., task: _Optional[str] = ..., task_version: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stay_s: _Optional[float] = ..., node_id: _Optional[int] = ..., nonce: _Optional[str] = ...) -> None: ...
+    resumed: bool
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., task: _Optional[str] = ..., task_version: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stay_s: _Optional[float] = ..., node_id: _Optional[int] = ..., nonce: _Optional[str] = ..., resumed: _Optional[bool] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("run_id", "round", "attempt", "accepted", "reason", "detail", "kind")

@@ -64,6 +64,11 @@ class DeviceServiceStub:
                 request_serializer=lepton_dot_v1_dot_device__pb2.FetchChunksRequest.SerializeToString,
                 response_deserializer=lepton_dot_v1_dot_device__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Certify = channel.unary_unary(
+                '/lepton.v1.DeviceService/Certify',
+                request_serializer=lepton_dot_v1_dot_device__pb2.CertifyRequest.SerializeToString,
+                response_deserializer=lepton_dot_v1_dot_device__pb2.CertifyResponse.FromString,
+                _registered_method=True)
 
 
 class DeviceServiceServicer:
@@ -111,6 +116,13 @@ class DeviceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Certify(self, request, context):
+        """A device asks the enrolment authority, through the coordinator, to certify its signing key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeviceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +155,11 @@ def add_DeviceServiceServicer_to_server(servicer, server):
                     servicer.FetchChunks,
                     request_deserializer=lepton_dot_v1_dot_device__pb2.FetchChunksRequest.FromString,
                     response_serializer=lepton_dot_v1_dot_device__pb2.Chunk.SerializeToString,
+            ),
+            'Certify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Certify,
+                    request_deserializer=lepton_dot_v1_dot_device__pb2.CertifyRequest.FromString,
+                    response_serializer=lepton_dot_v1_dot_device__pb2.CertifyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +324,33 @@ class DeviceService:
             '/lepton.v1.DeviceService/FetchChunks',
             lepton_dot_v1_dot_device__pb2.FetchChunksRequest.SerializeToString,
             lepton_dot_v1_dot_device__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Certify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lepton.v1.DeviceService/Certify',
+            lepton_dot_v1_dot_device__pb2.CertifyRequest.SerializeToString,
+            lepton_dot_v1_dot_device__pb2.CertifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

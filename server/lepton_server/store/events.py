@@ -67,6 +67,7 @@ Serial = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,40}\z")]  # X.50
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_control)]
 Text = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_no_control)]
 PublicKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{40,1000}={0,2}\z")]  # base64 DER SPKI
+Base64 = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{40,2000}={0,2}\z")]
 Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # seconds since 1970, UTC
 Seconds = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -142,6 +143,21 @@ class DeviceRevoked(_AboutDevice):
     """A device lost its enrolment, for good."""
 
     reason: Text = ""
+
+
+class DeviceSigning(_AboutDevice):
+    """A device asks the enrolment authority to certify its signing key."""
+
+    signing_key: Sha256  # Ed25519, 32 bytes, hexadecimal
+    request: Base64
+
+
+class DeviceCertified(_AboutDevice):
+    """The enrolment authority has certified a device's signing key."""
+
+    signing_key: Sha256
+    credential: Base64
+    not_after: Time
 
 
 class DeviceReported(_AboutDevice):
@@ -264,6 +280,7 @@ class RoundAbandoned(_AboutRun):
     attempt: Positive
     cause: Text
     participation: Participants = Field(default_factory=list)
+    burnt: bool = False  # no other attempt is possible: the round counts as done, without a new model
 
 
 class RoundEvaluated(_AboutRun):
@@ -343,6 +360,8 @@ KINDS: Mapping[str, type[Body]] = {
     "device.enrolled": DeviceEnrolled,
     "device.renewed": DeviceRenewed,
     "device.revoked": DeviceRevoked,
+    "device.signing": DeviceSigning,
+    "device.certified": DeviceCertified,
     "device.reported": DeviceReported,
     "device.desired": DeviceDesired,
     "task.registered": TaskRegistered,

@@ -11,7 +11,7 @@ Rules:
     device: active ──revoked──> revoked                for good
     run:    queued ──> running ──> stopping ──> completed | stopped | failed
     round:  planned ──> committed                      once per round
-                   └──> abandoned ──> planned again as the next attempt
+                   └──> abandoned ──> planned again as the next attempt, unless the round is burnt
 """
 
 from collections.abc import Callable, Sequence
@@ -199,6 +199,10 @@ def _device_revoked(connection: Connection, when: When, body: ev.DeviceRevoked) 
     if device["state"] == "revoked":
         raise StateConflict(f"Device {body.device_id} is revoked already.")
     _change(connection, DEVICE, {"id": body.device_id}, state="revoked", state_reason=body.reason)
+
+
+def _device_signing(connection: Connection, when: When, body: ev.DeviceSigning | ev.DeviceCertified) -> None:
+    _active(connection, body.device_id)  # the newest one counts; whoever wants it reads the journal
 
 
 def _device_reported(connection: Connection, when: When, body: ev.DeviceReported) -> None:
@@ -410,6 +414,8 @@ def _round_abandoned(connection: Connection, when: When, body: ev.RoundAbandoned
     key = _current(connection, body)
     _change(connection, ROUND, key, state="abandoned", cause=body.cause, closed_at=when.time)
     _add_participation(connection, key, body.participation)
+    if body.burnt:
+        _change(connection, RUN, {"id": body.run_id}, committed=body.round)
 
 
 def _round_evaluated(connection: Connection, when: When, body: ev.RoundEvaluated) -> None:
@@ -462,6 +468,8 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.DeviceEnrolled: _device_enrolled,
     ev.DeviceRenewed: _device_renewed,
     ev.DeviceRevoked: _device_revoked,
+    ev.DeviceSigning: _device_signing,
+    ev.DeviceCertified: _device_signing,
     ev.DeviceReported: _device_reported,
     ev.DeviceDesired: _device_desired,
     ev.TaskRegistered: _task_registered,

@@ -1,0 +1,349 @@
+"""Secure aggregation on the real fleet: the stages of ``flsa/1`` between this process and the devices.
+
+Everything that the protocol's session has heard and decided is written ahead, in a folder of the attempt:
+``records`` (one after the other, a decision synced before anybody hears of it) and ``uploads`` (masked
+vectors, one file per device, synced). None of it is secret. A restarted coordinator reads it and goes on at
+the stage where it was; devices give the same answers again. It asks for no other survivor set: that decision
+is in the records before it is sent.
+
+    rounds = SecureFleet(exchange, fleet, signing, folder, ...)
+    collected, mean = rounds.collect(plan, request, exchange, time.monotonic)
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_fl.errors import DiskFull, Rejection, StateCorrupt, StateError, UpdateRejected
+from lepton_fl.files import make_private_folder
+from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.collect import Clock, Collected, Participation
+from lepton_fl.rounds.exchange import Exchange
+from lepton_fl.rounds.secure import Told, collect_secure, context_of
+from lepton_fl.rounds.secure_device import Offer
+from lepton_fl.rounds.secure_wire import StageAnswer, StageRequest
+from lepton_fl.rounds.spool import FolderSpool
+from lepton_fl.secagg.server import Stage, is_decision
+from lepton_fl.wire.messages import Request
+from lepton_fl.wire.records import Records
+from lepton_server.exchange import FleetExchange, Stages
+from lepton_server.fleet import Fleet
+from lepton_server.signing import Signing
+
+log = logging.getLogger(__name__)
+
+STAGES: Final = 4  # besides training
+SHOW_AFTER_S: Final = 5.0  # a stage that takes longer is shown in `lepton run show`
+SHOW_EVERY_S: Final = 20.0
+_CHECK: Final = 8  # bytes of SHA-256 after every record
+_MOST_RECORD: Final = 2**24
+
+_WORDS: Final = {
+    Stage.ADVERTS: "collecting keys",
+    Stage.SHARES: "collecting key shares",
+    Stage.UPLOADS: "training and collecting masked updates",
+    Stage.CONSENTS: "collecting signatures under the list of survivors",
+    Stage.REVEALS: "collecting the shares that take the masks off the sum",
+}
+
+
+class SecureFleet:
+    """The secure rounds of one run (``rounds.secure.SecureRounds``)."""
+
+    def __init__(
+        self,
+        exchange: FleetExchange,
+        fleet: Fleet,
+        signing: Signing,
+        folder: Path,
+        *,
+        stage_s: float,
+        show: Callable[[str, float], None],
+        insist: Callable[[Callable[[], object]], None],
+        name_of: Callable[[str], str] = lambda device_id: device_id,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            exchange: the way to the devices.
+            fleet: has the keys that they have made ahead.
+            signing: says whose signing keys are whose.
+            folder: of this run's secure rounds; made when it is needed.
+            stage_s: patience with each stage but training.
+            show: told, now and then, at which stage a round is and whom it waits for, and for how long yet.
+            insist: calls until it works, whatever the disk says (``Patience.insist``).
+            name_of: what people call a device.
+        """
+        self._exchange, self._fleet, self._signing = exchange, fleet, signing
+        self._folder, self._stage_s = folder, stage_s
+        self._show, self._insist, self._name_of = show, insist, name_of
+
+    def collect(
+        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock
+    ) -> tuple[Collected, NDArray[np.float64] | None]:
+        """One attempt, new or cut off by a restart; see ``SecureRounds``.
+
+        Raises:
+            Interrupted: the coordinator shuts down; call it again with the same plan after the restart.
+            StateError: what came could not be kept.
+        """
+        brought: list[tuple[Collected, NDArray[np.float64] | None]] = []
+        self._insist(lambda: brought.append(self._collect(plan, request, clock)))  # goes on where it was
+        return brought[0]
+
+    def _collect(
+        self, plan: RoundPlan, request: Request, clock: Clock
+    ) -> tuple[Collected, NDArray[np.float64] | None]:
+        folder = records_of(self._folder, plan).parent
+        self._keep_only(folder)
+        uploads = folder / "uploads"
+        make_private_folder(uploads)
+        try:
+            with SessionLog(folder / "records") as records:
+                devices = _Devices(self, plan, request, resumed=bool(records.found))
+                return self._lead(plan, request, clock, devices, records, uploads)
+        except StateCorrupt as error:
+            # Whether a survivor set had gone out can no longer be told, so none may go out now.
+            log.error("round %d: %s; it is given up", plan.round, error)
+            return _given_up(plan, str(error)), None
+
+    def _lead(
+        self,
+        plan: RoundPlan,
+        request: Request,
+        clock: Clock,
+        devices: "_Devices",
+        records: "SessionLog",
+        uploads: Path,
+    ) -> tuple[Collected, NDArray[np.float64] | None]:
+        try:
+            return collect_secure(
+                plan,
+                request,
+                devices.ask,
+                self._signing.trust,
+                self._signing.deployment,
+                clock=clock,
+                spool=FolderSpool(uploads, durable=True),
+                journal=records.append,
+                records=records.found,
+                tell=lambda device, refusal: self._exchange.tell(plan, device, refusal),
+                workers=os.cpu_count() or 1,
+            )
+        finally:
+            devices.close()
+
+    def _keep_only(self, folder: Path) -> None:
+        """Remove earlier attempts: they were committed or given up."""
+        if self._folder.is_dir():
+            for other in self._folder.iterdir():
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
+
+    # --- for the devices of an attempt ----------------------------------------------------------------
+
+    def open(self, plan: RoundPlan, resumed: bool) -> Stages:
+        """The way to an attempt's devices."""
+        seconds = plan.deadline_s + STAGES * self._stage_s
+        return self._exchange.stages(plan, seconds, resumed=resumed)
+
+    def offer(self, plan: RoundPlan, request: Request) -> Offer:
+        """What devices are invited to."""
+        return Offer.of(context_of(plan, request, self._signing.deployment))
+
+    def patience(self, plan: RoundPlan, stage: Stage) -> float:
+        """Seconds for a stage."""
+        return plan.deadline_s if stage is Stage.UPLOADS else self._stage_s
+
+    def take_advert(self, device_id: str) -> bytes | None:
+        """A key that a device has made ahead."""
+        return self._fleet.take_advert(device_id)
+
+    def add_advert(self, device_id: str, advert: bytes) -> None:
+        """Keep one for a later round."""
+        self._fleet.add_advert(device_id, advert)
+
+    def show(self, stage: Stage, waiting: list[str], left: float) -> None:
+        """Say where a round is and whom it waits for."""
+        names = ", ".join(self._name_of(d) for d in waiting[:5]) + (", ..." if len(waiting) > 5 else "")
+        self._show(f"secure aggregation, {_WORDS[stage]}: waits for {len(waiting)} ({names})", left)
+
+    def moved(self) -> None:
+        """It waits no more."""
+        self._show("", 0.0)
+
+
+class _Devices:
+    """Asks the devices of one attempt (``rounds.secure.Ask``)."""
+
+    def __init__(self, rounds: SecureFleet, plan: RoundPlan, request: Request, resumed: bool) -> None:
+        self._rounds, self._plan, self._request = rounds, plan, request
+        self._stages = rounds.open(plan, resumed)
+        self._shown_at = float("-inf")
+
+    def close(self) -> None:
+        """End the attempt."""
+        self._stages.close()
+        if self._shown_at > 0:
+            self._rounds.moved()
+
+    def ask(self, stage: Stage, messages: Mapping[str, bytes]) -> Generator[Told, None, None]:
+        """See ``rounds.secure.Ask``."""
+        waiting = dict.fromkeys(messages)
+        if stage is Stage.ADVERTS:
+            for device in list(waiting):
+                if (advert := self._rounds.take_advert(device)) is not None:
+                    del waiting[device]
+                    yield Told(device, advert, num_bytes=len(advert))
+        began, patience = time.monotonic(), self._rounds.patience(self._plan, stage)
+        asked = _Messages(self._plan, self._request, self._rounds, stage, messages, waiting)
+        for answer in self._stages.ask(asked, patience):
+            if answer is None:
+                self._look(stage, list(waiting), began, patience)
+                continue
+            waiting.pop(answer.device_id, None)
+            yield self._told(stage, answer.device_id, answer.records, answer.num_bytes)
+            del answer  # it may be large: not while waiting for the next one
+
+    def _told(self, stage: Stage, device: str, records: Records | UpdateRejected, num_bytes: int) -> Told:
+        try:
+            if isinstance(records, UpdateRejected):
+                raise records
+            answer = StageAnswer.read(records)
+        except UpdateRejected as refusal:
+            return Told(device, refusal, num_bytes=num_bytes)
+        if answer.prekey and stage is Stage.CONSENTS:
+            self._rounds.add_advert(device, answer.prekey)
+        return Told(device, answer.frame, answer.vector, answer.seconds, num_bytes)
+
+    def _look(self, stage: Stage, waiting: list[str], began: float, patience: float) -> None:
+        now = time.monotonic()
+        if now - began >= SHOW_AFTER_S and now - self._shown_at >= SHOW_EVERY_S:
+            self._shown_at = now
+            self._rounds.show(stage, waiting, max(0.0, began + patience - now))
+
+
+class _Messages(Mapping[str, Records]):
+    """Every device's message, made when it is sent; equal ones are made once, and so encoded once."""
+
+    def __init__(
+        self,
+        plan: RoundPlan,
+        request: Request,
+        rounds: SecureFleet,
+        stage: Stage,
+        frames: Mapping[str, bytes],
+        devices: Mapping[str, None],
+    ) -> None:
+        self._plan, self._stage, self._frames, self._devices = plan, stage, frames, tuple(devices)
+        roster = stage is Stage.SHARES
+        self._more = (rounds.offer(plan, request), request) if roster else (None, None)
+        self._last: tuple[bytes, Records] | None = None
+
+    def __getitem__(self, device: str) -> Records:
+        frame = self._frames[device]
+        if self._last is None or self._last[0] is not frame:
+            self._last = frame, StageRequest.of(self._plan, self._stage, frame, *self._more).to_records()
+        return self._last[1]
+
+    def __iter__(self) -> "Generator[str, None, None]":
+        yield from self._devices
+
+    def __len__(self) -> int:
+        return len(self._devices)
+
+
+def records_of(folder: Path, plan: RoundPlan) -> Path:
+    """The file of an attempt's records: if it is there, the attempt can go on after a restart.
+
+    Args:
+        folder: of the run's secure rounds.
+        plan: of the attempt.
+    """
+    return folder / f"{plan.round}-{plan.attempt}" / "records"
+
+
+def _given_up(plan: RoundPlan, why: str) -> Collected:
+    nobody = {d: Participation(d, Rejection.OFFLINE.value, why) for d in plan.cohort}
+    return Collected(plan, nobody, burnt=True)
+
+
+class SessionLog:
+    """The records of one session in a file that only grows; used as a context manager.
+
+    A decision is on the disk, with all that it follows from, when ``append`` returns: what it decides may
+    then be sent. Messages of devices need not be: a power cut that takes the last of them makes the devices
+    give them again. A record that was cut short is dropped; one that is damaged further up is an error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there.
+
+        Raises:
+            StateCorrupt: it is damaged.
+            StateError: it cannot be read or made.
+        """
+        self._path = path
+        try:
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            raise StateError(f"The records {path} cannot be opened: {error.strerror}.") from error
+        try:
+            self.found = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+
+    def append(self, record: bytes) -> None:
+        """Write one record.
+
+        Raises:
+            DiskFull, StateError: it could not be written; the file is as it was.
+        """
+        have = self._file.seek(0, os.SEEK_END)
+        try:
+            framed = len(record).to_bytes(4, "big") + record + _check(record)
+            if self._file.write(framed) != len(framed):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if is_decision(record):
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(have)
+            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StateError
+            raise kind(f"The records {self._path} cannot be written: {error.strerror}.") from error
+
+    def _read(self) -> tuple[bytes, ...]:
+        records, good = [], 0
+        self._file.seek(0)
+        data = self._file.read()
+        while good < len(data):
+            length = int.from_bytes(data[good : good + 4], "big")
+            end = good + 4 + length + _CHECK
+            if end > len(data) and len(data) - good <= _MOST_RECORD:
+                break  # the last one was cut short
+            record = data[good + 4 : end - _CHECK]
+            if length > _MOST_RECORD or data[end - _CHECK : end] != _check(record):
+                raise StateCorrupt(f"The records {self._path} are damaged at byte {good}.")
+            records.append(record)
+            good = end
+        self._file.truncate(good)
+        return tuple(records)
+
+
+def _check(record: bytes) -> bytes:
+    return hashlib.sha256(record).digest()[:_CHECK]
