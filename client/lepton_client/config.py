@@ -62,6 +62,10 @@ class ClientSection(_Section):
         le=1000,
         description="This device takes part in no secure sum of fewer devices.",
     )
+    hidden_graph: bool = Field(
+        default=False,
+        description="Also take part where run.secure.mask_graph is 'hidden', which is experimental.",
+    )
     authority: str = Field(
         default="",
         pattern=r"^([0-9a-f]{64})?$",

@@ -287,7 +287,7 @@ class Seat:
             signing_key(self._state),
             Certified([bytes.fromhex(self._config.authority or identity.authority)]),
             FileLedger(self._state.signed),
-            Policy(self._config.least_cohort),
+            Policy(self._config.least_cohort, self._config.hidden_graph),
             credential=base64.b64decode(paper.credential),
         )
 

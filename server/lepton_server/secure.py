@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from lepton_fl.errors import DiskFull, Rejection, StateCorrupt, StateError, UpdateRejected
 from lepton_fl.files import make_private_folder
 from lepton_fl.plan import RoundPlan
-from lepton_fl.rounds.collect import Clock, Collected, Participation
+from lepton_fl.rounds.collect import Clock, Collected, Finish, Participation
 from lepton_fl.rounds.exchange import Exchange
-from lepton_fl.rounds.secure import Told, collect_secure, context_of
+from lepton_fl.rounds.secure import Told, collect_secure, context_of, groups_of, must_be_synced
 from lepton_fl.rounds.secure_device import Offer
 from lepton_fl.rounds.secure_wire import StageAnswer, StageRequest
 from lepton_fl.rounds.spool import FolderSpool
-from lepton_fl.secagg.server import Stage, is_decision
+from lepton_fl.secagg.server import Stage
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
 from lepton_server.exchange import FleetExchange, Stages
@@ -88,7 +88,12 @@ class SecureFleet:
         self._show, self._insist, self._name_of = show, insist, name_of
 
     def collect(
-        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock
+        self,
+        plan: RoundPlan,
+        request: Request,
+        exchange: Exchange,
+        clock: Clock,
+        finish: Finish | None = None,
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         """One attempt, new or cut off by a restart; see ``SecureRounds``.
 
@@ -97,11 +102,13 @@ class SecureFleet:
             StateError: what came could not be kept.
         """
         brought: list[tuple[Collected, NDArray[np.float64] | None]] = []
-        self._insist(lambda: brought.append(self._collect(plan, request, clock)))  # goes on where it was
+        self._insist(
+            lambda: brought.append(self._collect(plan, request, clock, finish))
+        )  # goes on where it was
         return brought[0]
 
     def _collect(
-        self, plan: RoundPlan, request: Request, clock: Clock
+        self, plan: RoundPlan, request: Request, clock: Clock, finish: Finish | None
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         folder = records_of(self._folder, plan).parent
         self._keep_only(folder)
@@ -110,7 +117,7 @@ class SecureFleet:
         try:
             with SessionLog(folder / "records") as records:
                 devices = _Devices(self, plan, request, resumed=bool(records.found))
-                return self._lead(plan, request, clock, devices, records, uploads)
+                return self._lead(plan, request, clock, finish, devices, records, uploads)
         except StateCorrupt as error:
             # Whether a survivor set had gone out can no longer be told, so none may go out now.
             log.error("round %d: %s; it is given up", plan.round, error)
@@ -121,6 +128,7 @@ class SecureFleet:
         plan: RoundPlan,
         request: Request,
         clock: Clock,
+        finish: Finish | None,
         devices: "_Devices",
         records: "SessionLog",
         uploads: Path,
@@ -137,7 +145,7 @@ class SecureFleet:
                 journal=records.append,
                 records=records.found,
                 tell=lambda device, refusal: self._exchange.tell(plan, device, refusal),
-                workers=os.cpu_count() or 1,
+                finish=finish,
             )
         finally:
             devices.close()
@@ -156,9 +164,12 @@ class SecureFleet:
         seconds = plan.deadline_s + STAGES * self._stage_s
         return self._exchange.stages(plan, seconds, resumed=resumed)
 
-    def offer(self, plan: RoundPlan, request: Request) -> Offer:
-        """What devices are invited to."""
-        return Offer.of(context_of(plan, request, self._signing.deployment))
+    def offers(self, plan: RoundPlan, request: Request) -> dict[str, Offer]:
+        """What each device is invited to."""
+        name = self._signing.deployment
+        groups = enumerate(groups_of(plan))
+        each = ((Offer.of(context_of(plan, request, name, number)), group) for number, group in groups)
+        return {device: offer for offer, group in each for device in group}
 
     def patience(self, plan: RoundPlan, stage: Stage) -> float:
         """Seconds for a stage."""
@@ -245,14 +256,16 @@ class _Messages(Mapping[str, Records]):
         devices: Mapping[str, None],
     ) -> None:
         self._plan, self._stage, self._frames, self._devices = plan, stage, frames, tuple(devices)
-        roster = stage is Stage.SHARES
-        self._more = (rounds.offer(plan, request), request) if roster else (None, None)
+        self._request = request if stage is Stage.SHARES else None
+        self._offers = rounds.offers(plan, request) if stage is Stage.SHARES else {}
         self._last: tuple[bytes, Records] | None = None
 
     def __getitem__(self, device: str) -> Records:
         frame = self._frames[device]
         if self._last is None or self._last[0] is not frame:
-            self._last = frame, StageRequest.of(self._plan, self._stage, frame, *self._more).to_records()
+            offer = self._offers.get(device)
+            asked = StageRequest.of(self._plan, self._stage, frame, offer, self._request)
+            self._last = frame, asked.to_records()
         return self._last[1]
 
     def __iter__(self) -> "Generator[str, None, None]":
@@ -320,7 +333,7 @@ class SessionLog:
             framed = len(record).to_bytes(4, "big") + record + _check(record)
             if self._file.write(framed) != len(framed):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if is_decision(record):
+            if must_be_synced(record):
                 os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(have)

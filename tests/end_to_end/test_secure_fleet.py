@@ -26,8 +26,8 @@ def test_a_fleet_trains_and_the_coordinator_sees_sums_only(real_fleet, digit_fil
     fleet = real_fleet
     fleet.make_authority()
     fleet.start_server()
+    fleet.join_all([f"dev{i}" for i in range(DEVICES)])
     for i in range(DEVICES):
-        fleet.join(f"dev{i}")
         fleet.start_client(
             f"dev{i}", digit_files[i], '[client]\nsecure_aggregation = "required"\nleast_cohort = 4'
         )
