@@ -125,7 +125,7 @@ def vector_digest(flat: Vector) -> str:
 GRID_LIMIT = 2**31 - 1  # the largest magnitude that fits the int32 on the wire
 EXACT = 2**53  # integers up to here are exact in float64
 SLACK = 2.0**-22  # taken off a clipping factor: more than float32 rounds up in a product
-_PIECE = 4096  # coordinates whose squares are added in one go; part of what a norm is, to the last bit
+PIECE = 4096  # coordinates handled in one go; part of what a norm is, to the last bit
 
 
 @dataclass(frozen=True)
@@ -182,24 +182,47 @@ def scaling(
     deltas: Vector, step: float, clip_norm: float = 0.0, shrink: NDArray[np.float64] | None = None
 ) -> Scaling:
     """Look at K updates before they are encoded; see ``encode`` for the arguments."""
+    norms = _norms(deltas) if clip_norm else np.full(len(deltas), np.nan)
+    if clip_norm and clip_norm / step <= GRID_LIMIT:
+        peaks = np.zeros(len(deltas), np.float32)  # whatever is within the bound is within the grid
+    else:
+        peaks = np.maximum(deltas.max(axis=1, initial=0.0), -deltas.min(axis=1, initial=0.0))  # NaN survives
+    return scaling_of(deltas, norms, peaks, step, clip_norm, shrink)
+
+
+def scaling_of(
+    deltas: Vector,
+    whole: NDArray[np.float64],
+    peaks: Vector,
+    step: float,
+    clip_norm: float = 0.0,
+    shrink: NDArray[np.float64] | None = None,
+) -> Scaling:
+    """As ``scaling``, of updates whose norms and peaks are known.
+
+    Args:
+        deltas: (K, P) float32; looked at only where one is refused.
+        whole: (K,) L2 norms as ``scaling`` finds them; NaN where there is no bound.
+        peaks: (K,) the largest magnitudes, NaN if one is; may be 0 where the bound is within the grid.
+        step: the size of one grid step.
+        clip_norm: the bound; 0 = no clipping.
+        shrink: as in ``encode``.
+    """
     bound = clip_norm / step
-    whole = _norms(deltas) if clip_norm else np.full(len(deltas), np.nan)
     norms = whole if shrink is None else whole * shrink
     factors = np.full(len(deltas), 1 / step)  # a power of two: exact in float32, short of overflow
     if shrink is not None:
         factors *= shrink
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         longer = np.isfinite(norms) & (norms > clip_norm * (1 - SLACK))
         factors[longer] = bound * (1 - SLACK) / whole[longer]
-    rounded = factors.astype(np.float32)
-    above = rounded > factors
-    rounded[above] = np.nextafter(rounded[above], np.float32(0))
-    if clip_norm and bound <= GRID_LIMIT:
-        wrong = np.flatnonzero(~np.isfinite(norms))  # all others are within the bound, so within the grid
-    else:
-        peaks = np.maximum(deltas.max(axis=1, initial=0.0), -deltas.min(axis=1, initial=0.0))  # NaN survives
-        with np.errstate(over="ignore", invalid="ignore"):
-            wrong = np.flatnonzero(~(peaks.astype(np.float64) * rounded <= GRID_LIMIT))
+        rounded = factors.astype(np.float32)
+        above = rounded > factors
+        rounded[above] = np.nextafter(rounded[above], np.float32(0))
+        fits = peaks.astype(np.float64) * rounded <= GRID_LIMIT
+    if clip_norm:
+        fits &= np.isfinite(norms)
+    wrong = np.flatnonzero(~fits)
     rounded[wrong] = 0
     refused = {int(row): refusal(deltas[row], step) for row in wrong}
     return Scaling(rounded, norms, refused)
@@ -217,7 +240,7 @@ def whole_numbers(deltas: Vector, found: Scaling) -> Iterator[tuple[slice, Vecto
     A piece is a buffer that the next one overwrites.
     """
     count, size = deltas.shape
-    width = _PIECE * max(1, 16 // max(1, count))
+    width = PIECE * max(1, 16 // max(1, count))
     buffer = np.empty((count, min(width, size)), np.float32)
     factors, refused = found.factors[:, None], list(found.refused)
     for start in range(0, size, width):
@@ -281,14 +304,23 @@ def refusal(delta: Vector, step: float) -> UpdateRejected:
 
 
 def _norms(deltas: Vector) -> NDArray[np.float64]:
-    """L2 norms of the rows in float64; no float32 is too large for it, and no row depends on the others."""
+    """L2 norms of the rows in float64; no float32 is too large for it, and no row depends on the others.
+
+    Squares of float32 are exact in float64. They are added in ``PIECE`` sums, coordinates in turn, and these
+    by halves: an order that numpy and a vector processor follow alike, to the last bit.
+    """
     count, size = deltas.shape
-    squares = np.empty((count, -(-size // _PIECE)))
-    for number in range(squares.shape[1]):
-        piece = deltas[:, number * _PIECE : (number + 1) * _PIECE].astype(np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares[:, number] = np.vecdot(piece, piece)
-    norms: NDArray[np.float64] = np.sqrt(squares.sum(axis=1))
+    lanes, squares = np.zeros((count, PIECE)), np.empty((count, PIECE))
+    for start in range(0, size, PIECE):
+        width = min(PIECE, size - start)
+        piece = squares[:, :width]
+        np.copyto(piece, deltas[:, start : start + width])
+        piece *= piece
+        lanes[:, :width] += piece
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    norms: NDArray[np.float64] = np.sqrt(lanes[:, 0])
     return norms
 
 
@@ -310,4 +342,4 @@ def _square_norm(update: NDArray[np.int32], bound: float) -> int:
 
 def _blocks(size: int) -> list[slice]:
     """Pieces for which no linear algebra library starts threads."""
-    return [slice(start, min(start + _PIECE, size)) for start in range(0, size, _PIECE)]
+    return [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]

@@ -32,7 +32,7 @@ from lepton_fl.vector import Layout, Vector, vector_digest
 from lepton_simulations.backend import Backend
 from lepton_simulations.backends import make_backend
 from lepton_simulations.book import FolderBook, MemoryBook
-from lepton_simulations.config import DataConfig, EngineConfig, OutputConfig, SimulationConfig
+from lepton_simulations.config import DataConfig, EngineConfig, OutputConfig, SimulationConfig, Tier
 from lepton_simulations.dispatch import VirtualDispatcher
 from lepton_simulations.exchange import CoordinatorCrash, InMemoryExchange, Interrupted
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
@@ -131,7 +131,7 @@ def simulate(
     corrupt: float = 0.0,
     devices: DevicesConfig | Mapping[str, Any] | None = None,
     faults: FaultsConfig | Mapping[str, Any] | None = None,
-    tier: Literal["auto", "lean", "vectorised", "compiled", "fused"] = "auto",
+    tier: Tier = "auto",
     folder: str | Path = "",
     resume: bool = False,
     on_round: OnRow | None = None,

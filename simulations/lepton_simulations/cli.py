@@ -41,7 +41,7 @@ def simulate(
     resume: Annotated[bool, typer.Option("--resume", help="Continue at the last committed round.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; 0 = none besides this one.")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="auto, lean, vectorised, compiled or fused; see engine.tier.")
+        str | None, typer.Option(help="auto, lean, vectorised, compiled, fused or native; see engine.tier.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the model, the split, cohorts and faults.")] = None,
     replay: Annotated[

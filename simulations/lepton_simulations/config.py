@@ -26,6 +26,9 @@ class DataConfig(Frozen):
     evaluate: Literal["central", "devices"] = "central"
 
 
+Tier = Literal["auto", "lean", "vectorised", "compiled", "fused", "native"]
+
+
 class EngineConfig(Frozen):
     """How it is computed; the result is the same whatever ``workers`` and ``backend`` say."""
 
@@ -36,7 +39,7 @@ class EngineConfig(Frozen):
     address: str = ""  # of the Ray cluster; empty = one on this machine, for the length of the run
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     # How devices are trained; "auto" takes the fastest that this model allows, and says which.
-    tier: Literal["auto", "lean", "vectorised", "compiled", "fused"] = "auto"
+    tier: Tier = "auto"
     # Devices train one by one: slower, and no float is rounded by who trains with whom in a chunk. With it a
     # secure run and the same one without give the same bits, whatever the tier ("lean" does so anyway).
     one_by_one: bool = False

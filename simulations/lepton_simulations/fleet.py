@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from lepton_fl.tasks.metrics import Sums
 from lepton_fl.vector import Vector
 from lepton_fl.wire.records import Records
 from lepton_simulations.backend import Outcome, Part, Trained
+from lepton_simulations.config import Tier
 from lepton_simulations.memory import FleetMemory, outgoing
 from lepton_simulations.world import World, WorldConfig
 from lepton_strategies.desk import PartitionDesk, batch_seed
@@ -47,8 +48,6 @@ PART_ROWS = 1024  # rows in one of them
 MAX_PREPARED = 2**31  # bytes of prepared training rows kept for all devices; above, each call prepares anew
 MOMENT_S = 1e-6  # that waiting takes at least: what is left of a wait may be less than a float can add
 SAMPLES = 2  # devices that an engine is checked with
-
-Tier = Literal["auto", "lean", "vectorised", "compiled", "fused"]
 
 
 @dataclass(eq=False)
@@ -229,14 +228,14 @@ class VirtualFleet:
         states = self._states(names, plan, model, auxiliary)
         if states:
             works = [_with_state(work, state) for work, state in zip(works, states, strict=True)]
+        from lepton_simulations.engines.adding import add_deltas
+
         result = self.engine.train(model, works, plan.local, should_stop=should_stop)
         counts = np.array([len(work.data) for work in works], np.int64)
         if states:
             failures = self._add_and_remember(names, plan, states, result, counts, accumulator)
         else:
-            added = accumulator.add_deltas(
-                result.deltas, counts, result.failures, mean_losses(result.loss_sum, result.seen)
-            )
+            added = add_deltas(accumulator, plan, result, counts)
             failures = {**added.refused, **result.failures}
         refused |= {names[row]: failure for row, failure in failures.items()}
         kept = [row for row in range(len(works)) if row not in failures]
@@ -304,6 +303,7 @@ class VirtualFleet:
 
     def _choose_engine(self) -> None:
         from lepton_simulations.engines import ClientWork, choose
+        from lepton_simulations.engines.adding import compiled
 
         fit = (d for d in self.devices if d not in self.unfit)
         samples = []
@@ -318,6 +318,7 @@ class VirtualFleet:
             why = next(iter(self.unfit.values()), "none holds training rows")
             raise DataContractError(f"No device can train: {why}", hint="Repair the data of some device.")
         self._engine, self.engine_note = choose(self.trainer, self.local, samples, tier=self.tier)
+        compiled()  # once, before workers are forked
 
     def _prepare_training(self) -> None:
         for device_id in self.devices:

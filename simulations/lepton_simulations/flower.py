@@ -29,7 +29,7 @@ from lepton_fl.tasks.task import Task
 from lepton_fl.wire.messages import Request
 from lepton_simulations.api import build_fleet
 from lepton_simulations.backends import local_backend
-from lepton_simulations.config import DataConfig, EngineConfig, SimulationConfig
+from lepton_simulations.config import DataConfig, EngineConfig, SimulationConfig, Tier
 from lepton_simulations.exchange import InMemoryExchange
 from lepton_simulations.fleet import VirtualFleet, VirtualRoster
 from lepton_simulations.settings import refused
@@ -55,7 +55,7 @@ def local_grid(
     seed: int = 0,
     devices: DevicesConfig | Mapping[str, Any] | None = None,
     faults: FaultsConfig | Mapping[str, Any] | None = None,
-    tier: Literal["auto", "lean", "vectorised", "compiled", "fused"] = "auto",
+    tier: Tier = "auto",
 ) -> Iterator[LocalGrid]:
     """A Flower grid whose nodes are virtual devices; it works inside the ``with`` block.
 

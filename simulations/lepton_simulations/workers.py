@@ -14,6 +14,7 @@ the others. Only a device that kills its worker again and again when it is alone
 that no device has caused (memory ran out, somebody killed it) changes no result.
 """
 
+import gc
 import json
 import logging
 import mmap
@@ -372,6 +373,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     server = _Server(shard, board, desk)
+    gc.freeze()  # nothing inherited is searched for garbage, which would also copy its pages
     with one_thread():
         while os.getppid() == parent:
             try:

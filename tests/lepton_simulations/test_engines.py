@@ -1,5 +1,6 @@
 """Every engine computes what the trainer computes, for every device on its own."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +15,11 @@ from lepton_fl.tasks import Classification, DataContract, Dataset, Regression, T
 from lepton_fl.tasks.models import CNN, GRU, LSTM, MLP, Linear
 from lepton_fl.training.trainer import Trainer
 from lepton_simulations.engines import ClientWork, choose
+from lepton_simulations.engines.contract import Elsewhere
 from lepton_simulations.engines.fused import FusedEngine
 from lepton_simulations.engines.layers import Conv, Dense
 from lepton_simulations.engines.lean import LeanEngine
+from lepton_simulations.engines.native import NativeEngine
 from lepton_simulations.engines.schedule import schedule
 from lepton_simulations.engines.vectorised import VectorisedEngine
 
@@ -81,6 +84,8 @@ def engines_of(trainer, sample, sequences=False):
     if not sequences:
         yield FusedEngine(trainer, sample, chunk=4)
         yield FusedEngine(trainer, sample, dual=False, chunk=3)
+        with suppress(Elsewhere):
+            yield NativeEngine(trainer, sample)
     yield VectorisedEngine(trainer, sample, chunk=4)
 
 
@@ -218,8 +223,10 @@ def test_weights_of_a_row_loss_that_is_a_function():
 
 @pytest.mark.parametrize("name", ["mlp", "mlp of images", "ridge", "cnn"])
 @pytest.mark.parametrize("plan", ["plain", "epochs", "whole batch", "momentum"])
-@pytest.mark.parametrize("dual", [True, False])
-def test_a_result_does_not_depend_on_the_company_to_the_bit(name, plan, dual):
+@pytest.mark.parametrize("kind", ["dual", "direct", "native"])
+def test_a_result_does_not_depend_on_the_company_to_the_bit(name, plan, kind):
+    if (name, kind) == ("cnn", "native"):
+        return
     model, shape, classes = MODELS[name]
     trainer = Trainer(task_of(model, shape, classes))
     works, start, local = (
@@ -227,10 +234,16 @@ def test_a_result_does_not_depend_on_the_company_to_the_bit(name, plan, dual):
         start_of(trainer),
         PLANS[plan],
     )
-    engine = FusedEngine(trainer, works[0].data, chunk=5, dual=dual)
+
+    def make(chunk):
+        if kind == "native":
+            return NativeEngine(trainer, works[0].data, chunk=chunk)
+        return FusedEngine(trainer, works[0].data, chunk=chunk, dual=kind == "dual")
+
+    engine = make(5)
     together = engine.train(start, works, local)
     deltas, losses = together.deltas.copy(), together.loss_sum
-    for other in (engine, FusedEngine(trainer, works[0].data, chunk=2, dual=dual)):
+    for other in (engine, make(2)):
         for some in ([6], [2, 0], [5, 4, 3, 2, 1, 0]):
             result = other.train(start, [works[i] for i in some], local)
             np.testing.assert_array_equal(result.deltas, deltas[some])
@@ -244,7 +257,7 @@ def test_where_rows_lie_in_memory_does_not_matter():
     shifted = np.empty(work.data.x.size + 3, np.float32)[3:].reshape(work.data.x.shape)
     shifted[:] = work.data.x
     other = replace(work, data=Dataset(shifted, work.data.y))
-    for engine in (FusedEngine(trainer, work.data), LeanEngine(trainer)):
+    for engine in (FusedEngine(trainer, work.data), NativeEngine(trainer, work.data), LeanEngine(trainer)):
         for plan in (PLANS["plain"], PLANS["whole batch"]):
             one = engine.train(start, [work], plan).deltas.copy()
             np.testing.assert_array_equal(one, engine.train(start, [other], plan).deltas)
@@ -299,13 +312,14 @@ def test_devices_that_do_not_fit_are_left_to_the_trainer():
         4: Rejection.WRONG_SHAPE,
         5: Rejection.WRONG_SHAPE,
     }
-    result = FusedEngine(trainer, works[0].data).train(start, mixed, PLANS["plain"])
-    assert {i: str(f) for i, f in result.failures.items()} == {
-        i: str(f) for i, f in expected.failures.items()
-    }
-    expect_equal(result, expected, 1e-6)
-    with pytest.raises(UpdateRejected, match="model vector"):
-        FusedEngine(trainer, works[0].data).train(start[:-1], works, PLANS["plain"])
+    for engine in (FusedEngine(trainer, works[0].data), NativeEngine(trainer, works[0].data)):
+        result = engine.train(start, mixed, PLANS["plain"])
+        assert {i: str(f) for i, f in result.failures.items()} == {
+            i: str(f) for i, f in expected.failures.items()
+        }
+        expect_equal(result, expected, 1e-6)
+        with pytest.raises(UpdateRejected, match="model vector"):
+            engine.train(start[:-1], works, PLANS["plain"])
 
 
 @pytest.mark.parametrize("make", [FusedEngine, VectorisedEngine, lambda trainer, _: LeanEngine(trainer)])
@@ -361,7 +375,7 @@ def test_what_fused_cannot_do_is_left_to_lean_with_a_sentence(model, changes, pl
     trainer, works = probe(model, **changes)
     local = LocalPlan(**plan)
     engine, why = choose(trainer, local, works)
-    assert (engine.name, why) == ("lean", f"The fused engine is not used: {reason}.")
+    assert (engine.name, why) == ("lean", f"The native and fused engines are not used: {reason}.")
     with pytest.raises(ConfigError, match=reason) as caught:
         choose(trainer, local, works, tier="fused")
     assert "'lean'" in caught.value.hint
@@ -397,7 +411,7 @@ def test_what_is_no_chain_is_trained_all_the_same(model):
     trainer, works = probe(model)
     engine, why = choose(trainer, PLANS["plain"], works)
     assert engine.name == "lean"
-    assert why.startswith("The fused engine is not used: ")
+    assert why.startswith("The native and fused engines are not used: ")
     assert not engine.train(trainer.initial(0), works, PLANS["plain"]).failures
 
 
@@ -437,12 +451,12 @@ def test_a_wrong_layer_is_caught_by_the_check(layer, monkeypatch):
 
 def test_a_layer_that_raises_is_caught_by_the_check(monkeypatch):
     monkeypatch.setattr(Dense, "forward", lambda self, x: x.nonsense())
-    trainer, works = probe(*MODELS["mlp"])
+    trainer, works = probe(*MODELS["cnn"])
     engine, why = choose(trainer, PLANS["plain"], works)
     assert (engine.name, "it failed on this model (AttributeError)" in why) == ("lean", True)
 
 
-@pytest.mark.parametrize("tier", ["lean", "fused", "vectorised"])
+@pytest.mark.parametrize("tier", ["lean", "fused", "native", "vectorised"])
 def test_a_tier_by_name(tier):
     trainer, works = probe(*MODELS["mlp"])
     engine, why = choose(trainer, PLANS["plain"], works, tier=tier)

@@ -68,7 +68,7 @@ def test_the_end_says_why_not_the_fastest_engine_trained(scenario, capsys):
     adam = ["simulate", str(scenario), "--output", "adam", "--set", "run.local.optimizer=adam"]
     assert run(adam) == 0
     said = capsys.readouterr().err.replace("\n", " ")
-    assert "The fused engine is not used: the optimiser is 'adam'." in said
+    assert "The native and fused engines are not used: the optimiser is 'adam'." in said
 
 
 def test_refused_devices_are_counted_by_name(scenario, capsys):

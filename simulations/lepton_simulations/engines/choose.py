@@ -5,9 +5,8 @@ come to the update of the sequential trainer within 1e-9 of its size; then the n
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,15 +15,16 @@ from lepton_fl.errors import ConfigError
 from lepton_fl.plan import LocalPlan
 from lepton_fl.training.trainer import Device, Trainer
 from lepton_fl.vector import Vector
-from lepton_simulations.engines.contract import ClientWork, Engine, Unsupported
-from lepton_simulations.engines.fused import FusedEngine, unsupported
+from lepton_simulations.config import Tier
+from lepton_simulations.engines.chained import unsupported
+from lepton_simulations.engines.contract import ClientWork, Elsewhere, Engine, Unsupported
+from lepton_simulations.engines.fused import FusedEngine
 from lepton_simulations.engines.lean import LeanEngine
 from lepton_simulations.engines.memory import keep_memory
+from lepton_simulations.engines.native import NativeEngine
 from lepton_simulations.engines.vectorised import VectorisedEngine
 
 log = logging.getLogger(__name__)
-
-Tier = Literal["auto", "lean", "vectorised", "compiled", "fused"]
 
 TOLERANCE = 1e-9  # of the size of the update, in float64
 ROUGHLY = 0.1  # in float32: rounding may turn a ReLU or a pooling window another way
@@ -55,12 +55,15 @@ def choose(
         raise ConfigError("There is no device to check an engine with.", hint="Give at least one sample.")
     keep_memory()
     wanted = _order(trainer) if tier == "auto" else (tier,)
-    reasons: list[str] = []
+    reasons: dict[str, list[str]] = {}
     for name in wanted:
-        engine, reason = _try(name, trainer, local, samples[:_SAMPLES])
-        if engine is not None:
-            return engine, " ".join(reasons)
-        reasons.append(f"The {name} engine is not used: {reason}.")
+        try:
+            return _make_checked(name, trainer, local, samples[:_SAMPLES]), _sentences(reasons)
+        except Elsewhere as error:
+            reason = str(error)
+        except Unsupported as error:
+            reason = str(error)
+            reasons.setdefault(reason, []).append(name)
     raise ConfigError(
         f"The engine {tier!r} cannot train {trainer.task.name!r}: {reason}.",
         hint="Use 'auto', which takes the fastest engine that can, or 'lean', which trains anything.",
@@ -68,26 +71,32 @@ def choose(
 
 
 def _order(trainer: Trainer) -> tuple[Tier, ...]:
-    return ("vectorised", "lean") if trainer.device.type == "cuda" else ("fused", "lean")
+    return ("vectorised", "lean") if trainer.device.type == "cuda" else ("native", "fused", "lean")
 
 
-def _try(
-    name: Tier, trainer: Trainer, local: LocalPlan, samples: Sequence[ClientWork]
-) -> tuple[Engine | None, str]:
-    """The engine, or why not."""
-    try:
-        if name == "fused" and (reason := unsupported(local)):
-            raise Unsupported(reason)
-        [engine, *_] = _make(name, trainer, samples)
-        if name != "lean":
-            _check(name, trainer, local, samples)
-    except Unsupported as error:
-        return None, str(error)
-    return engine, ""
+def _sentences(reasons: Mapping[str, Sequence[str]]) -> str:
+    """Why not these engines; those of one reason together."""
+    found = []
+    for reason, names in reasons.items():
+        are = "engine is" if len(names) == 1 else "engines are"
+        found.append(f"The {' and '.join(names)} {are} not used: {reason}.")
+    return " ".join(found)
+
+
+def _make_checked(name: Tier, trainer: Trainer, local: LocalPlan, samples: Sequence[ClientWork]) -> Engine:
+    """The engine; Unsupported where it cannot, or computes something else."""
+    if name in ("native", "fused") and (reason := unsupported(local)):
+        raise Unsupported(reason)
+    [engine, *_] = _make(name, trainer, samples)
+    if name != "lean":
+        _check(name, trainer, local, samples)
+    return engine
 
 
 def _make(name: Tier, trainer: Trainer, samples: Sequence[ClientWork]) -> list[Engine]:
     """The engine, and others that take different ways through the same code."""
+    if name == "native":
+        return [NativeEngine(trainer, samples[0].data)]
     if name == "fused":
         engine = FusedEngine(trainer, samples[0].data)
         return [engine, FusedEngine(trainer, samples[0].data, dual=False)] if engine.dense else [engine]

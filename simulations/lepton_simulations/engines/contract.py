@@ -34,6 +34,10 @@ class Trained:
     seen: NDArray[np.int64]  # (K,) examples that went through the steps
     loss_sum: NDArray[np.float64]  # (K,) mean loss before each step times its examples
     failures: dict[int, UpdateRejected] = field(default_factory=dict)  # position -> why
+    norms: NDArray[np.float64] | None = (
+        None  # (K,) of the deltas, as lepton_fl.vector has them, if known, ...
+    )
+    peaks: Vector | None = None  # ... and (K,) their largest magnitudes, NaN where one is
 
     @classmethod
     def of(cls, deltas: Vector) -> "Trained":
@@ -48,16 +52,22 @@ class Trained:
         self.deltas[position] = 0
         self.steps[position] = self.seen[position] = 0
         self.loss_sum[position] = 0
+        if self.norms is not None and self.peaks is not None:
+            self.norms[position] = self.peaks[position] = 0
 
 
 class Unsupported(Exception):
     """Why an engine cannot train something; the message ends without a full stop."""
 
 
+class Elsewhere(Unsupported):
+    """The engine is not meant for such a model: another one is the fastest for it."""
+
+
 class Engine(Protocol):
     """Trains virtual devices, each exactly as ``Trainer.train`` would; not safe for several threads."""
 
-    name: str  # "lean", "vectorised", "compiled" or "fused"
+    name: str  # "lean", "vectorised", "compiled", "fused" or "native"
     chunk: int  # the number of devices per call it works best with
 
     def train(
@@ -70,14 +80,16 @@ class Engine(Protocol):
     ) -> Trained:
         """Train every device from ``start``, or from its own starting point.
 
-        A device's result depends on its own arguments only: to the bit with "lean" and "fused", to rounding
-        with the others. What goes wrong with one device is in ``failures`` and leaves the others alone.
+        A device's result depends on its own arguments only: to the bit with "lean", "fused" and "native",
+        to rounding with the others. What goes wrong with one device is in ``failures`` and leaves the others
+        alone.
 
         Args:
             start: (P,) float32, the global model.
             clients: at least one.
             local: how to train.
-            should_stop: asked before every step; True ends the call, and devices not done yet have failed.
+            should_stop: asked before every step, or every few milliseconds; True ends the call, and devices
+                not done yet have failed.
 
         Raises:
             UpdateRejected: WRONG_SHAPE, ``start`` is not a model of this task.

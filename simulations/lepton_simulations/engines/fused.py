@@ -9,7 +9,6 @@ and stays in the cache. Measured reasons are in docs/simulation.md.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from lepton_fl.tasks.data import Dataset
 from lepton_fl.training.bridge import check_vector
 from lepton_fl.training.trainer import Trainer, non_finite
 from lepton_fl.vector import Slot, Vector
-from lepton_simulations.engines.batches import Chunk, Halted, flat_rows, targets, vectors
+from lepton_simulations.engines.batches import Chunk, Halted, targets, vectors
 from lepton_simulations.engines.chain import (
     ConvSpec,
     FlattenSpec,
@@ -29,11 +28,9 @@ from lepton_simulations.engines.chain import (
     NormSpec,
     PoolSpec,
     ReluSpec,
-    Spec,
-    SqueezeSpec,
-    chain_of,
 )
-from lepton_simulations.engines.contract import ClientWork, Stop, Trained, Unsupported, stopped
+from lepton_simulations.engines.chained import ChainEngine, rule_of
+from lepton_simulations.engines.contract import ClientWork, Stop, Trained, stopped
 from lepton_simulations.engines.dual import DualDense, pays
 from lepton_simulations.engines.layers import (
     Conv,
@@ -48,7 +45,6 @@ from lepton_simulations.engines.layers import (
     channels_last,
     padded,
 )
-from lepton_simulations.engines.lean import LeanEngine
 from lepton_simulations.engines.losses import CrossEntropy, Difference, Loss
 from lepton_simulations.engines.schedule import Shape, chunks, schedule
 
@@ -60,7 +56,7 @@ _PROGRAMS = 8  # kinds of chunk whose memory is kept
 _FEED = 2 * 2**20  # bytes of rows laid out at a time
 
 
-class FusedEngine:
+class FusedEngine(ChainEngine):
     """See the module; made for one task and rows of one shape."""
 
     name = "fused"
@@ -77,24 +73,13 @@ class FusedEngine:
         Raises:
             Unsupported: the model, the loss, the device or the rows are none of those known here.
         """
-        if trainer.device.type != "cpu":
-            raise Unsupported(f"the model is on {trainer.device.type!r}")
-        if trainer.task.augment is not None:
-            raise Unsupported("the task augments its batches")
-        self._lean, self._may_be_dual = LeanEngine(trainer), dual
-        self._trainer, self._room = trainer, Room(trainer.dtype)
-        self._specs = chain_of(trainer.module)
-        self._slots = {slot.name: slot for slot in trainer.layout.slots}
-        self._shape, self._target_shape = sample.x.shape[1:], sample.y.shape[1:]
-        self.dense = not any(isinstance(spec, ConvSpec | NormSpec | PoolSpec) for spec in self._specs)
-        self._shapes = _shapes(self._specs, self._slots, self._shape)
-        self._outputs = self._check_loss()
+        super().__init__(trainer, sample)
+        self._may_be_dual, self._room = dual, Room(trainer.dtype)
         self._most_direct = (chunk or self._devices(CACHE)) if self.dense else 1
         self._most = (chunk or self._devices(DUAL_CACHE)) if self.dense else 1
         many = self._is_dual(_SMALL, _SMALL.examples, Rule(0.1, 0, 0, 0))
         self.chunk = self._most if many else self._most_direct
         self._programs: dict[tuple[int, bool, int], _Program] = {}
-        self._rows: WeakKeyDictionary[Dataset, Tensor | None] = WeakKeyDictionary()
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
 
     def train(
@@ -107,7 +92,7 @@ class FusedEngine:
     ) -> Trained:
         """See ``Engine.train``."""
         check_vector(self._trainer.layout, start)
-        rule = _rule(local)
+        rule = rule_of(local)
         if len(self._memory) < len(clients):
             self._memory = self._memory.new_zeros(len(clients), self._memory.shape[1])
         deltas = self._memory[: len(clients), : len(start)]
@@ -132,30 +117,8 @@ class FusedEngine:
                 program.train(common, chunk, inputs, rule, deltas, trained, should_stop)
         return trained
 
-    def _rows_of(self, client: ClientWork) -> Tensor | None:
-        """A device's rows (n, F) if all it brings is what the chain takes; the others are the trainer's."""
-        data, size = client.data, self._trainer.layout.size
-        for vector in (client.start, client.correction):
-            if vector is not None and (vector.shape != (size,) or vector.dtype != np.float32):
-                return None
-        try:
-            return self._rows[data]
-        except KeyError:
-            rows = flat_rows(data, self._trainer.dtype) if self._rows_fit(data) else None
-            self._rows[data] = rows
-            return rows
-
     def _devices(self, cache: int) -> int:
         return max(1, min(_MOST, cache // (4 * self._trainer.layout.size)))
-
-    def _rows_fit(self, data: Dataset) -> bool:
-        if not len(data) or data.x.shape[1:] != self._shape or data.y.shape[1:] != self._target_shape:
-            return False
-        if data.x.dtype != np.float32:
-            return False
-        if self._trainer.task.loss == "cross_entropy":
-            return data.y.dtype == np.int64 and bool(data.y.min() >= 0 and data.y.max() < self._outputs)
-        return data.y.dtype == np.float32
 
     def _is_dual(self, plan: Shape, rows: int, rule: Rule) -> bool:
         """Whether a device is trained faster without the first layer's weights, which cannot be the last."""
@@ -171,25 +134,6 @@ class FusedEngine:
                 del self._programs[next(iter(self._programs))]
             self._programs[key] = _Program(self, width, dual, devices)
         return self._programs[key]
-
-    def _flat(self, vector: Vector) -> Tensor:
-        return torch.from_numpy(np.require(vector, requirements=["C", "W"])).to(self._trainer.dtype)
-
-    def _check_loss(self) -> int:
-        """Numbers the model gives per row; refuses a loss that compares them otherwise than row by row."""
-        outputs = self._shapes[-1]
-        loss = self._trainer.task.loss
-        if loss == "cross_entropy":
-            if len(outputs) != 1 or self._target_shape != ():
-                raise Unsupported(
-                    f"outputs {outputs} and labels {self._target_shape} are not one label per row"
-                )
-            return outputs[0]
-        if loss not in ("squared_error", "huber"):
-            raise Unsupported("its loss is a function of its own")
-        if outputs != self._target_shape:
-            raise Unsupported(f"outputs {outputs} and targets {self._target_shape} per row differ in shape")
-        return outputs[0] if outputs else 1
 
     def make_loss(self) -> Loss:
         """A fresh loss of the task."""
@@ -371,67 +315,3 @@ class _Program:
             else:
                 torch.index_select(x, 0, index, out=out)
         return feed if self._context.dense else channels_last(feed[0].view(-1, *self._context.shape))
-
-
-def _rule(local: LocalPlan) -> Rule:
-    """The plan as numbers.
-
-    Raises:
-        Unsupported: it asks for more than SGD.
-    """
-    if reason := unsupported(local):
-        raise Unsupported(reason)
-    return Rule.of(local)
-
-
-def unsupported(local: LocalPlan) -> str:
-    """What of a plan is not built in here; empty = nothing."""
-    if local.optimizer != "sgd":
-        return f"the optimiser is {local.optimizer!r}"
-    if local.clip_grad_norm:
-        return "gradients are clipped at every step"
-    if not local.momentum and Rule.of(local).keep <= 0:
-        return "learning rate times weight decay is 1 or more"
-    return ""
-
-
-def _shapes(specs: Sequence[Spec], slots: dict[str, Slot], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shape of a row after each layer.
-
-    Raises:
-        Unsupported: a layer acts on rows of a shape that is not built in here.
-    """
-    shapes = []
-    for spec in specs:
-        shape = _shape_after(spec, slots, shape)
-        shapes.append(shape)
-    return shapes
-
-
-def _shape_after(spec: Spec, slots: dict[str, Slot], shape: tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(spec, ReluSpec):
-        return shape
-    if isinstance(spec, FlattenSpec):
-        return (prod(shape),)
-    if isinstance(spec, SqueezeSpec):
-        return shape[:-1] if shape[-1:] == (1,) else shape
-    if isinstance(spec, LinearSpec):
-        weight = slots[spec.weight].shape
-        if shape != weight[1:]:
-            raise Unsupported(f"a linear layer for {weight[1]} inputs gets rows of shape {shape}")
-        return weight[:1]
-    if len(shape) != 3:
-        raise Unsupported(f"a layer for images gets rows of shape {shape}")
-    channels, *sides = shape
-    if isinstance(spec, NormSpec):
-        return shape
-    if isinstance(spec, PoolSpec):
-        sides = [(n - k) // s + 1 for n, k, s in zip(sides, spec.kernel, spec.stride, strict=True)]
-    else:
-        weight = slots[spec.weight].shape
-        kernel = weight[2:]
-        steps = zip(sides, kernel, spec.padding, spec.stride, strict=True)
-        channels, sides = weight[0], [(n + 2 * p - k) // s + 1 for n, k, p, s in steps]
-    if min(sides) < 1:
-        raise Unsupported(f"images of shape {shape} are too small")
-    return (channels, *sides)

@@ -1,0 +1,120 @@
+"""Updates as whole grid steps, added up in C: the same integers as ``Accumulator.add_deltas``, sooner.
+
+The compiled functions are used only after they have agreed with numpy, to the last bit; else numpy is.
+"""
+
+import ctypes
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_fl.contribution import mean_losses
+from lepton_fl.errors import RunError
+from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.accumulator import Accumulator, check_batch
+from lepton_fl.vector import Scaling, Vector, scaling, scaling_of, whole_numbers
+from lepton_simulations.engines.contract import Trained, Unsupported
+from lepton_simulations.engines.library import library
+
+
+def add_deltas(
+    accumulator: Accumulator, plan: RoundPlan, trained: Trained, num_examples: NDArray[np.int64]
+) -> Scaling:
+    """Add the updates of K devices, but those that failed; see ``Accumulator.add_deltas``.
+
+    Args:
+        accumulator: of this plan.
+        plan: of the attempt.
+        trained: what an engine gave.
+        num_examples: (K,) at least 1 each.
+
+    Raises:
+        UpdateRejected: wrong shape or type, or an example count below 1.
+    """
+    functions, deltas = compiled(), trained.deltas
+    if functions is None or plan.private is not None or deltas.strides[-1] != deltas.itemsize:
+        losses = mean_losses(trained.loss_sum, trained.seen)
+        return accumulator.add_deltas(deltas, num_examples, trained.failures, losses)
+    check_batch(plan, deltas, num_examples, np.float32)
+    if trained.norms is not None and trained.peaks is not None:
+        norms, peaks = trained.norms, trained.peaks
+    else:
+        norms, peaks = _look(functions, deltas)
+    found = _scaling(deltas, norms, peaks, plan.grid_step, plan.clip_norm)
+    weights = accumulator.weights(num_examples)
+    weights[[*trained.failures, *found.refused]] = 0
+    clipped, total = bool(plan.clip_norm), accumulator.subtotal().total
+    longest = _add(functions, deltas, found.factors, weights, total, squared=clipped)
+    # SLACK is far above what float64 rounds: should this ever fail, the bound is not kept.
+    if clipped and longest > (plan.clip_norm / plan.grid_step) ** 2:
+        raise RunError(f"An update is longer than clip_norm={plan.clip_norm:g} after clipping.")
+    accumulator.reports += int(np.count_nonzero(weights))
+    accumulator.weight += int(weights.sum())
+    return found
+
+
+def _look(functions: ctypes.CDLL, deltas: Vector) -> tuple[NDArray[np.float64], Vector]:
+    """Norms and peaks of (K, P) updates."""
+    count, size = deltas.shape
+    squares, peaks = np.empty(count), np.empty(count, np.float32)
+    functions.lepton_look(
+        deltas.ctypes.data, deltas.strides[0] // 4, count, size, squares.ctypes.data, peaks.ctypes.data
+    )
+    return np.sqrt(squares), peaks
+
+
+def _scaling(
+    deltas: Vector, norms: NDArray[np.float64], peaks: Vector, step: float, clip_norm: float
+) -> Scaling:
+    return scaling_of(deltas, norms if clip_norm else np.full(len(norms), np.nan), peaks, step, clip_norm)
+
+
+def _add(
+    functions: ctypes.CDLL,
+    deltas: Vector,
+    factors: Vector,
+    weights: NDArray[np.int64],
+    total: NDArray[np.int64],
+    *,
+    squared: bool,
+) -> float:
+    """Add; returns the largest squared L2 norm of what was added, before the weights, if asked."""
+    count, size = deltas.shape
+    squares = np.zeros(count)
+    functions.lepton_add(
+        deltas.ctypes.data,
+        deltas.strides[0] // 4,
+        count,
+        size,
+        factors.ctypes.data,
+        weights.ctypes.data,
+        total.ctypes.data,
+        squares.ctypes.data if squared else None,
+    )
+    return float(squares.max(initial=0.0))
+
+
+@cache
+def compiled() -> ctypes.CDLL | None:
+    """The functions, if they do what numpy does."""
+    try:
+        functions = library()
+    except Unsupported:
+        return None
+    return functions if all(_same(functions, clip_norm) for clip_norm in (0.0, 0.5)) else None
+
+
+def _same(functions: ctypes.CDLL, clip_norm: float) -> bool:
+    rng, step = np.random.default_rng(0), 2.0**-24
+    deltas = rng.normal(scale=[[1e-4], [0.1], [3.0]], size=(3, 9001)).astype(np.float32)
+    weights = np.array([1, 0, 1000], np.int64)
+    found = _scaling(deltas, *_look(functions, deltas), step, clip_norm)
+    expected = scaling(deltas, step, clip_norm)
+    ours, theirs = np.zeros(9001, np.int64), np.zeros(9001, np.int64)
+    longest = _add(functions, deltas, found.factors, weights, ours, squared=True)
+    for part, whole in whole_numbers(deltas, expected):
+        theirs[part] = weights @ whole.astype(np.int64)
+    alike = np.array_equal(found.factors, expected.factors)
+    alike &= np.array_equal(found.norms, expected.norms, equal_nan=True)
+    return bool(alike and np.array_equal(ours, theirs) and longest > 0)

@@ -1,0 +1,455 @@
+/* What costs the most in a simulation on a CPU: training a device, and adding its update up.
+
+   A device is a chain of linear layers and ReLUs and mini-batch SGD; see native.py. Its weights stay in the cache
+   from the first step to the last. Three products do nearly all the work, each a loop over tiles whose sums stay in
+   registers: outputs (forward), the gradient of the inputs (back), and the step of the weights along their gradient
+   (descend). Updates are added as whole grid steps, by the arithmetic of lepton_fl.vector; see adding.py.
+
+   GCC and Clang vector extensions, no intrinsics, no library but libm. Compiled twice: for float, and with -DDOUBLE
+   for double. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef DOUBLE
+typedef double real;
+#define EXP exp
+#define LOG log
+#else
+typedef float real;
+#define EXP expf
+#define LOG logf
+#endif
+
+/* Bytes of a vector, and the shape of a tile: its sums, and what they are made of, fill the registers. */
+#if defined(__AVX512F__)
+enum { BYTES = 64, ROWS = 5, OUTS = 4 };
+#elif defined(__AVX__)
+enum { BYTES = 32, ROWS = 3, OUTS = 3 };
+#else
+enum { BYTES = 16, ROWS = 5, OUTS = 4 };
+#endif
+enum { LANES = BYTES / sizeof(real), MANY = BYTES == 32 ? 2 : 4, PANEL = 16 * LANES, NEAR = 8192, ALIGN = 16, MOST = 16 };
+typedef real vec __attribute__((vector_size(BYTES)));
+typedef real half __attribute__((vector_size(BYTES / 2)));
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+#define AT(p) (*(vec *)(p))
+#ifdef __x86_64__ /* what is used again stays in a register: gcc would rather load it each time */
+#define HOLD(v) __asm__("" : "+v"(v))
+#else
+#define HOLD(v) (void)0
+#endif
+#define EACH_COUNT(rows, call)                                                                                       \
+    switch ((rows) < ROWS ? (rows) : ROWS) {                                                                         \
+    case 1: { enum { N = 1 }; call; break; }                                                                         \
+    case 2: { enum { N = 2 }; call; break; }                                                                         \
+    case 3: { enum { N = 3 }; call; break; }                                                                         \
+    case 4: { enum { N = ROWS > 4 ? 4 : ROWS }; call; break; }                                                       \
+    default: { enum { N = ROWS }; call; }                                                                            \
+    }
+
+typedef struct { int64_t in, out, relu, weight, bias; } Layer; /* places in the model's vector; bias -1 = none */
+typedef struct { double rate, decay, mu, momentum; } Rule;
+typedef struct { real *w, *bias; } Place; /* (out, padded in), (padded out) */
+
+static int64_t padded(int64_t n) { return (n + ALIGN - 1) / ALIGN * ALIGN; }
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE real total(vec v) {
+    half h[2];
+    memcpy(h, &v, sizeof v);
+    h[0] += h[1];
+    real s[LANES / 2];
+    memcpy(s, h, sizeof s);
+    for (int n = LANES / 4; n; n /= 2)
+        for (int i = 0; i < n; i++) s[i] += s[i + n];
+    return s[0];
+}
+
+/* y (N, outs) = x (N, n) w (outs, n)^T + bias */
+INLINE void forward_tile(int nb, int no, const real *x, const real *w, const real *bias, int64_t n, real *y, int64_t wide) {
+    vec sum[ROWS][OUTS];
+    UNROLL for (int b = 0; b < nb; b++) UNROLL for (int o = 0; o < no; o++) sum[b][o] = (vec){0};
+    for (int64_t k = 0; k < n; k += LANES) {
+        vec u[OUTS];
+        UNROLL for (int o = 0; o < no; o++) { u[o] = AT(w + o * n + k); HOLD(u[o]); }
+        UNROLL for (int b = 0; b < nb; b++) {
+            vec v = AT(x + b * n + k);
+            HOLD(v);
+            UNROLL for (int o = 0; o < no; o++) sum[b][o] += v * u[o];
+        }
+    }
+    UNROLL for (int b = 0; b < nb; b++) UNROLL for (int o = 0; o < no; o++) y[b * wide + o] = total(sum[b][o]) + bias[o];
+}
+
+INLINE void forward_rows(int nb, const real *x, const real *w, const real *bias, int64_t n, int64_t o, int64_t outs, real *y, int64_t wide) {
+    for (; o + OUTS <= outs; o += OUTS) forward_tile(nb, OUTS, x, w + o * n, bias + o, n, y + o, wide);
+    for (; o < outs; o++) forward_tile(nb, 1, x, w + o * n, bias + o, n, y + o, wide);
+}
+
+static void forward(const real *x, Place p, int64_t rows, int64_t n, int64_t outs, real *y, int64_t wide) {
+    const int64_t some = (NEAR / n + 1) * OUTS; /* so much of w stays near */
+    for (int64_t o = 0; o < outs; o += some)
+        for (int64_t b = 0; b < rows; b += ROWS)
+            EACH_COUNT(rows - b, forward_rows(N, x + b * n, p.w, p.bias, n, o, least(o + some, outs), y + b * wide, wide))
+}
+
+/* back (rows, n) = g (rows, outs) w (outs, n) */
+INLINE void back_tile(int nb, int nk, const real *g, const real *w, int64_t outs, int64_t n, int64_t wide, real *back) {
+    vec sum[ROWS][4];
+    UNROLL for (int b = 0; b < nb; b++) UNROLL for (int k = 0; k < nk; k++) sum[b][k] = (vec){0};
+    for (int64_t o = 0; o < outs; o++) {
+        vec u[4];
+        UNROLL for (int k = 0; k < nk; k++) { u[k] = AT(w + o * n + k * LANES); HOLD(u[k]); }
+        UNROLL for (int b = 0; b < nb; b++) UNROLL for (int k = 0; k < nk; k++) sum[b][k] += g[b * wide + o] * u[k];
+    }
+    UNROLL for (int b = 0; b < nb; b++) UNROLL for (int k = 0; k < nk; k++) AT(back + b * n + k * LANES) = sum[b][k];
+}
+
+INLINE void back_rows(int nb, const real *g, const real *w, int64_t outs, int64_t n, int64_t k, int64_t to, int64_t wide, real *back) {
+    for (; k + MANY * LANES <= to; k += MANY * LANES) back_tile(nb, MANY, g, w + k, outs, n, wide, back + k);
+    for (; k < to; k += LANES) back_tile(nb, 1, g, w + k, outs, n, wide, back + k);
+}
+
+static void back(const real *g, Place p, int64_t rows, int64_t n, int64_t outs, int64_t wide, real *to) {
+    for (int64_t k = 0; k < n; k += PANEL)
+        for (int64_t b = 0; b < rows; b += ROWS)
+            EACH_COUNT(rows - b, back_rows(N, g + b * wide, p.w, outs, n, k, least(k + PANEL, n), wide, to + b * n))
+}
+
+/* w (outs, n) = keep w + g (rows, outs)^T x (rows, n) */
+INLINE void descend_tile(int no, int nk, const real *x, const real *g, int64_t rows, int64_t n, int64_t wide, real keep, real *w) {
+    vec sum[4][4];
+    UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] = keep * AT(w + o * n + k * LANES);
+    for (int64_t b = 0; b < rows; b++) {
+        vec v[4];
+        UNROLL for (int k = 0; k < nk; k++) { v[k] = AT(x + b * n + k * LANES); HOLD(v[k]); }
+        UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] += g[b * wide + o] * v[k];
+    }
+    UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) AT(w + o * n + k * LANES) = sum[o][k];
+}
+
+INLINE void descend_by(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, int64_t wide, real keep, Place p, int biased) {
+    for (int64_t from = 0; from < n; from += PANEL) { /* so much of x stays near */
+        int64_t to = least(from + PANEL, n), o = 0, k;
+        for (; o + 4 <= outs; o += 4) {
+            for (k = from; k + MANY * LANES <= to; k += MANY * LANES)
+                descend_tile(4, MANY, x + k, g + o, rows, n, wide, keep, p.w + o * n + k);
+            for (; k < to; k += LANES) descend_tile(4, 1, x + k, g + o, rows, n, wide, keep, p.w + o * n + k);
+        }
+        for (; o < outs; o++)
+            for (k = from; k < to; k += LANES) descend_tile(1, 1, x + k, g + o, rows, n, wide, keep, p.w + o * n + k);
+    }
+    for (int64_t o = 0; biased && o < outs; o++) {
+        real sum = keep * p.bias[o];
+        for (int64_t b = 0; b < rows; b++) sum += g[b * wide + o];
+        p.bias[o] = sum;
+    }
+}
+
+static void descend(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, int64_t wide, real keep, Place p, int biased) {
+    if (keep == 1)
+        descend_by(x, g, rows, n, outs, wide, 1, p, biased); /* without the multiplication */
+    else
+        descend_by(x, g, rows, n, outs, wide, keep, p, biased);
+}
+
+/* The sum of the losses of a mini-batch, and the gradient of their mean. Kinds: see LOSSES in native.py. */
+static double lose(int64_t kind, const real *z, const void *targets, const int64_t *at, int64_t rows, int64_t outs, int64_t wide, real *g) {
+    double sum = 0;
+    for (int64_t b = 0; b < rows; b++, z += wide, g += wide) {
+        if (kind == 0) {
+            int64_t label = ((const int64_t *)targets)[at[b]];
+            real top = z[0], whole = 0;
+            for (int64_t o = 1; o < outs; o++) top = z[o] > top ? z[o] : top;
+            for (int64_t o = 0; o < outs; o++) whole += g[o] = EXP(z[o] - top);
+            for (int64_t o = 0; o < outs; o++) g[o] = (g[o] / whole - (o == label)) / rows;
+            sum += LOG(whole) + (top - z[label]);
+            continue;
+        }
+        for (int64_t o = 0; o < outs; o++) {
+            real d = z[o] - ((const real *)targets)[at[b] * outs + o], huge = d > 1 ? 1 : d < -1 ? -1 : d;
+            real slope = kind == 1 ? 2 * d : huge, size = d < 0 ? -d : d;
+            g[o] = slope / (rows * outs);
+            sum += (kind == 1 ? d * d : size < 1 ? d * d / 2 : size - (real)0.5) / outs;
+        }
+    }
+    return sum;
+}
+
+/* Places of all weights from one address on; the first number behind them. */
+static real *lay_out(const Layer *layers, int64_t count, real *from, Place *places) {
+    for (int64_t l = 0; l < count; l++) {
+        places[l].w = from;
+        places[l].bias = from += layers[l].out * padded(layers[l].in);
+        from += padded(layers[l].out);
+    }
+    return from;
+}
+
+/* to = to + factor * flat, from the model's vector to padded places; anew: to = factor * flat, and zero padding */
+static void add(const Layer *layers, int64_t count, const real *flat, real factor, const Place *to, int anew) {
+    for (int64_t l = 0; l < count; l++) {
+        const Layer *a = layers + l;
+        int64_t n = padded(a->in);
+        for (int64_t o = 0; o < a->out; o++) {
+            real *w = to[l].w + o * n;
+            const real *f = flat + a->weight + o * a->in;
+            for (int64_t i = 0; i < a->in; i++) w[i] = (anew ? 0 : w[i]) + factor * f[i];
+            for (int64_t i = a->in; i < n; i++) w[i] = 0;
+        }
+        for (int64_t o = 0; a->bias >= 0 && o < a->out; o++)
+            to[l].bias[o] = (anew ? 0 : to[l].bias[o]) + factor * flat[a->bias + o];
+    }
+}
+
+/* delta = weights - start */
+static void leave(const Layer *layers, int64_t count, const Place *from, const real *start, real *delta) {
+    for (int64_t l = 0; l < count; l++) {
+        const Layer *a = layers + l;
+        for (int64_t o = 0; o < a->out; o++) {
+            const real *w = from[l].w + o * padded(a->in);
+            int64_t at = a->weight + o * a->in;
+            for (int64_t i = 0; i < a->in; i++) delta[at + i] = w[i] - start[at + i];
+        }
+        for (int64_t o = 0; a->bias >= 0 && o < a->out; o++) delta[a->bias + o] = from[l].bias[o] - start[a->bias + o];
+    }
+}
+
+/* Work memory, in numbers, for mini-batches of so many places. */
+int64_t lepton_room(const Layer *layers, int64_t count, int64_t width) {
+    int64_t weights = 0, wide = padded(layers[0].in);
+    for (int64_t l = 0; l < count; l++) {
+        weights += layers[l].out * padded(layers[l].in) + padded(layers[l].out);
+        wide += 2 * padded(layers[l].out);
+    }
+    return 3 * weights + width * wide;
+}
+
+/* --- adding up ------------------------------------------------------------------------------------ */
+
+enum { PIECE = 4096, NEAR_SUMS = 1024, SIDE = 32 }; /* PIECE as in lepton_fl.vector */
+
+#ifndef DOUBLE
+/* The squared L2 norm, added in the order of lepton_fl.vector, and the largest magnitude (NaN if one is NaN). */
+static double look(const float *delta, int64_t size, float *peak) {
+    double lanes[PIECE] = {0};
+    uint32_t top = 0; /* magnitudes sort like the integers of their bits, and NaN above all */
+    for (int64_t near = 0; near < PIECE; near += NEAR_SUMS) {
+        for (int64_t from = near; from < size; from += PIECE) {
+            const int64_t count = size - from < NEAR_SUMS ? size - from : NEAR_SUMS;
+            for (int64_t i = 0; i < count; i++) {
+                uint32_t bits;
+                memcpy(&bits, delta + from + i, sizeof bits);
+                bits &= 0x7fffffff;
+                top = bits > top ? bits : top;
+            }
+            for (int64_t i = 0; i < count; i++) lanes[near + i] += (double)delta[from + i] * delta[from + i];
+        }
+    }
+    memcpy(peak, &top, sizeof top);
+    for (int64_t half = PIECE / 2; half; half /= 2)
+        for (int64_t i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* Squared norms and peaks of (count, size) updates, `stride` numbers apart. */
+void lepton_look(const float *deltas, int64_t stride, int64_t count, int64_t size, double *squares, float *peaks) {
+    for (int64_t k = 0; k < count; k++) squares[k] = look(deltas + k * stride, size, peaks + k);
+}
+
+/* sum += weight * trunc(factor * delta) of all updates whose weight is not 0; `squares` takes the squared norms of
+   what was added, before the weight. Products must fit int32. */
+void lepton_add(const float *deltas, int64_t stride, int64_t count, int64_t size, const float *factors,
+                const int64_t *weights, int64_t *sum, double *squares) {
+    for (int64_t from = 0; from < size; from += PIECE) {
+        const int64_t width = size - from < PIECE ? size - from : PIECE;
+        for (int64_t k = 0; k < count; k++) {
+            const float *delta = deltas + k * stride + from;
+            const float factor = factors[k];
+            const int64_t weight = weights[k];
+            int32_t whole[PIECE];
+            int64_t *to = sum + from;
+            if (!weight) continue;
+            for (int64_t i = 0; i < width; i++) whole[i] = (int32_t)(delta[i] * factor);
+            if (weight == 1)
+                for (int64_t i = 0; i < width; i++) to[i] += whole[i];
+            else
+                for (int64_t i = 0; i < width; i++) to[i] += weight * whole[i];
+            if (!squares) continue;
+            double lanes[SIDE] = {0};
+            memset(whole + width, 0, (PIECE - width) * sizeof *whole);
+            for (int64_t i = 0; i < PIECE; i += SIDE)
+                for (int j = 0; j < SIDE; j++) lanes[j] += (double)whole[i + j] * whole[i + j];
+            for (int j = 0; j < SIDE; j++) squares[k] += lanes[j];
+        }
+    }
+}
+#endif
+
+/* --- orders of rows -------------------------------------------------------------------------------- */
+
+typedef struct {
+    __uint128_t state, step;
+    uint64_t kept; /* the upper half of the last draw, plus 2^32 as long as it waits */
+} Random;
+
+static uint64_t draw(Random *r) { /* PCG XSL RR 128/64 (O'Neill 2014) */
+    r->state = r->state * (((__uint128_t)0x2360ED051FC65DA4 << 64) + 0x4385DF649FCCF645) + r->step;
+    const uint64_t mixed = (uint64_t)(r->state >> 64) ^ (uint64_t)r->state;
+    const unsigned turn = (unsigned)(r->state >> 122);
+    return mixed >> turn | mixed << (-turn & 63);
+}
+
+static uint32_t draw_half(Random *r) {
+    const uint64_t kept = r->kept, both = kept ? 0 : draw(r);
+    r->kept = kept ? 0 : both >> 32 | (uint64_t)1 << 32;
+    return (uint32_t)(kept ? kept : both);
+}
+
+static uint32_t hashed(uint32_t value, uint32_t *constant, uint32_t factor) {
+    value ^= *constant;
+    *constant *= factor;
+    value *= *constant;
+    return value ^ value >> 16;
+}
+
+/* numpy's SeedSequence and PCG64 of a seed. */
+static Random seeded(uint64_t seed) {
+    uint32_t pool[4] = {(uint32_t)seed, seed >> 32}, constant = 0x43b0d7e5, half[8];
+    for (int i = 0; i < 4; i++) pool[i] = hashed(pool[i], &constant, 0x931e8875);
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) {
+            if (i == j) continue;
+            const uint32_t mixed = 0xca01f9dd * pool[j] - 0x4973f715 * hashed(pool[i], &constant, 0x931e8875);
+            pool[j] = mixed ^ mixed >> 16;
+        }
+    constant = 0x8b51f9dd;
+    for (int i = 0; i < 8; i++) half[i] = hashed(pool[i % 4], &constant, 0x58f38ded);
+    __uint128_t word[2] = {0, 0};
+    for (int i = 0; i < 8; i++) word[i / 4] |= (__uint128_t)half[i] << ((i % 4 < 2 ? 64 : 0) + 32 * (i % 2));
+    Random r = {0, word[1] << 1 | 1, 0};
+    draw(&r);
+    r.state += word[0];
+    draw(&r);
+    return r;
+}
+
+/* The rows of a device in the order of each epoch, as schedule.py draws them with numpy: (epochs, places), zeros
+   where there are fewer rows than places. */
+void lepton_order(uint64_t seed, int64_t rows, int64_t epochs, int64_t places, int64_t shuffled, int64_t *order) {
+    Random r = seeded(seed);
+    draw(&r); /* seeds torch in the trainer */
+    for (int64_t *at = order; at < order + epochs * places; at += places) {
+        for (int64_t i = 0; i < places; i++) at[i] = i < rows ? i : 0;
+        for (int64_t i = rows - 1; shuffled && i > 0; i--) {
+            const uint32_t mask = ~0u >> __builtin_clz((uint32_t)i);
+            int64_t other;
+            do other = draw_half(&r) & mask;
+            while (other > i);
+            const int64_t held = at[i];
+            at[i] = at[other];
+            at[other] = held;
+        }
+    }
+}
+
+/* --- training -------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const real *start;      /* (P,) where training begins */
+    const real *correction; /* (P,) added to every gradient, or NULL */
+    const real *x;          /* (n, in) */
+    const void *targets;    /* (n,) labels, or (n, out) numbers */
+    const int64_t *at;      /* (steps, width) the rows of each mini-batch, ... */
+    const int64_t *sizes;   /* (steps,) ... of which so many count */
+    int64_t width, steps, first, last; /* those to be made now: all, or a part of them, one after the other */
+    real *delta;            /* (P,) weights minus start; written after the last step */
+    int64_t size;           /* P */
+    double square, peak;    /* of delta: its squared norm and largest magnitude; of float only */
+    double lost;            /* the losses of all rows, each before its step, are added here */
+} Device;
+
+/* Have the rows of a mini-batch on their way before they are needed: they lie anywhere. */
+static void fetch(const Device *d, int64_t n, int64_t t) {
+    for (int64_t b = 0; t < d->last && b < d->sizes[t]; b++)
+        for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(d->x + d->at[t * d->width + b] * n + i);
+}
+
+static double train(const Layer *layers, int64_t count, int64_t kind, const Rule *rule, const Device *d, int64_t places,
+                    real *work) {
+    Place value[MOST], moving[MOST], shift[MOST];
+    real *rows[MOST + 1], *grads[MOST];
+    real *moves = lay_out(layers, count, work, value), *shifts = lay_out(layers, count, moves, moving);
+    real *free = lay_out(layers, count, shifts, shift);
+    for (int64_t l = 0; l <= count; l++) {
+        rows[l] = free;
+        free += places * padded(l < count ? layers[l].in : layers[l - 1].out);
+    }
+    for (int64_t l = 0; l < count; l++) {
+        grads[l] = free;
+        free += places * padded(layers[l].out);
+    }
+    const int momentum = rule->momentum != 0, drift = rule->mu != 0 || d->correction;
+    const real rate = rule->rate, pull = rule->decay + rule->mu;
+    const real keep = momentum ? rule->momentum : 1 - rule->rate * (rule->decay + rule->mu), scale = momentum ? 1 : -rate;
+    const int64_t weights = moves - work;
+    fetch(d, layers->in, d->first);
+    if (!d->first) {
+        add(layers, count, d->start, 1, value, 1);
+        if (momentum) memset(moves, 0, weights * sizeof(real));
+        if (drift) add(layers, count, d->start, momentum ? -rule->mu : rule->rate * rule->mu, shift, 1);
+        if (d->correction) add(layers, count, d->correction, scale, shift, 0);
+    }
+    double sum = 0;
+    for (int64_t t = d->first; t < d->last; t++) {
+        const int64_t size = d->sizes[t], *at = d->at + t * d->width;
+        for (int64_t b = 0; b < size; b++)
+            memcpy(rows[0] + b * padded(layers->in), d->x + at[b] * layers->in, layers->in * sizeof(real));
+        fetch(d, layers->in, t + 1);
+        for (int64_t l = 0; l < count; l++) {
+            const int64_t wide = padded(layers[l].out);
+            real *y = rows[l + 1];
+            forward(rows[l], value[l], size, padded(layers[l].in), layers[l].out, y, wide);
+            for (int64_t i = 0; layers[l].relu && i < size * wide; i++) y[i] = y[i] < 0 ? 0 : y[i]; /* NaN stays */
+        }
+        sum += lose(kind, rows[count], d->targets, at, size, layers[count - 1].out,
+                    padded(layers[count - 1].out), grads[count - 1]);
+        for (int64_t l = count - 1; l >= 0; l--) {
+            const int64_t n = padded(layers[l].in), outs = layers[l].out, wide = padded(outs);
+            real *g = grads[l], *y = rows[l + 1];
+            for (int64_t i = 0; layers[l].relu && i < size * wide; i++) g[i] = y[i] <= 0 ? 0 : g[i];
+            if (l) back(g, value[l], size, n, outs, wide, grads[l - 1]);
+            for (int64_t i = 0; i < size * wide; i++) g[i] *= scale;
+            descend(rows[l], g, size, n, outs, wide, keep, momentum ? moving[l] : value[l], layers[l].bias >= 0);
+        }
+        for (int64_t i = 0; momentum && i < weights; i++) {
+            moves[i] += pull * work[i] + (drift ? shifts[i] : 0);
+            work[i] -= rate * moves[i];
+        }
+        for (int64_t i = 0; drift && !momentum && i < weights; i++) work[i] += shifts[i];
+    }
+    if (d->last == d->steps) leave(layers, count, value, d->start, d->delta);
+    return sum;
+}
+
+/* Trains devices one after the other.
+
+   layers, count   at most MOST
+   places          at least the width of each device
+   work            lepton_room() numbers at a multiple of 64 bytes: zeros at first, then left alone */
+void lepton_train(const Layer *layers, int64_t count, int64_t kind, const Rule *rule, Device *devices, int64_t number,
+                  int64_t places, real *work) {
+    for (Device *d = devices; d < devices + number; d++) {
+        d->lost += train(layers, count, kind, rule, d, places, work);
+#ifndef DOUBLE
+        float peak;
+        if (d->last < d->steps) continue;
+        d->square = look(d->delta, d->size, &peak); /* while it is near */
+        d->peak = peak;
+#endif
+    }
+}

@@ -1,0 +1,204 @@
+"""Chains of Linear and ReLU in C: one device at a time, whose weights stay in the cache.
+
+The three products of a step are loops over tiles that stay in registers, with SGD inside that of the
+weights' gradient; nothing else is left of a step, so small models train as fast as the processor multiplies.
+``native.c`` is compiled on first use; see ``library``.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import isfinite, prod, sqrt
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lepton_fl.plan import LocalPlan
+from lepton_fl.tasks.data import Dataset
+from lepton_fl.training.bridge import check_vector
+from lepton_fl.training.trainer import Trainer, non_finite
+from lepton_fl.vector import Vector
+from lepton_simulations.engines.chain import FlattenSpec, LinearSpec, ReluSpec, SqueezeSpec
+from lepton_simulations.engines.chained import ChainEngine, rule_of
+from lepton_simulations.engines.contract import ClientWork, Elsewhere, Stop, Trained, Unsupported, stopped
+from lepton_simulations.engines.layers import Rule, padded
+from lepton_simulations.engines.library import library
+from lepton_simulations.engines.schedule import Schedule, schedule
+
+LOSSES = ("cross_entropy", "squared_error", "huber")  # their numbers in native.c
+MOST_LAYERS = 16  # the same there
+UPDATES = 4 * 2**20  # bytes of the updates of a chunk, which are added up while they are near
+_MOST = 64  # devices in a chunk
+_PATIENCE = 5 * 10**8  # multiplications between two questions whether to stop: some milliseconds
+_WORDS = "start correction x targets at sizes width steps first last delta size"  # addresses and numbers
+DEVICE = np.dtype(  # as in native.c
+    [(name, np.int64) for name in _WORDS.split()]
+    + [(name, np.float64) for name in ("square", "peak", "lost")]
+)
+_Reals = NDArray[np.floating]
+
+
+class NativeEngine(ChainEngine):
+    """See the module; made for one task and rows of one shape."""
+
+    name = "native"
+
+    def __init__(self, trainer: Trainer, sample: Dataset, *, chunk: int = 0) -> None:
+        """Read the chain and load the library.
+
+        Args:
+            trainer: whose task; trains what does not fit here.
+            sample: some device's rows; all have this shape.
+            chunk: devices per call; 0 = as many as updates stay in the cache.
+
+        Raises:
+            Unsupported: the model, the loss, the device or the rows are none of those known here, or there is
+                no compiler.
+        """
+        super().__init__(trainer, sample)
+        self._layers = self._read_layers()
+        self._functions = library(double=trainer.dtype == torch.float64)
+        self._real = np.dtype(np.float64 if trainer.dtype == torch.float64 else np.float32)
+        self._loss = LOSSES.index(str(trainer.task.loss))
+        self._products = int((self._layers[:, 0] * self._layers[:, 1]).sum())  # of a row, one way
+        self.chunk = chunk or max(1, min(_MOST, UPDATES // (4 * trainer.layout.size)))
+        self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
+        self._room, self._places = torch.zeros(0, dtype=trainer.dtype), 0
+
+    def train(
+        self,
+        start: Vector,
+        clients: Sequence[ClientWork],
+        local: LocalPlan,
+        *,
+        should_stop: Stop | None = None,
+    ) -> Trained:
+        """See ``Engine.train``; ``should_stop`` is asked before every device, and every few milliseconds."""
+        check_vector(self._trainer.layout, start)
+        rule, common = _numbers(rule_of(local)), self._vector(start)
+        if len(self._memory) < len(clients):
+            self._memory = self._memory.new_zeros(len(clients), self._memory.shape[1])
+        trained = Trained.of(self._memory[: len(clients), : len(start)].numpy())
+        table, held = np.zeros(len(clients), DEVICE), list[object]()
+        positions, plans = list[int](), list[Schedule]()
+        for position, client in enumerate(clients):
+            rows = self._rows_of(client)
+            if rows is None:
+                self._lean.train_one(start, client, local, trained, position, should_stop)
+                continue
+            plan = schedule(len(client.data), client.seed, local)
+            table[len(plans)], used = self._device(client, rows, plan, common, trained.deltas[position])
+            held.append(used)
+            positions.append(position)
+            plans.append(plan)
+        if len(plans) == len(clients) and self._real == np.float32:
+            trained.norms, trained.peaks = np.zeros(len(plans)), np.zeros(len(plans), np.float32)
+        self._run(table[: len(plans)], plans, positions, rule, trained, should_stop)
+        return trained
+
+    def _device(
+        self, client: ClientWork, rows: Tensor, plan: Schedule, common: _Reals, delta: _Reals
+    ) -> tuple[tuple[float, ...], object]:
+        """What C is told of a device, and what must be held as long as C may look there."""
+        start = common if client.start is None else self._vector(client.start)
+        correction = None if client.correction is None else self._vector(client.correction)
+        targets = np.ascontiguousarray(client.data.y, None if self._loss == 0 else self._real)
+        told = (
+            _address(start), 0 if correction is None else _address(correction), rows.data_ptr(),
+            _address(targets), _address(plan.rows), _address(plan.sizes), plan.width, plan.steps, 0,
+            plan.steps, _address(delta), len(delta), 0.0, 0.0, 0.0,
+        )  # fmt: skip
+        return told, (start, correction, targets)
+
+    def _run(
+        self,
+        table: NDArray[np.void],
+        plans: Sequence[Schedule],
+        positions: Sequence[int],
+        rule: NDArray[np.float64],
+        trained: Trained,
+        should_stop: Stop | None,
+    ) -> None:
+        """Train these devices, and note how it went."""
+        self._have_room(max((plan.width for plan in plans), default=0))
+        for part in self._parts(table):
+            if should_stop is not None and should_stop():
+                for position, first in zip(
+                    positions[part.start :], table["first"][part.start :], strict=True
+                ):
+                    trained.fail(position, stopped(int(first)))
+                return
+            self._functions.lepton_train(
+                _address(self._layers), len(self._layers), self._loss, _address(rule), _address(table[part]),
+                part.stop - part.start, self._places, self._room.data_ptr(),
+            )  # fmt: skip
+            for number in range(part.start, part.stop):
+                self._note(positions[number], plans[number], table[number], trained)
+
+    def _note(self, position: int, plan: Schedule, device: np.void, trained: Trained) -> None:
+        loss = float(device["lost"])
+        trained.steps[position], trained.seen[position] = plan.steps, plan.shape.examples
+        trained.loss_sum[position] = loss
+        if trained.norms is not None and trained.peaks is not None:
+            trained.norms[position], trained.peaks[position] = sqrt(device["square"]), device["peak"]
+        if not isfinite(loss):
+            trained.fail(position, non_finite(loss, plan.steps))
+
+    def _parts(self, table: NDArray[np.void]) -> Iterator[slice]:
+        """The devices of each call: several, or one and a part of its steps."""
+        each = (3 * self._products * table["width"]).tolist()  # of a step
+        steps, begin = table["steps"].tolist(), 0
+        while begin < len(table):
+            end, spent = begin + 1, each[begin] * steps[begin]
+            while end < len(table) and spent + each[end] * steps[end] <= _PATIENCE:
+                spent += each[end] * steps[end]
+                end += 1
+            stride = max(1, _PATIENCE // each[begin]) if spent > _PATIENCE else steps[begin]
+            for first in range(0, steps[begin], stride):
+                if spent > _PATIENCE:
+                    table["first"][begin] = first
+                    table["last"][begin] = min(steps[begin], first + stride)
+                yield slice(begin, end)
+            begin = end
+
+    def _have_room(self, places: int) -> None:
+        if places > self._places:
+            size = self._functions.lepton_room(self._layers.ctypes.data, len(self._layers), places)
+            self._room, self._places = torch.zeros(size, dtype=self._trainer.dtype), places
+
+    def _vector(self, vector: Vector) -> NDArray[np.floating]:
+        return np.ascontiguousarray(vector, self._real)
+
+    def _read_layers(self) -> NDArray[np.int64]:
+        """(L, 5): inputs, outputs, whether a ReLU follows, and where weight and bias (-1: none) stand.
+
+        Raises:
+            Unsupported: there are other layers, or too many.
+        """
+        if not self.dense:
+            raise Elsewhere("it has convolutions")
+        layers: list[list[int]] = []
+        for spec in self._specs:
+            if isinstance(spec, LinearSpec):
+                slot, bias = self._slots[spec.weight], self._slots.get(spec.bias or "")
+                layers.append([slot.shape[1], slot.shape[0], 0, slot.start, bias.start if bias else -1])
+            elif isinstance(spec, ReluSpec):
+                if not layers:
+                    raise Unsupported("it begins with a ReLU")
+                layers[-1][2] = 1
+            elif not isinstance(spec, FlattenSpec | SqueezeSpec):
+                raise Unsupported(f"it has a layer of type {type(spec).__name__}")
+        if not 0 < len(layers) <= MOST_LAYERS:
+            raise Unsupported(f"it has {len(layers)} linear layers, not 1 to {MOST_LAYERS}")
+        if layers[0][0] != prod(self._shape):
+            raise Unsupported(f"its first layer takes {layers[0][0]} of {prod(self._shape)} numbers")
+        return np.array(layers, np.int64)
+
+
+def _numbers(rule: Rule) -> NDArray[np.float64]:
+    return np.array([rule.rate, rule.decay, rule.mu, rule.momentum])
+
+
+def _address(array: NDArray[np.generic]) -> int:
+    address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
+    return address
