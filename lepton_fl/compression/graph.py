@@ -92,6 +92,7 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.value_info[:]  # stale as soon as a quantiser transposes a weight
     del copy.metadata_props[:]
     copy.producer_name, copy.producer_version, copy.doc_string, graph.name = "lepton-fl", "", "", "variant"
+    _sort(graph)
     short = _short_names(graph)
     for node in graph.node:
         del node.metadata_props[:]
@@ -104,6 +105,24 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
             item.doc_string = ""
             item.name = short.get(item.name, item.name)
     return copy
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put every node after those it needs, as the standard asks; converters append theirs at the end."""
+    there = {""} | {item.name for item in (*graph.input, *graph.initializer)}
+    waiting, done = list(graph.node), []
+    while waiting:
+        ready = [node for node in waiting if there.issuperset(node.input)]
+        if not ready:
+            return  # inner graphs see outer names: as the exporter left it
+        for node in ready:
+            there.update(node.output)
+        done += ready
+        taken = {id(node) for node in ready}
+        waiting = [node for node in waiting if id(node) not in taken]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in done]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 def _short_names(graph: onnx.GraphProto) -> dict[str, str]:
@@ -173,7 +192,10 @@ def _macs(node: Any, shapes: dict[str, tuple[int, ...]]) -> int:  # noqa: ANN401
     if node.op_type in ("Conv", "ConvTranspose"):
         return prod(shape(node.output, 0)) * prod(shape(node.input, 1)[1:])
     if node.op_type == "MatMul":
-        return prod(shape(node.output, 0)) * (shape(node.input, 0) or (1,))[-1]
+        right = shape(node.input, 1)  # (..., K, outputs), often a constant, so of known shape
+        return prod(shape(node.output, 0)) * (
+            right[-2] if len(right) > 1 else (shape(node.input, 0) or (1,))[-1]
+        )
     if node.op_type == "Gemm":
         return prod(shape(node.input, 1)) * (shape(node.output, 0) or (1,))[0]
     if node.op_type in ("GRU", "LSTM", "RNN"):  # W, R: (directions, gates * hidden, ...); X: (T, N, inputs)

@@ -17,11 +17,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from lepton_fl.errors import TaskError
+from lepton_fl.errors import DiskFull, TaskError
 from lepton_fl.tasks.data import Array
 
 LIMIT_S: Final = 1800.0  # a variant that takes longer than this for the evaluation set is of no use
 BATCH: Final = 256  # rows of the evaluation at a time
+_NOT_WRITTEN: Final = 74  # exit code of the process whose answers did not fit the disk (EX_IOERR)
 _WARM_UP, _REPEATS = 10, 5
 _CALLS, _SECONDS = 200, 1.5  # of one repeat, at most
 
@@ -59,6 +60,11 @@ def run(model: Path, rows: Path, folder: Path) -> Running:
             check=False,
             env={**os.environ, **one_thread},
         )
+        if done.returncode == _NOT_WRITTEN:
+            raise DiskFull(
+                f"No space was left in {folder} for the answers of {model.parent.name}.",
+                hint="Free some space, then start the build again: it goes on.",
+            )
         if done.returncode:
             raise TaskError(f"ONNX Runtime does not run it: {_why(done)}")
         found = json.loads(done.stdout)
@@ -111,7 +117,10 @@ def main(arguments: list[str]) -> None:
         session.run(None, {name: np.ascontiguousarray(rows[i : i + BATCH])})[0]
         for i in range(0, len(rows), BATCH)
     ]
-    np.save(outputs, np.concatenate(parts).astype(np.float32), allow_pickle=False)
+    try:
+        np.save(outputs, np.concatenate(parts).astype(np.float32), allow_pickle=False)
+    except OSError:
+        sys.exit(_NOT_WRITTEN)
     sys.stdout.write(json.dumps({"p50_ms": p50, "p95_ms": p95, "peak_memory": peak}))
 
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lepton_fl.compression.graph import INPUT, tidy
 from lepton_fl.compression.recipe import QuantiseSpec
-from lepton_fl.errors import TaskError
+from lepton_fl.errors import StateError, TaskError
 from lepton_fl.tasks.data import Array
 
 _SMALL: Final = 256  # numbers; a shorter constant stays as it is
@@ -43,6 +43,10 @@ def quantise(model: onnx.ModelProto, spec: QuantiseSpec, calibration: Array) -> 
             made = _convert(model, spec, calibration)
     except TaskError:
         raise
+    except OSError as error:  # not the model's fault: the tool works with a temporary file
+        raise StateError(
+            f"Quantising needs a temporary file: {error}.", hint="Free some space, or set TMPDIR."
+        ) from error
     except Exception as error:  # the runtime's tools raise whatever they met in a graph
         raise TaskError(f"Quantising ({spec.kind}) failed: {type(error).__name__}: {error}") from error
     if not any(item.data_type in _FEW_BITS for item in made.graph.initializer):

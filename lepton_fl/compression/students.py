@@ -85,7 +85,7 @@ def _fits(made: nn.Module, teacher: nn.Module, example: Array) -> None:
     with torch.inference_mode():
         try:
             got, want = made.eval()(x).shape, teacher(x).shape
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             raise TaskError(f"The student does not take the task's rows: {error}") from error
     if got != want:
         raise TaskError(f"The student answers {tuple(got)}, the global model {tuple(want)}.")
