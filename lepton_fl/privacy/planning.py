@@ -299,10 +299,12 @@ class Prepared:
         of two on which it fits below ``top``.
         """
         step = max(self.grid_step, 2.0 ** ceil(log2(wanted / top)))
-        notch = ceil(NOTCHES * log2(top * step / wanted) - 1e-9)
-        if not self.grid_step:
-            notch = min(NOTCHES - 1, notch)  # noise in proportion is enough down to half of the top
-        return step, max(1.0, floor(top * 2.0 ** (-notch / NOTCHES)))
+        if self.grid_step:  # the same clips wherever the sum is made
+            notch = floor(NOTCHES * log2(wanted / step) + 1e-9)
+            return step, max(1.0, floor(2.0 ** (notch / NOTCHES)))
+        # Noise in proportion is enough down to half of the top, and not below.
+        notch = min(NOTCHES - 1, ceil(NOTCHES * log2(top * step / wanted) - 1e-9))
+        return step, float(floor(top * 2.0 ** (-notch / NOTCHES)))
 
 
 def prepare(
