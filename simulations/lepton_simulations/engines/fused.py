@@ -7,6 +7,7 @@ and stays in the cache. Measured reasons are in docs/simulation.md.
 """
 
 from collections.abc import Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from math import isfinite, prod
 
@@ -30,7 +31,7 @@ from lepton_simulations.engines.chain import (
     ReluSpec,
 )
 from lepton_simulations.engines.chained import ChainEngine, rule_of
-from lepton_simulations.engines.contract import ClientWork, Stop, Trained, stopped
+from lepton_simulations.engines.contract import ClientWork, Stop, Trained, Unsupported, stopped
 from lepton_simulations.engines.dual import DualDense, pays
 from lepton_simulations.engines.layers import (
     Conv,
@@ -45,6 +46,7 @@ from lepton_simulations.engines.layers import (
     channels_last,
     padded,
 )
+from lepton_simulations.engines.library import library
 from lepton_simulations.engines.losses import CrossEntropy, Difference, Loss
 from lepton_simulations.engines.schedule import Shape, chunks, schedule
 
@@ -75,6 +77,7 @@ class FusedEngine(ChainEngine):
         """
         super().__init__(trainer, sample)
         self._may_be_dual, self._room = dual, Room(trainer.dtype)
+        self._functions = None if self.dense else _functions(trainer.dtype)
         self._most_direct = (chunk or self._devices(CACHE)) if self.dense else 1
         self._most = (chunk or self._devices(DUAL_CACHE)) if self.dense else 1
         many = self._is_dual(_SMALL, _SMALL.examples, Rule(0.1, 0, 0, 0))
@@ -149,7 +152,7 @@ class FusedEngine(ChainEngine):
             if isinstance(spec, LinearSpec):
                 logits = spec is linear[-1] and self._trainer.task.loss == "cross_entropy"
                 slots = self._slots[spec.weight], self._slots.get(spec.bias or "")
-                layers.append(Dense(*slots, devices, width, self._room, logits))
+                layers.append(Dense(*slots, devices, width, self._room, logits, self._functions))
             elif isinstance(spec, ConvSpec):
                 layers.append(
                     Conv(spec, self._slots[spec.weight], self._slots.get(spec.bias or ""), self._room)
@@ -315,3 +318,11 @@ class _Program:
             else:
                 torch.index_select(x, 0, index, out=out)
         return feed if self._context.dense else channels_last(feed[0].view(-1, *self._context.shape))
+
+
+def _functions(dtype: torch.dtype) -> CDLL | None:
+    """What multiplies large weights faster than torch does, if it can be had."""
+    try:
+        return library(double=dtype == torch.float64)
+    except Unsupported:
+        return None

@@ -8,6 +8,7 @@ with channels last. Padding holds zeros, in weights, activations and gradients a
 """
 
 from collections.abc import Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,7 +75,7 @@ class Weight:
         self.slot = slot
         self.value = value
         self._padding = padding
-        self._base = torch.full_like(value[:1], padding)
+        self._is_padded = value[0].numel() > slot.stop - slot.start
         self._shift: Tensor | None = None
         self._velocity: Tensor | None = None
 
@@ -86,11 +87,9 @@ class Weight:
             full = full.narrow(axis, 0, count)
         return full
 
-    def _load(self, full: Tensor, flat: Tensor) -> Tensor:
-        """Write vectors (k, P) into padded memory of k devices."""
-        piece = flat[:, self.slot.start : self.slot.stop]
-        self._part(full).copy_(piece.view(-1, *self.slot.shape))
-        return full
+    def _piece(self, flat: Tensor) -> Tensor:
+        """What vectors (k, P) hold of this parameter: (k, ...)."""
+        return flat[:, self.slot.start : self.slot.stop].view(-1, *self.slot.shape)
 
     def begin(self, rule: Rule, starts: Tensor, corrections: Tensor | None) -> None:
         """Set every device to its start.
@@ -100,32 +99,48 @@ class Weight:
             starts: (1, P) for all, or (k, P).
             corrections: (k, P) or none.
         """
-        self.rule, count = rule, (starts if corrections is None else corrections).shape[0]
-        if self._base.shape[0] != starts.shape[0]:
-            self._base = torch.full_like(self.value[: starts.shape[0]], self._padding)
-        self._load(self._base, starts)
-        self.value.copy_(self._base) if starts.shape[0] == 1 else self.value[: starts.shape[0]].copy_(
-            self._base
-        )
+        self.rule, self._starts = rule, starts
+        count = (starts if corrections is None else corrections).shape[0]
+        if self._is_padded:
+            self.value.fill_(self._padding)
+        self._part(self.value if starts.shape[0] == 1 else self.value[:count]).copy_(self._piece(starts))
         self._velocity = torch.zeros_like(self.value) if rule.momentum else None
         self._shift = None
         if rule.mu or corrections is not None:
             shift = torch.zeros_like(self.value[:count])
             if corrections is not None:
-                self._load(shift, corrections)
-            self._part(shift).sub_(self._part(self._base), alpha=rule.mu)
+                self._part(shift).copy_(self._piece(corrections))
+            self._part(shift).sub_(self._piece(starts), alpha=rule.mu)
             self._shift = shift if rule.momentum else shift.mul_(-rule.rate)
 
     def descend(self, left: Tensor, right: Tensor) -> None:
         """One step along the gradient left @ right, (a, O, B) x (a, B, I)."""
-        value = self.value[: left.shape[0]]
+        count = left.shape[0]
         if self._velocity is None:
-            value.baddbmm_(left, right, beta=self.rule.keep, alpha=-self.rule.rate)
-            if self._shift is not None:
-                value.add_(self._shifts(value.shape[0]))
+            self.value[:count].baddbmm_(left, right, beta=self.rule.keep, alpha=-self.rule.rate)
         else:
-            self._velocity[: left.shape[0]].baddbmm_(left, right, beta=self.rule.momentum)
-            self._roll(value)
+            self._velocity[:count].baddbmm_(left, right, beta=self.rule.momentum)
+        self._move_on(count)
+
+    def descend_natively(self, functions: CDLL, grad: Tensor, x: Tensor) -> None:
+        """The same of one device: (1, s, O) and (1, s, I); ``grad`` is used up."""
+        plain = self._velocity is None
+        into, keep = (self.value, self.rule.keep) if plain else (self._velocity, self.rule.momentum)
+        assert into is not None
+        if plain:
+            grad.mul_(-self.rule.rate)
+        _, places, outputs = grad.shape
+        functions.lepton_descend(
+            x.data_ptr(), grad.data_ptr(), places, x.shape[2], outputs, keep, into.data_ptr()
+        )
+        self._move_on(1)
+
+    def _move_on(self, count: int) -> None:
+        """What is left of a step once the gradient is where it belongs."""
+        if self._velocity is not None:
+            self._roll(self.value[:count])
+        elif self._shift is not None:
+            self.value[:count].add_(self._shifts(count))
 
     def descend_along(self, grad: Tensor) -> None:
         """One step along a gradient of one device."""
@@ -157,9 +172,8 @@ class Weight:
     def write(self, deltas: Tensor, first: int) -> None:
         """Write how far k devices, from this one on, came into (k, P)."""
         devices = slice(first, first + deltas.shape[0])
-        base = self._base if self._base.shape[0] == 1 else self._base[devices]
-        out = deltas[:, self.slot.start : self.slot.stop].view(-1, *self.slot.shape)
-        torch.sub(self._part(self.value[devices]), self._part(base), out=out)
+        starts = self._starts if self._starts.shape[0] == 1 else self._starts[devices]
+        torch.sub(self._part(self.value[devices]), self._piece(starts), out=self._piece(deltas))
 
 
 class Layer(Protocol):
@@ -180,7 +194,14 @@ class Dense:
     """Linear layers of K devices."""
 
     def __init__(
-        self, weight: Slot, bias: Slot | None, devices: int, width: int, room: Room, last: bool
+        self,
+        weight: Slot,
+        bias: Slot | None,
+        devices: int,
+        width: int,
+        room: Room,
+        last: bool,
+        functions: CDLL | None = None,
     ) -> None:
         """Make room.
 
@@ -191,7 +212,9 @@ class Dense:
             width: places of a mini-batch B.
             room: work memory.
             last: whether the outputs are logits: padding is then minus infinity, the probability zero.
+            functions: of ``native.c``, whose products are faster for one device; None = torch's.
         """
+        self._functions = functions
         outputs, inputs = (padded(n) for n in weight.shape)
         fill = -torch.inf if last else 0.0
         self._weight = Weight(weight, torch.zeros(devices, outputs, inputs, dtype=room.dtype))
@@ -208,20 +231,34 @@ class Dense:
     def forward(self, x: Tensor) -> Tensor:
         """(a, s, I) -> (a, s, O)."""
         active, places = x.shape[:2]
-        self._x = x
-        weight = self._weight.value[:active].transpose(1, 2)
-        return torch.baddbmm(self._bias[:active], x, weight, out=self._out[:active, :places])
+        self._x, out = x, self._out[:active, :places]
+        if self._functions is not None:
+            weight, (_, outputs, inputs) = self._weight.value, self._weight.value.shape
+            addresses = x.data_ptr(), weight.data_ptr(), self._bias.data_ptr()
+            self._functions.lepton_forward(*addresses, places, inputs, outputs, out.data_ptr())
+            return out
+        return torch.baddbmm(self._bias[:active], x, self._weight.value[:active].transpose(1, 2), out=out)
 
     def backward(self, grad: Tensor, *, needs_input: bool) -> Tensor | None:
         """(a, s, O) -> (a, s, I)."""
         active, places = grad.shape[:2]
-        back = None
-        if needs_input:
-            back = torch.bmm(grad, self._weight.value[:active], out=self._back[:active, :places])
-        self._weight.descend(grad.transpose(1, 2), self._x)
+        back = self._input_gradient(grad, self._back[:active, :places]) if needs_input else None
         if self._own_bias is not None:
             self._own_bias.descend(self._ones[:active, :, :places], grad)
+        if self._functions is not None:
+            self._weight.descend_natively(self._functions, grad, self._x)
+        else:
+            self._weight.descend(grad.transpose(1, 2), self._x)
         return back
+
+    def _input_gradient(self, grad: Tensor, out: Tensor) -> Tensor:
+        active, places, outputs = grad.shape
+        weight = self._weight.value
+        if self._functions is None:
+            return torch.bmm(grad, weight[:active], out=out)
+        addresses = grad.data_ptr(), weight.data_ptr()
+        self._functions.lepton_back(*addresses, places, weight.shape[2], outputs, out.data_ptr())
+        return out
 
 
 class Relu:

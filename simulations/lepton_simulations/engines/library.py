@@ -129,6 +129,10 @@ def _typed(found: ctypes.CDLL) -> ctypes.CDLL:
     found.lepton_room.restype, found.lepton_train.restype = number, None
     found.lepton_room.argtypes = [pointer, number, number]
     found.lepton_train.argtypes = [pointer, number, number, pointer, pointer, number, number, pointer]
+    found.lepton_forward.restype = found.lepton_back.restype = found.lepton_descend.restype = None
+    found.lepton_forward.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
+    found.lepton_back.argtypes = [pointer, pointer, number, number, number, pointer]
+    found.lepton_descend.argtypes = [pointer, pointer, number, number, number, ctypes.c_double, pointer]
     found.lepton_order.restype = None
     found.lepton_order.argtypes = [ctypes.c_uint64, *[number] * 4, pointer]
     if hasattr(found, "lepton_add"):  # of float32 only

@@ -157,6 +157,20 @@ static void descend(const real *x, const real *g, int64_t rows, int64_t n, int64
         descend_by(x, g, rows, n, outs, wide, keep, p, biased);
 }
 
+/* The three products alone, for a linear layer among layers that are not trained here; see layers.Dense. Rows of x
+   and back have n numbers, of y and g `outs`; n and outs are multiples of ALIGN. */
+void lepton_forward(const real *x, real *w, real *bias, int64_t rows, int64_t n, int64_t outs, real *y) {
+    forward(x, (Place){w, bias}, rows, n, outs, y, outs);
+}
+
+void lepton_back(const real *g, real *w, int64_t rows, int64_t n, int64_t outs, real *to) {
+    back(g, (Place){w, 0}, rows, n, outs, outs, to);
+}
+
+void lepton_descend(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, double keep, real *w) {
+    descend(x, g, rows, n, outs, outs, keep, (Place){w, 0}, 0);
+}
+
 /* The sum of the losses of a mini-batch, and the gradient of their mean. Kinds: see LOSSES in native.py. */
 static double lose(int64_t kind, const real *z, const void *targets, const int64_t *at, int64_t rows, int64_t outs, int64_t wide, real *g) {
     double sum = 0;
