@@ -319,6 +319,9 @@ class VirtualFleet:
             raise DataContractError(f"No device can train: {why}", hint="Repair the data of some device.")
         self._engine, self.engine_note = choose(self.trainer, self.local, samples, tier=self.tier)
         compiled()  # once, before workers are forked
+        for (_, kind), rows in self._rows.items():
+            if kind == TRAIN:
+                self._engine.know(rows)
 
     def _prepare_training(self) -> None:
         for device_id in self.devices:

@@ -23,6 +23,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -50,6 +51,7 @@ PATIENCE_S = 30.0  # for a worker to notice that its round is over, before it is
 PARENT_CHECK_S = 5.0  # how often an idle worker looks whether its parent is alive
 
 Chunk = Sequence[str]
+Cores = frozenset[int]
 
 
 class Board:
@@ -67,6 +69,18 @@ class Board:
     def stopped(self) -> bool:
         """Whether the round is over."""
         return bool(self._stop[0])
+
+
+def cores_of(workers: int) -> list[Cores]:
+    """The cores of each worker, in turn: its own where there are as many workers as cores, else any.
+
+    Workers are woken in short succession; a scheduler may then put two of them onto one core and leave
+    them there for milliseconds, while another core is idle.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return [frozenset()]
+    allowed = sorted(os.sched_getaffinity(0))
+    return [frozenset({core}) for core in allowed] if workers >= len(allowed) else [frozenset()]
 
 
 def _shared(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -94,6 +108,7 @@ class Worker:
     process: BaseProcess
     pipe: Connection
     desk: Desk
+    cores: Cores  # that it runs on; empty = any
     attempt: int = -1  # the last one it was told of
     place: int | None = None  # of the device that it lets answer
     queue: deque[Chunk] = field(default_factory=deque)  # that it was given and has not returned
@@ -120,8 +135,9 @@ class Pool:
         self._deaths: Counter[str] = Counter()  # of workers, by the device that was alone with them
         self._told: set[str] = set()  # whose part was yielded; they may be trained again after a death
         self._workers: list[Worker] = []
-        for _ in range(workers):
-            self._workers.append(self._start())
+        cores = cores_of(workers)
+        for number in range(workers):
+            self._workers.append(self._start(cores[number % len(cores)]))
 
     def __enter__(self) -> Self:
         return self
@@ -323,15 +339,15 @@ class Pool:
             self._kept.append(_sum_of(worker))
         worker.pipe.close()
         _end(worker.process, patience=0.0)
-        fresh = self._start()
+        fresh = self._start(worker.cores)
         self._workers[self._workers.index(worker)] = fresh
         return fresh
 
-    def _start(self) -> Worker:
+    def _start(self, cores: Cores) -> Worker:
         ours, theirs = self._fork.Pipe()
         desk = Desk.of(self._shard.update_size)
         inherited = [ours, *(w.pipe for w in self._workers)]  # a copy of these would keep a pipe from ending
-        arguments = (self._shard, self._board, theirs, desk, inherited, os.getpid())
+        arguments = (self._shard, self._board, theirs, desk, inherited, os.getpid(), cores)
         process = self._fork.Process(target=_serve, args=arguments, daemon=True)
         try:
             process.start()
@@ -341,7 +357,7 @@ class Pool:
                 hint="Use fewer workers, or 0 to train in this process.",
             ) from error
         theirs.close()
-        return Worker(process, ours, desk)
+        return Worker(process, ours, desk, cores)
 
 
 def _sum_of(worker: Worker) -> Subtotal:
@@ -365,9 +381,18 @@ def _end(process: BaseProcess, patience: float) -> None:
 
 
 def _serve(
-    shard: Shard, board: Board, pipe: Connection, desk: Desk, inherited: list[Connection], parent: int
+    shard: Shard,
+    board: Board,
+    pipe: Connection,
+    desk: Desk,
+    inherited: list[Connection],
+    parent: int,
+    cores: Cores,
 ) -> None:
     """A worker's life: answer until the pipe ends or the parent is gone."""
+    if cores:
+        with suppress(OSError):  # one of them may just have been taken away
+            os.sched_setaffinity(0, cores)
     for other in inherited:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle

@@ -18,7 +18,7 @@ from lepton_fl.rounds.accumulator import UpdateBatch
 from lepton_fl.wire.records import Records
 from lepton_simulations import workers as module
 from lepton_simulations.backend import Alone, Outcome, Part, Trained, chunks
-from lepton_simulations.workers import Pool
+from lepton_simulations.workers import Pool, cores_of
 
 MODEL = np.array([1.0, 2.0, 3.0], np.float32)
 PLAN = RoundPlan.from_json(
@@ -398,3 +398,11 @@ def alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_as_many_workers_as_cores_have_one_each(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1}, raising=False)
+    assert cores_of(1) == [frozenset()]  # others may want the same core
+    assert cores_of(2) == cores_of(5) == [frozenset({1}), frozenset({3})]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores_of(2) == [frozenset()]

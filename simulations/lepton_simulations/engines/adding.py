@@ -13,7 +13,7 @@ from lepton_fl.contribution import mean_losses
 from lepton_fl.errors import RunError
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, check_batch
-from lepton_fl.vector import Scaling, Vector, scaling, scaling_of, whole_numbers
+from lepton_fl.vector import GRID_LIMIT, Scaling, Vector, scaling, scaling_of, unclipped, whole_numbers
 from lepton_simulations.engines.contract import Trained, Unsupported
 from lepton_simulations.engines.library import library
 
@@ -67,6 +67,8 @@ def _look(functions: ctypes.CDLL, deltas: Vector) -> tuple[NDArray[np.float64], 
 def _scaling(
     deltas: Vector, norms: NDArray[np.float64], peaks: Vector, step: float, clip_norm: float
 ) -> Scaling:
+    if not clip_norm and peaks.max(initial=0.0) <= GRID_LIMIT * step:  # nearly always; false of NaN
+        return unclipped(deltas, step)
     return scaling_of(deltas, norms if clip_norm else np.full(len(norms), np.nan), peaks, step, clip_norm)
 
 

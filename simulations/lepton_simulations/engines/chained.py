@@ -71,18 +71,19 @@ class ChainEngine:
             raise Unsupported(f"outputs {outputs} and targets {self._target_shape} per row differ in shape")
         return outputs[0] if outputs else 1
 
+    def know(self, data: Dataset) -> None:
+        """See ``Engine``."""
+        self._rows[data] = flat_rows(data, self._trainer.dtype) if self._rows_fit(data) else None
+
     def _rows_of(self, client: ClientWork) -> Tensor | None:
         """A device's rows (n, F) if all it brings is what the chain takes; the others are the trainer's."""
         data, size = client.data, self._trainer.layout.size
         for vector in (client.start, client.correction):
             if vector is not None and (vector.shape != (size,) or vector.dtype != np.float32):
                 return None
-        try:
-            return self._rows[data]
-        except KeyError:
-            rows = flat_rows(data, self._trainer.dtype) if self._rows_fit(data) else None
-            self._rows[data] = rows
-            return rows
+        if data not in self._rows:
+            self.know(data)
+        return self._rows[data]
 
     def _rows_fit(self, data: Dataset) -> bool:
         if not len(data) or data.x.shape[1:] != self._shape or data.y.shape[1:] != self._target_shape:

@@ -70,6 +70,10 @@ class Engine(Protocol):
     name: str  # "lean", "vectorised", "compiled", "fused" or "native"
     chunk: int  # the number of devices per call it works best with
 
+    def know(self, data: Dataset) -> None:
+        """Look at a device's rows in advance: once, before workers are forked, instead of in each of them."""
+        ...
+
     def train(
         self,
         start: Vector,

@@ -8,6 +8,7 @@ import torch
 
 from lepton_fl.errors import LeptonError, Rejection, UpdateRejected
 from lepton_fl.plan import LocalPlan
+from lepton_fl.tasks.data import Dataset
 from lepton_fl.training.bridge import check_vector
 from lepton_fl.training.trainer import Trainer
 from lepton_fl.vector import Vector
@@ -26,6 +27,9 @@ class LeanEngine:
         """Train with this trainer."""
         self._trainer = trainer
         self._deltas = np.zeros((0, trainer.layout.size), torch.zeros((), dtype=trainer.dtype).numpy().dtype)
+
+    def know(self, data: Dataset) -> None:
+        """There is nothing to look at."""
 
     def train(
         self,

@@ -74,6 +74,10 @@ class VectorisedEngine:
         self._fits: WeakKeyDictionary[Dataset, bool] = WeakKeyDictionary()
         self._deltas = np.zeros((0, trainer.layout.size), torch.zeros((), dtype=trainer.dtype).numpy().dtype)
 
+    def know(self, data: Dataset) -> None:
+        """See ``Engine``."""
+        self._fits[data] = self._rows_fit(data)
+
     def train(
         self,
         start: Vector,
@@ -103,10 +107,9 @@ class VectorisedEngine:
         return trained
 
     def _fit(self, client: ClientWork) -> bool:
-        data = client.data
-        fits = self._fits.get(data)
-        if fits is None:
-            fits = self._fits[data] = self._rows_fit(data)
+        if client.data not in self._fits:
+            self.know(client.data)
+        fits = self._fits[client.data]
         sizes = ((client.start, len(self._deltas[0])), (client.correction, self._trained))
         return fits and all(v is None or (v.shape == (n,) and v.dtype == np.float32) for v, n in sizes)
 
