@@ -198,6 +198,8 @@ def make_variant() -> Callable[..., Path]:
         width: int = 64,
         like: int | None = None,
         damage: str = "",
+        profiles: tuple[str, ...] = ("gateway",),
+        failed: tuple[str, ...] = (),
     ) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         matrix = weights(seed, like, width)
@@ -236,8 +238,11 @@ def make_variant() -> Callable[..., Path]:
             "build_seconds": 0.0,
             "processor": "test",
         }
+        gate = [{"profile": profile, "passed": True} for profile in profiles]
+        gate += [{"profile": p, "passed": False, "reasons": ("too slow",)} for p in failed]
         card = Card.model_validate(
             {
+                "gate": gate,
                 "name": name,
                 "task": task,
                 "task_version": "1",

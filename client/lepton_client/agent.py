@@ -27,6 +27,7 @@ import psutil
 from lepton_client.backoff import Backoff
 from lepton_client.clock import Clock, SystemClock, Watch
 from lepton_client.config import ClientConfig, TaskSection
+from lepton_client.courier import Courier
 from lepton_client.desk import Office
 from lepton_client.diary import Diary
 from lepton_client.eligibility import Machine, first_objection
@@ -107,6 +108,7 @@ class Agent:
         )
         self._answer: Answerer = answer or office
         self._office = office
+        self._courier = Courier(config, self._state, self._clock, self._poke)
         self._watch = Watch(self._clock)
         bounds = config.connection.backoff_min_s, config.connection.backoff_max_s
         self._backoff, self._stream_backoff = Backoff(*bounds), Backoff(*bounds)
@@ -219,6 +221,7 @@ class Agent:
         if jump := self._watch.jumped():
             log.warning("this machine's clock was moved by %+.0f s", jump)
         self._inspector.refresh()
+        self._courier.refresh()
         try:
             self._renew_if_due()
             answer = self._dial().check_in(self._report())
@@ -237,6 +240,7 @@ class Agent:
             state=pb.Status.Name(status).removeprefix("STATUS_").lower().replace("_", " "),
             reason=reason,
             tasks=[{"name": f.name, "ready": f.ready, "reason": f.reason, "rows": f.rows} for f in findings],
+            delivery=self._courier.status(),
         )
         for finding in findings:
             text = f"{finding.name} sits out: {finding.reason}" if finding.reason and finding.checked else ""
@@ -256,6 +260,8 @@ class Agent:
             credential_ends=self._seat.credential_ends,
             adverts=self._seat.adverts,
             advert_session=self._seat.session,
+            desired_digest=self._courier.acknowledged,
+            serving=self._courier.report(),
         )
 
     def _status(self) -> tuple[pb.Status, str]:
@@ -285,6 +291,7 @@ class Agent:
             log.warning("%s", words)
         self._diary.note(connected=True, error="", clock_skew_s=round(self._watch.skew))
         self._renewal_wanted = answer.renew
+        self._want(answer.desired_json)
         for instruction in answer.instructions:
             self._obey(instruction)
         if answer.wait:
@@ -316,6 +323,13 @@ class Agent:
             text = f"No secure rounds: {error} {error.hint}".strip()
             self._diary.say("secure", text, logging.WARNING)
         return False
+
+    def _want(self, desired: str) -> None:
+        try:
+            self._courier.want(desired)
+        except StateError as error:
+            self._diary.hit(error)
+        self._courier.refresh()
 
     def _offline(self, error: LeptonError) -> float:
         self._failures += 1
@@ -459,6 +473,7 @@ class Agent:
     # ---------------------------------------------------------------------------------------------- the end
 
     def _leave(self, reason: str) -> bool:
+        self._courier.stop()
         ended = self._worker.stop(LEAVE_S)
         self._hang_up()
         self._diary.note(state="stopped", reason=reason, connected=False)

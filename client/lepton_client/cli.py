@@ -1,4 +1,4 @@
-"""``lepton client enroll|run|status|check``: what the owner of a device types.
+"""``lepton client enroll|run|serve|status|check``: what the owner of a device types.
 
 Importing this module imports neither gRPC nor numpy; commands import what they need.
 """
@@ -98,6 +98,24 @@ def run(
     from lepton_client.process import become
 
     become(_with_task(_load(config, {"client.state_dir": state_dir}), task, data))
+
+
+@client_app.command()
+def serve(
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    socket: Annotated[
+        Path | None, typer.Option(help="Unix socket; default: serve.sock in the state folder.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="HTTP on 127.0.0.1 instead of a Unix socket.")
+    ] = None,
+) -> None:
+    """Answer prediction requests of programs on this device, with the release in service, until stopped."""
+    from lepton_client.process import become_server
+
+    given = {"client.state_dir": state_dir, "serve.socket": socket, "serve.port": port}
+    become_server(_load(config, given))
 
 
 @client_app.command()

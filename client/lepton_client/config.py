@@ -26,6 +26,13 @@ _SHORT_NAME = re.compile(r"[A-Za-z_]\w*")
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 
+def _checked_windows(windows: tuple[str, ...]) -> tuple[str, ...]:
+    for window in windows:
+        if not _WINDOW.fullmatch(window) or window[:5] == window[6:]:
+            raise ValueError(f"Expected two different times like 22:00-06:00, got {window!r}")
+    return windows
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -158,10 +165,78 @@ class EligibilitySection(_Section):
     @field_validator("windows")
     @classmethod
     def _times(cls, windows: tuple[str, ...]) -> tuple[str, ...]:
-        for window in windows:
-            if not _WINDOW.fullmatch(window) or window[:5] == window[6:]:
-                raise ValueError(f"Expected two different times like 22:00-06:00, got {window!r}")
-        return windows
+        return _checked_windows(windows)
+
+
+class DeliverySection(_Section):
+    """[delivery]: the releases that this device takes, and what a download may cost."""
+
+    task: str = Field(
+        default="",
+        description="The only task whose releases this device takes: package.module:attribute or a short "
+        "name. Empty = it takes none.",
+    )
+    profile: str = Field(
+        default="", max_length=50, description="What kind of device this is, for whoever assigns variants."
+    )
+    root: Path | None = Field(
+        default=None,
+        description="File of the first root (1.root.json) that this device believes. Empty = the one that "
+        "the coordinator shows first, pinned from then on.",
+    )
+    bytes_per_s: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Downloads take so many bytes per second; 0 = any.",
+    )
+    windows: tuple[str, ...] = Field(
+        default=(),
+        max_length=32,
+        description="Local times of day for downloads, HH:MM-HH:MM. Empty = always.",
+    )
+    quota_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="What releases may take on the disk, bytes; 0 = any. Two are kept, one may come.",
+    )
+    min_free_bytes: int = Field(
+        default=64 * 2**20, ge=0, description="Least space that a download leaves on the disk, bytes."
+    )
+    retry_min_s: Seconds = Field(
+        default=30.0,
+        le=86_400,
+        description="Bound of the first random wait after a failed delivery, s.",
+    )
+
+    @field_validator("task")
+    @classmethod
+    def _named(cls, task: str) -> str:
+        if task and not (_REFERENCE.fullmatch(task) or _SHORT_NAME.fullmatch(task)):
+            raise ValueError(f"Expected package.module:attribute or a short name, got {task!r}")
+        return task
+
+    @field_validator("windows")
+    @classmethod
+    def _times(cls, windows: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked_windows(windows)
+
+
+class ServeSection(_Section):
+    """[serve]: the local prediction endpoint."""
+
+    socket: Path | None = Field(
+        default=None,
+        description="Unix socket, mode 0600. Empty = serve.sock in state_dir, unless a port is given.",
+    )
+    port: int | None = Field(
+        default=None, ge=0, le=65535, description="HTTP on 127.0.0.1 instead of a socket; 0 = any free port."
+    )
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1024, le=2**31, description="Largest request, bytes.")
+    max_batch: int = Field(default=1024, ge=1, le=1_000_000, description="Most rows in one request.")
+    max_concurrent: int = Field(
+        default=64, ge=1, le=10_000, description="Requests in hand at once; more are told to come again."
+    )
 
 
 class LogSection(_Section):
@@ -205,6 +280,8 @@ class ClientConfig(_Section):
     eligibility: EligibilitySection = EligibilitySection()
     log: LogSection = LogSection()
     connection: ConnectionSection = ConnectionSection()
+    delivery: DeliverySection = DeliverySection()
+    serve: ServeSection = ServeSection()
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

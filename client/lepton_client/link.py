@@ -1,4 +1,4 @@
-"""The wire to the coordinator: five calls of the device service, and errors as ours.
+"""The wire to the coordinator: the calls of the device service, and errors as ours.
 
     with Link(address, ca_pem, timeout_s=20) as link:                       # enrolment port
     with Link(address, ca_pem, identity=(key_pem, certificate_pem)) as link:  # device port
@@ -9,7 +9,7 @@ to switch that off.
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 # Read when grpc is imported: its C library writes a line per failed handshake past our log.
@@ -92,6 +92,23 @@ class Link:
     def certify(self, request: pb.CertifyRequest) -> pb.CertifyResponse:
         """Raises like ``enroll``."""
         return self._call(self._stub.Certify, request, pb.CertifyResponse)
+
+    def fetch_metadata(self, name: str) -> bytes:
+        """A file of the signed metadata of releases; raises NotFound, or like ``enroll``."""
+        request = pb.FetchMetadataRequest(protocol=PROTOCOL, name=name)
+        return self._call(self._stub.FetchMetadata, request, pb.FetchMetadataResponse).data
+
+    def fetch_chunks(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Chunks of releases by SHA-256 (hex), in order, as they come; raises like ``enroll``."""
+        request = pb.FetchChunksRequest(protocol=PROTOCOL, sha256=[bytes.fromhex(name) for name in names])
+        call = self._stub.FetchChunks(request)
+        try:
+            for chunk in call:
+                yield chunk.data
+        except grpc.RpcError as error:
+            raise _translated(error, self.address) from None
+        finally:
+            call.cancel()  # also when nobody wants the rest
 
     def wait(self) -> "Listener":
         """Open the stream of instructions."""

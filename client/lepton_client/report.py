@@ -24,6 +24,7 @@ def describe(state: StateDir, identity: Identity) -> dict[str, Any]:
         "error": known.get("error", ""),
         "clock_skew_s": known.get("clock_skew_s"),
         "tasks": [_task(task) for task in known.get("tasks", [])],
+        "release": _release(known.get("delivery") or {}),
     }
 
 
@@ -34,6 +35,18 @@ def verdict_rows(state: StateDir) -> list[dict[str, Any]]:
 
 def _task(task: dict[str, Any]) -> str:
     return f"{task['name']}: {'ready' if task['ready'] else task['reason']}"
+
+
+def _release(delivery: dict[str, Any]) -> str:
+    """What is served, and what became of the release that is wanted."""
+    if not delivery.get("task"):
+        return "none is taken: delivery.task is not set"
+    serving, wanted = delivery.get("serving", ""), delivery.get("wanted", "")
+    text = f"{serving[:12] or 'none'} in service"
+    if wanted and wanted != serving:
+        why = ": ".join(part for part in (delivery.get("fault"), delivery.get("detail")) if part)
+        text += f"; {wanted[:12]} is {delivery.get('state') or 'not begun'}" + (f" ({why})" if why else "")
+    return text
 
 
 def _time(seconds: float | None) -> datetime | None:

@@ -57,6 +57,7 @@ class StateDir:
         self.signing_key = folder / "signing.key"
         self.signing = folder / "signing.json"  # the certificate of the signing key
         self.signed = folder / "signed.jsonl"  # which survivor set was signed in which round
+        self.delivery = folder / "delivery"
         self._identity = folder / "identity.json"
         self._status = folder / "status.json"
         self._lock = folder / "agent.lock"

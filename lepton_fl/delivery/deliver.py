@@ -76,6 +76,7 @@ class Device:
         task: The only task whose releases it takes, ``package.module:attribute``.
         limits: The owner's.
         self_test: Tries a release before it serves.
+        profile: What kind of device it is; empty = the owner does not say.
     """
 
     slots: Slots
@@ -84,6 +85,7 @@ class Device:
     task: str
     limits: Limits
     self_test: SelfTest
+    profile: str = ""
 
 
 def deliver(device: Device, desired: str) -> Outcome:
@@ -158,22 +160,28 @@ def _obtain(device: Device, record: Record, wanted: str, tally: Tally) -> Manife
             log.warning("the slot of release %s is damaged, fetching it again: %s", wanted[:12], error)
             remove_tree(slots.path(wanted))
         else:
-            _check_allowed(device.task, record.floor, manifest)
+            _check_allowed(device, record.floor, manifest)
             return manifest
     manifest = device.trust.manifest(wanted, device.source)
-    _check_allowed(device.task, record.floor, manifest)
+    _check_allowed(device, record.floor, manifest)
     have = slots.path(record.current) if record.current else None
     fetch(manifest, slots.staging(wanted), device.source, device.limits, have=have, tally=tally)
     slots.adopt(manifest)
     return manifest
 
 
-def _check_allowed(task: str, floor: Place, manifest: Manifest) -> None:
-    if manifest.task != task:
+def _check_allowed(device: Device, floor: Place, manifest: Manifest) -> None:
+    if manifest.task != device.task:
         raise ReleaseRefused(
             Fault.FOREIGN,
-            f"The release is of the task {manifest.task}; the owner of this device allows {task}.",
+            f"The release is of the task {manifest.task}; the owner of this device allows {device.task}.",
             hint="Set delivery.task, or assign a release of that task.",
+        )
+    if device.profile and manifest.profiles and device.profile not in manifest.profiles:
+        raise ReleaseRefused(
+            Fault.FOREIGN,
+            f"The release is for {', '.join(manifest.profiles)}; this device is a {device.profile}.",
+            hint="Assign a variant that passed the gate of its profile.",
         )
     place = _place(manifest)
     same_run = place.run == floor.run and place.round is not None and floor.round is not None

@@ -61,6 +61,7 @@ class Manifest(Frozen):
     variant: str
     sequence: Annotated[int, Field(ge=1, le=2**31 - 1)]  # of the task's releases: 1, 2, 3, …
     published: str  # when, ISO 8601, for people
+    profiles: tuple[str, ...] = ()  # of devices whose gate it passed; empty = it was held against none
     lineage: Lineage
     chunk_bytes: Annotated[int, Field(ge=1024, le=512 * 1024)] = CHUNK
     files: tuple[File, ...]
@@ -128,6 +129,7 @@ class Manifest(Frozen):
             "run": self.lineage.run,
             "round": self.lineage.round,
             "bytes": self.size,
+            "profiles": list(self.profiles),
             "published": self.published,
         }
 
@@ -167,6 +169,7 @@ def describe(
         task_version=card.task_version,
         variant=card.name,
         sequence=sequence,
+        profiles=tuple(sorted({verdict.profile for verdict in card.gate if verdict.passed})),
         published=(now or datetime.now(UTC)).isoformat(timespec="seconds"),
         lineage=card.lineage,
         chunk_bytes=chunk_bytes,

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lepton_fl.compression.card import read_variant
+from lepton_fl.compression.card import Card, read_variant
 from lepton_fl.delivery.manifest import CHUNK, File, Manifest, Pack, describe
 from lepton_fl.delivery.repository import LIFE, Repository
-from lepton_fl.errors import NotFound
+from lepton_fl.errors import NotFound, StateConflict
 from lepton_fl.files import BlobStore, make_private_folder
 
 if TYPE_CHECKING:
@@ -67,7 +67,12 @@ class Shelf:
         raise NotFound(f"{problem} {wanted!r}.", hint="`lepton release list` shows them.")
 
     def publish(
-        self, folders: Iterable[Path], signers: Sequence["CryptoSigner"], *, chunk_bytes: int = CHUNK
+        self,
+        folders: Iterable[Path],
+        signers: Sequence["CryptoSigner"],
+        *,
+        chunk_bytes: int = CHUNK,
+        ungated: bool = False,
     ) -> list[tuple[str, Manifest]]:
         """Sign variants as releases; what devices fetch is in place before the signature is.
 
@@ -75,14 +80,19 @@ class Shelf:
             folders: Each with a variant's three files.
             signers: The targets keys.
             chunk_bytes: Size of a chunk.
+            ungated: Also variants that were held against no profile. One that failed all of its gates never
+                becomes a release.
 
         Returns:
             Name and manifest of each.
 
         Raises:
             NotFound, StateCorrupt: A folder holds no whole variant.
-            StateConflict: A round is older than a release of its run.
+            StateConflict: A round is older than a release of its run, or a gate was not passed.
         """
+        folders = list(folders)
+        for folder in folders:
+            _check_gate(read_variant(folder), ungated)
         made: list[tuple[str, Manifest]] = []
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             for number, folder in enumerate(folders):
@@ -146,6 +156,18 @@ class Shelf:
         for path in gone:
             self.blobs.delete(path.parent.name + path.name)
         return len(gone)
+
+
+def _check_gate(card: Card, ungated: bool) -> None:
+    if card.offered or (ungated and not card.gate):
+        return
+    why = "; ".join(reason for verdict in card.gate for reason in verdict.reasons)
+    raise StateConflict(
+        f"Variant {card.name} passed no gate" + (f": {why}." if why else ", it was held against no profile."),
+        hint="Build it with the profiles of your devices (`lepton variants build`)."
+        if card.gate
+        else "Build it with the profiles of your devices, or publish it --ungated for all of them.",
+    )
 
 
 def _blobs(manifest: Manifest) -> set[str]:

@@ -3,14 +3,14 @@
 The Update Framework's client workflow is python-tuf's. What is ours: the transport (``Source``), the name of
 a release as the hash of its manifest, and words for what went wrong.
 
-    trust = TrustStore(folder, pinned_root)
+    trust = TrustStore(folder, path.read_bytes)
     manifest = trust.manifest(name, source)      # ReleaseRefused: unsigned, expired, replayed, tampered, …
 
 The first root is pinned and never fetched again; every later one must be signed by the one before. What was
 seen last lies in ``folder``, so that a coordinator can only go forward.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -44,7 +44,8 @@ class Source(Protocol):
 class TrustStore:
     """What a device believes about releases; in ``folder``, which is its own."""
 
-    def __init__(self, folder: Path, pinned_root: bytes) -> None:
+    def __init__(self, folder: Path, pinned_root: Callable[[], bytes]) -> None:
+        """``pinned_root`` gives the first root; it is asked when one is needed."""
         self._folder, self._pinned = folder, pinned_root
 
     def manifest(self, name: str, source: Source) -> Manifest:
@@ -79,7 +80,7 @@ class TrustStore:
                     "lepton:",
                     fetcher=_fetcher(source),
                     config=_bounds(),
-                    bootstrap=self._pinned,
+                    bootstrap=self._pinned(),
                 )
                 updater.refresh()
                 target = updater.get_targetinfo(f"{name}.json")
@@ -93,6 +94,22 @@ class TrustStore:
                 hint="It may have been withdrawn; ask the operator.",
             )
         return target
+
+
+def check_root(data: bytes) -> None:
+    """Refuse bytes that are no root, or one that its own keys did not sign: before they are pinned.
+
+    Raises:
+        ReleaseRefused: they are not.
+    """
+    from tuf.api.exceptions import RepositoryError
+    from tuf.api.metadata import Metadata, Root
+
+    try:
+        found = Metadata[Root].from_bytes(data[: MAX_ROOT + 1])
+        found.verify_delegate("root", found)
+    except (RepositoryError, ValueError, TypeError) as error:
+        raise _translated(error) from error
 
 
 def fetch_one(source: Source, name: str, size: int) -> bytes:

@@ -178,6 +178,9 @@ def release_publish(
     variants: Annotated[list[Path], typer.Argument(help="Folders of variants (`lepton variants build`).")],
     keys: KeysOption,
     passphrase_file: PassphraseOption = None,
+    ungated: Annotated[
+        bool, typer.Option("--ungated", help="Also variants that were held against no device profile.")
+    ] = False,
     shelf: ShelfOption = None,
     config: ConfigOption = None,
     state_dir: StateOption = None,
@@ -186,7 +189,7 @@ def release_publish(
     """Sign variants with the targets keys: devices may take them from now on, none does before it is told."""
     settings = load(config, {"server.state_dir": state_dir})
     here = _shelf(settings, shelf)
-    made = here.publish(variants, _targets_signers(here, keys, passphrase_file))
+    made = here.publish(variants, _targets_signers(here, keys, passphrase_file), ungated=ungated)
     _refresh(here, settings, only_if_here=shelf is not None)
     if shelf is None:
         _record(settings, made)
@@ -323,7 +326,7 @@ def release_status(
     )
 
 
-_COLUMNS = ["release", "task", "variant", "sequence", "run", "round", "bytes", "published"]
+_COLUMNS = ["release", "variant", "sequence", "run", "round", "bytes", "profiles", "published"]
 
 
 def _status_row(device: "Device", names: dict[str, str]) -> dict[str, Any]:
