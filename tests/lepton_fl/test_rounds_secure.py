@@ -11,17 +11,20 @@ from pydantic import ValidationError
 
 from lepton_fl.errors import ConfigError, Rejection, StateError, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan, RunSpec, SecureSpec
+from lepton_fl.rounds.accumulator import Accumulator, Subtotal
 from lepton_fl.rounds.campaign import Campaign, RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, collect_training
 from lepton_fl.rounds.exchange import Answer
 from lepton_fl.rounds.secure import (
+    Party,
     Told,
     collect_secure,
     context_of,
     encode_reply,
     encoding_of,
     groups_of,
+    lead,
     prove_fits,
     rules_of,
 )
@@ -31,7 +34,8 @@ from lepton_fl.secagg.client import MemoryLedger, Policy
 from lepton_fl.secagg.context import COMPLETE, Rules, hidden_odds, hidden_rules
 from lepton_fl.secagg.encoding import fit
 from lepton_fl.secagg.identity import Pinned
-from lepton_fl.secagg.server import Stage
+from lepton_fl.secagg.server import ServerSession, Stage
+from lepton_fl.secagg.uploads import Intake, MemorySpool
 from lepton_fl.tasks.metrics import TrainingLoss
 from lepton_fl.vector import to_grid
 from lepton_fl.wire.messages import Request, Ticket, TrainReply
@@ -465,6 +469,24 @@ def test_several_sums_go_on_after_a_restart(after, tmp_path):
     collected, mean = secure(fleet, records=list(records), spool=FolderSpool(tmp_path))
     assert collected.reports == 40
     assert mean.tobytes() == mean_of(plain_spec(spec), MANY).tobytes()
+
+
+def test_a_gateway_that_adds_up_its_own_devices_is_the_same_operation():
+    """Two edge gateways lead a sum each; the coordinator adds what they report, and sees nothing else."""
+    spec = spec_of(**SPLIT | {"secure": {"min_cohort": 16, "max_cohort": 20}})
+    plan, request = plan_of(spec, MANY)
+    top = Accumulator(plan)
+    for number, devices in enumerate(groups_of(plan)):
+        fleet = Fleet(plan, request, {devices[3]: Stage.UPLOADS})
+        context = context_of(plan, request, PLACE, number)
+        gateway = Party(ServerSession(context, fleet.trust, Intake(context, MemorySpool())), devices)
+        lead([gateway], fleet.ask)
+        found = context.encoding.decode(gateway.result().total)
+        reports = len(gateway.result().survivors)
+        top.merge(Subtotal(found.update.astype(np.int64), found.weight, reports))
+    left = [d for d in MANY if d not in [group[3] for group in groups_of(plan)]]
+    assert top.reports == len(left)
+    assert top.finalize().tobytes() == mean_of(plain_spec(spec), left).tobytes()
 
 
 # --- the experimental mask graph ------------------------------------------------------------------------

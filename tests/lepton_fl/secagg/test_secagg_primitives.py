@@ -1,7 +1,8 @@
 """Published vectors for every primitive, cases that must fail, and our own layers on top of them.
 
-RFC 7748 (X25519), RFC 8032 (Ed25519), RFC 5869 (HKDF), SP 800-38A F.5 (AES-CTR), SP 800-38D and the test
-cases of its submission (AES-GCM), and the kinds of case that Project Wycheproof collects.
+RFC 7748 (X25519), RFC 8032 (Ed25519), RFC 5869 (HKDF), SP 800-38A F.5 (AES-CTR), SP 800-38D with the test
+cases of its submission and of NIST's validation suite (AES-GCM), and Project Wycheproof's cases that must
+fail, by their numbers there (testvectors_v1).
 """
 
 import os
@@ -42,10 +43,29 @@ H = bytes.fromhex
             "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f",
             "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742",
         ),
+        (
+            "4b66e9d4d1b4673c5ad22691957d6af5c11b6421e0ea01d42ca4169e7918ba0d",
+            "e5210f12786811d3f4b7959d0538ae2c31dbe7106fc03c3efc4cd549c715a493",
+            "95cbde9476e8907d7aade45cb4b873f88b595a68799fa152e6f8f7647aac7957",
+        ),
+        (
+            "5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb",
+            "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a",
+            "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742",
+        ),
     ],
 )
 def test_x25519_of_rfc_7748(scalar, point, shared):
     assert keys.agree(X25519PrivateKey.from_private_bytes(H(scalar)), H(point)).hex() == shared
+
+
+def test_x25519_a_thousand_times_of_rfc_7748():
+    scalar = point = (9).to_bytes(32, "little")
+    for count in range(1, 1001):
+        scalar, point = keys.agree(X25519PrivateKey.from_private_bytes(scalar), point), scalar
+        if count == 1:
+            assert scalar.hex() == "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
+    assert scalar.hex() == "684cf59ba83309552800ef566f2f4d3c1c3887c49360e3875f2eb94d99532c51"
 
 
 @pytest.mark.parametrize(
@@ -65,6 +85,21 @@ def test_x25519_of_rfc_7748(scalar, point, shared):
             "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da"
             "085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302aeeb00d291612bb0c00",
         ),
+        (
+            "c5aa8df43f9f837bedb7442f31dcb7b166d38535076f094b85ce3a2e0b4458f7",
+            "fc51cd8e6218a1a38da47ed00230f0580816ed13ba3303ac5deb911548908025",
+            "af82",
+            "6291d657deec24024827e69c3abe01a30ce548a284743a445e3680d7db5ac3ac"
+            "18ff9b538d16f290ae67f760984dc6594a7c15e9716ed28dc027beceea1ec40a",
+        ),
+        (
+            "833fe62409237b9d62ec77587520911e9a759cec1d19755b7da901b96dca3d42",
+            "ec172b93ad5e563bf4932c70e1245034c35467ef2efd4d64ebf819683467e2bf",
+            "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a"
+            "2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f",
+            "dc2a4459e7369633a52b1bf277839a00201009a3efbf3ecb69bea2186c26b589"
+            "09351fc9ac90b3ecfdfbc7c66431e0303dca179c138ac17ad9bef1177331a704",
+        ),
     ],
 )
 def test_ed25519_of_rfc_8032(secret, public, message, signature):
@@ -83,6 +118,14 @@ def test_ed25519_of_rfc_8032(secret, public, message, signature):
             "f0f1f2f3f4f5f6f7f8f9",
             42,
             "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865",
+        ),
+        (
+            "".join(f"{i:02x}" for i in range(0x00, 0x50)),
+            "".join(f"{i:02x}" for i in range(0x60, 0xB0)),
+            "".join(f"{i:02x}" for i in range(0xB0, 0x100)),
+            82,
+            "b11e398dc80327a1c8e7f78c596a49344f012eda2d4efad8a050cc4c19afa97c59045a99cac7827271cb41c65e590e09"
+            "da3275600c2f09b8367793a9aca3db71cc30c58179ec3e87c14c01d5c1f3434f1d87",
         ),
         (
             "0b" * 22,
@@ -109,7 +152,8 @@ def test_aes_ctr_of_sp_800_38a():
         "601ec313775789a5b7a7f504bbf3d228f443e3ca4d62b59aca84e990cacaf5c5"
         "2b0930daa23de94ce87017ba2d84988ddfc9c58db67aada613c2dd08457941a6"
     )
-    assert Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update(plain) == cipher
+    assert Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update(plain) == cipher  # F.5.5
+    assert Cipher(algorithms.AES(key), modes.CTR(counter)).decryptor().update(cipher) == plain  # F.5.6
 
 
 def test_aes_gcm_of_sp_800_38d_is_the_beginning_of_the_mask():
@@ -117,6 +161,50 @@ def test_aes_gcm_of_sp_800_38d_is_the_beginning_of_the_mask():
     assert sealed.hex() == "cea7403d4d606b6e074ec5d3baf39d18d0d1c8a799996bf0265b98b5d48ab919"
     for kind in ("gcm", "ctr"):
         assert masks.keystream(bytes(32), 16, kind) == sealed[:16]
+
+
+LONG_KEY = "feffe9928665731c6d6a8f9467308308" * 2
+LONG_PLAIN = (
+    "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a72"
+    "1c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b391aafd255"
+)
+LONG_CIPHER = (
+    "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa"
+    "8cb08e48590dbb3da7b08b1056828838c5f61e6393ba7a0abcc9f662898015ad"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "nonce", "plain", "associated", "sealed"),
+    [
+        ("00" * 32, "00" * 12, "", "", "530f8afbc74536b9a963b4f1c4cb738b"),  # test case 13
+        (
+            LONG_KEY,
+            "cafebabefacedbaddecaf888",
+            LONG_PLAIN,
+            "",
+            LONG_CIPHER + "b094dac5d93471bdec1a502270e3cc6c",
+        ),
+        (  # test case 16
+            LONG_KEY,
+            "cafebabefacedbaddecaf888",
+            LONG_PLAIN[:120],
+            "feedfacedeadbeeffeedfacedeadbeefabaddad2",
+            LONG_CIPHER[:120] + "76fc6ece0f4e1768cddf8853bb2d551b",
+        ),
+        (  # gcmDecrypt256, 96 bit IV, count 0
+            "f5a2b27c74355872eb3ef6c5feafaa740e6ae990d9d48c3bd9bb8235e589f010",
+            "58d2240f580a31c1d24948e9",
+            "",
+            "",
+            "15e051a5e4a5f5da6cea92e2ebee5bac",
+        ),
+    ],
+)
+def test_aes_gcm_of_sp_800_38d(key, nonce, plain, associated, sealed):
+    cipher = AESGCM(H(key))
+    assert cipher.encrypt(H(nonce), H(plain), H(associated)).hex() == sealed
+    assert cipher.decrypt(H(nonce), H(sealed), H(associated)).hex() == plain
 
 
 # --- cases that must fail -------------------------------------------------------------------------------
@@ -165,6 +253,94 @@ def test_signatures_that_must_not_verify(change):
     }[change]
     with pytest.raises(TrustError):
         verify(public, bad, b"statement", "d")
+
+
+WYCHEPROOF_KEY = "7d4d0e7f6153a69b6242b522abbee685fda4420f8834b108c3bdae369ef549fa"
+TEST = (  # tcId 3: valid
+    "7c38e026f29e14aabd059a0f2db8b0cd783040609a8be684db12f82a27774ab0"
+    "7a9155711ecfaf7f99f277bad0c6ae7e39d4eef676573336a5c51eb6f946b30d"
+)
+L, P = ORDER.to_bytes(32, "little").hex(), (2**255 - 19).to_bytes(32, "little").hex()
+ZERO, ONE, L_LESS_1 = "00" * 32, "01" + "00" * 31, (ORDER - 1).to_bytes(32, "little").hex()
+ED25519_FAILS = {
+    **dict(enumerate([("3f", r + s) for r in (ZERO, ONE, L, P) for s in (ZERO, ONE, L_LESS_1, L, P)], 10)),
+    30: ("54657374", ""),
+    31: ("54657374", TEST[:64]),
+    32: ("54657374", TEST[:-4]),
+    33: ("54657374", TEST + "2020"),
+    34: ("54657374", TEST + WYCHEPROOF_KEY),
+    35: ("54657374", "00" + TEST),
+    36: ("54657374", TEST[:64] + "00" + TEST[64:]),
+    37: ("54657374", TEST + "00"),
+    42: (
+        "313233343030",
+        "647c1492402ab5ce03e2c3a7f0384d051b9cf3570f1207fc78c1bcc98c281c2b"
+        "1d125e5538f38afbcc1c84e489521083041d24bc6240767029da063271a1ff0c",
+    ),
+    59: (
+        "313233343030",
+        "657c1492402ab5ce03e2c3a7f0384d051b9cf3570f1207fc78c1bcc98c281cab"
+        "227aedf259f910f0f3a759a335062665217925d019173b88917eae294f75d40f",
+    ),
+    60: ("313233343030", "00" * 32 + "e0b8e7770d51c7a36375d006c5bffd6af43ff54aaf47e4330dc118c71d61ec02"),
+    61: ("313233343030", "ff" * 32 + "463a1908382e7eb7693acef9884f7cf931a215e0791876be22c631a59881fd0e"),
+    63: (
+        "54657374",
+        TEST[:64] + (int.from_bytes(H(TEST[64:]), "little") + ORDER).to_bytes(32, "little").hex(),
+    ),
+}
+
+
+@pytest.mark.parametrize("number", ED25519_FAILS)
+def test_ed25519_cases_of_wycheproof_that_must_fail(number):
+    verify(H(WYCHEPROOF_KEY), H(TEST), H("54657374"), "d")
+    message, signature = ED25519_FAILS[number]
+    with pytest.raises(TrustError):
+        verify(H(WYCHEPROOF_KEY), H(signature), H(message), "d")
+
+
+GCM_FLIPS = {
+    **{
+        130 + i: [bit] for i, bit in enumerate((0, 1, 7, 8, 31, 32, 33, 63, 64, 71, 77, 80, 96, 97, 103, 120))
+    },
+    **{146: [121], 147: [126], 148: [127], 149: [0, 64], 150: [31, 63], 151: [63, 127], 152: range(128)},
+    155: range(7, 128, 8),
+    156: range(0, 128, 8),
+}
+
+
+@pytest.mark.parametrize("number", [*GCM_FLIPS, 153, 154])
+def test_aes_gcm_cases_of_wycheproof_that_must_fail(number):
+    cipher, nonce = AESGCM(bytes(range(32))), H("505152535455565758595a5b")
+    sealed = bytearray(cipher.encrypt(nonce, bytes(range(0x20, 0x30)), b""))
+    assert sealed[:16].hex() == "b2061457c0759fc1749f174ee1ccadfa"
+    assert sealed[16:].hex() == "9ce8fef6d8ab1bf1bf887232eab590dd"
+    if number in (153, 154):
+        sealed[16:] = (b"\0" if number == 153 else b"\xff") * 16
+    for bit in GCM_FLIPS.get(number, ()):
+        sealed[16 + bit // 8] ^= 1 << bit % 8
+    with pytest.raises(InvalidTag):
+        cipher.decrypt(nonce, bytes(sealed), b"")
+
+
+@pytest.mark.parametrize(
+    ("key", "nonce", "tag"),
+    [
+        (
+            "e5a8123f2e2e007d4e379ba114a2fb66e6613f57c72d4e4f024964053028a831",
+            "51e43385bf533e168427e1ad",
+            "38fe845c66e66bdd884c2aecafd280e6",
+        ),
+        (
+            "c5ba3bf9ada560fb0301cd4e0b8b8a46a2aff2400395a72ed5804b3c755c4e59",
+            "de2b956e704063c000f28bbb",
+            "04eb9b20fd4548dc71594f20073a45a2",
+        ),
+    ],
+)
+def test_aes_gcm_cases_of_nist_that_must_fail(key, nonce, tag):
+    with pytest.raises(InvalidTag):
+        AESGCM(H(key)).decrypt(H(nonce), H(tag), b"")
 
 
 @pytest.mark.parametrize("place", [0, 31, 63, 64, 79])

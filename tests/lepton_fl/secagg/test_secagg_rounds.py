@@ -28,7 +28,9 @@ from lepton_fl.secagg.client import ClientSession, MemoryLedger, Policy, Prekey
 from lepton_fl.secagg.cohorts import add_sums, split
 from lepton_fl.secagg.context import COMPLETE, RoundContext, Rules, hidden_odds
 from lepton_fl.secagg.encoding import Exact, Sum
+from lepton_fl.secagg.field import SECRET_BYTES
 from lepton_fl.secagg.identity import Certified, Pinned, certify, request_certificate
+from lepton_fl.secagg.messages import Reveal
 from lepton_fl.secagg.rehearsal import ideal, rehearse
 from lepton_fl.secagg.server import ServerSession, Stage
 from lepton_fl.secagg.uploads import Intake, MemorySpool
@@ -394,7 +396,11 @@ def test_a_damaged_vector_can_be_sent_again(make):
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Random n, d, drop-outs, duplicates, re-orderings and restarts: the exact sum over U, or nothing."""
+    """Random n, d, drop-outs, duplicates, re-orderings, late messages, lies of the coordinator and restarts.
+
+    The exact sum over U, or nothing; whatever happens, no peer gives two kinds of share away, no device says
+    two things at one stage, and none says anything after a refusal.
+    """
 
     @initialize(
         n=st.integers(4, 8),
@@ -406,7 +412,7 @@ class AnyOrder(RuleBasedStateMachine):
     def begin(self, n, d, bits, dead, name):
         self.c = Cohort(n=n, d=d, bits=bits, name=f"any-{name}")
         self.dead = {f"d{i:03}": stage for i, stage in dead}
-        self.sent, self.kinds, self.over = {}, {}, False
+        self.sent, self.kinds, self.over, self.refused = {}, {}, False, set()
 
     def answer(self, device):
         server, session = self.c.server, self.c.sessions[device]
@@ -429,13 +435,15 @@ class AnyOrder(RuleBasedStateMachine):
         expected = [d for d in sorted(self.c.server.expected()) if self.dead.get(d, Stage.DONE) > stage]
         assume(expected)
         device = expected[pick % len(expected)]
+        held = dict(self.c.sessions[device]._held)  # forgotten with the reveal
         message = self.answer(device)
         assert self.sent.setdefault((device, stage), message) == message
         self.c.accept(device, message)
-        if stage is Stage.REVEALS:
-            members = self.c.server._survivors.members
-            for dealer in range(self.c.server.n):
-                self.kinds.setdefault(dealer, set()).add("b" if dealer in members else "m")
+        if stage is Stage.REVEALS and held:
+            for dealer, part in Reveal.decode(message, self.c.server.n).shares.items():
+                kinds = {"b": held[dealer][:SECRET_BYTES], "m": held[dealer][SECRET_BYTES:]}
+                [kind] = [name for name, half in kinds.items() if half == part]
+                self.kinds.setdefault(dealer, set()).add(kind)
 
     @precondition(lambda self: self.sent)
     @rule(pick=st.integers(0, 50))
@@ -444,6 +452,40 @@ class AnyOrder(RuleBasedStateMachine):
         before = len(self.c.records)
         self.c.accept(device, message)
         assert len(self.c.records) == before
+
+    @precondition(lambda self: not self.over and self.c.server.stage > Stage.SHARES)
+    @rule(pick=st.integers(0, 7))
+    def shares_come_late(self, pick):
+        silent = [d for d in self.c.devices if (d, Stage.SHARES) not in self.sent and d not in self.refused]
+        assume(silent)
+        device, before = silent[pick % len(silent)], len(self.c.records)
+        message = self.c.sessions[device].share_keys(self.c.server.roster(), self.c.streams[device], NOW)
+        with pytest.raises(UpdateRejected) as caught:
+            self.c.accept(device, message)
+        assert caught.value.reason in (Rejection.LATE, Rejection.NOT_SELECTED)
+        assert len(self.c.records) == before
+
+    @precondition(lambda self: not self.over)
+    @rule(pick=st.integers(0, 7), stage=st.sampled_from(STAGES), place=st.integers(0, 2**16))
+    def the_coordinator_lies(self, pick, stage, place):
+        device = self.c.devices[pick % len(self.c.devices)]
+        assume(len(self.refused | self.dead.keys() | {device}) <= len(self.c.devices) // 4)
+        lie = bytearray(self.c.server.roster())
+        lie[place % len(lie)] ^= 1
+        self.refused.add(device)
+        self.dead[device] = Stage.ADVERTS
+        session = self.c.sessions[device]
+        if stage is Stage.SHARES:
+            with pytest.raises(TrustError):
+                session.share_keys(bytes(lie), self.c.streams[device], NOW)
+            return
+        asked = {
+            Stage.UPLOADS: session.deliver,
+            Stage.CONSENTS: session.consent,
+            Stage.REVEALS: session.reveal,
+        }
+        with pytest.raises(TrustError):
+            asked[stage](bytes(lie))
 
     @precondition(lambda self: not self.over)
     @rule()
@@ -465,6 +507,15 @@ class AnyOrder(RuleBasedStateMachine):
                 self.c.close()
         except QuorumError:
             assert self.c.server.stage is stage
+
+    @invariant()
+    def nothing_is_said_after_a_refusal(self):
+        for device in getattr(self, "refused", ()):
+            session = self.c.sessions[device]
+            assert session.refused
+            for call in (session.deliver, session.consent, session.reveal):
+                with pytest.raises(TrustError):
+                    call(b"")
 
     @invariant()
     def one_kind_of_share_each(self):
