@@ -473,7 +473,7 @@ def test_several_sums_go_on_after_a_restart(after, tmp_path):
 
 def test_a_gateway_that_adds_up_its_own_devices_is_the_same_operation():
     """Two edge gateways lead a sum each; the coordinator adds what they report, and sees nothing else."""
-    spec = spec_of(**SPLIT | {"secure": {"min_cohort": 16, "max_cohort": 20}})
+    spec = spec_of(**SPLIT | {"secure": {"min_cohort": 10, "max_cohort": 20}})
     plan, request = plan_of(spec, MANY)
     top = Accumulator(plan)
     for number, devices in enumerate(groups_of(plan)):

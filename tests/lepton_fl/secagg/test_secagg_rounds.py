@@ -431,10 +431,35 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: not self.over)
     @rule(pick=st.integers(0, 7))
     def someone_answers(self, pick):
+        expected = self.alive()
+        assume(expected)
+        self.take(expected[pick % len(expected)])
+
+    @precondition(lambda self: not self.over)
+    @rule(order=st.permutations(range(8)), left_out=st.integers(0, 3))
+    def a_stage_goes_by(self, order, left_out):
+        """Without this rule, hardly a run would get beyond the first stage."""
+        expected = self.alive()
+        for i in order[max(0, left_out - 2) :]:
+            if i < len(expected):
+                self.take(expected[i])
+        self.the_stage_ends()
+
+    @precondition(lambda self: not self.over)
+    @rule(stages=st.integers(1, 4))
+    def stages_go_by(self, stages):
+        for _ in range(stages):
+            if not self.over:
+                self.a_stage_goes_by(range(8), 0)
+
+    def alive(self):
         stage = self.c.server.stage
         expected = [d for d in sorted(self.c.server.expected()) if self.dead.get(d, Stage.DONE) > stage]
-        assume(expected)
-        device = expected[pick % len(expected)]
+        # Who has not signed has nothing to reveal, and is not asked.
+        return [d for d in expected if stage is not Stage.REVEALS or (d, Stage.CONSENTS) in self.sent]
+
+    def take(self, device):
+        stage = self.c.server.stage
         held = dict(self.c.sessions[device]._held)  # forgotten with the reveal
         message = self.answer(device)
         assert self.sent.setdefault((device, stage), message) == message
@@ -469,7 +494,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 7), stage=st.sampled_from(STAGES), place=st.integers(0, 2**16))
     def the_coordinator_lies(self, pick, stage, place):
         device = self.c.devices[pick % len(self.c.devices)]
-        assume(len(self.refused | self.dead.keys() | {device}) <= len(self.c.devices) // 4)
+        assume(len(self.refused | {device}) <= 1)
         lie = bytearray(self.c.server.roster())
         lie[place % len(lie)] ^= 1
         self.refused.add(device)
@@ -495,6 +520,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.over)
     @rule()
+    def a_stage_ends(self):
+        self.the_stage_ends()
+
     def the_stage_ends(self):
         server, stage = self.c.server, self.c.server.stage
         try:
