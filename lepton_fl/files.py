@@ -33,6 +33,8 @@ from lepton_fl.errors import DiskFull, NotFound, StateCorrupt, StateError, State
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _CHUNK = 1 << 20  # bytes read at a time when hashing
 _STALE = 24 * 3600.0  # seconds after which an abandoned temporary blob is removed
+GENESIS = "0" * 64  # what the first event of a journal names as its predecessor
+_JOURNAL = "lepton journal v1"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _GONE = ".gone-"  # a folder on its way out
 
@@ -76,6 +78,22 @@ def _check_keys(obj: object) -> None:
             waiting += [value for value in item.values() if isinstance(value, _CONTAINERS)]
         else:
             waiting += [value for value in item if isinstance(value, _CONTAINERS)]
+
+
+def event_hash(prev: str, seq: int, time: float, kind: str, subject: str, body: str) -> str:
+    """Return the hash that chains an event to all before it: SHA-256 over a canonical JSON array.
+
+    Args:
+        prev: Hash of the event before, or :data:`GENESIS`.
+        seq: 1, 2, 3, … without gaps.
+        time: Seconds since 1970, UTC; enters by its exact bits.
+        kind: What happened.
+        subject: To what.
+        body: Canonical JSON text.
+    """
+    return hashlib.sha256(
+        canonical_json([_JOURNAL, prev, seq, float(time).hex(), kind, subject, body])
+    ).hexdigest()
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o644) -> None:

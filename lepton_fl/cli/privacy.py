@@ -1,4 +1,7 @@
-"""``lepton privacy plan``: what each mechanism is worth under a contract, before anything is spent."""
+"""``lepton privacy plan``: what each mechanism is worth under a contract, before anything is spent.
+
+A coordinator adds the commands of its ledger (``lepton_server.cli_privacy``).
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -11,7 +14,9 @@ from lepton_fl.errors import ConfigError
 if TYPE_CHECKING:
     from lepton_fl.privacy.planning import Choice, Contract
 
-app = typer.Typer(help="Plan the privacy of a run.", no_args_is_help=True)
+app = typer.Typer(
+    help="Plan the privacy of a run; see, prove and bound what runs have spent.", no_args_is_help=True
+)
 
 POINTS: Final = 24  # of a curve
 COLOURS: Final = {  # Okabe and Ito
@@ -26,7 +31,7 @@ SUFFIXES: Final = (".png", ".pdf", ".svg")
 
 @app.callback()
 def _privacy() -> None:
-    """Plan the privacy of a run."""
+    """Plan the privacy of a run; see, prove and bound what runs have spent."""
 
 
 @app.command()

@@ -8,6 +8,7 @@
 * ``distributed``: what devices add to their own integers inside secure aggregation.
 * ``events``, ``accounting``: what a release costs, and the noise that a target needs.
 * ``budget``: the arithmetic of a ledger that refuses.
+* ``record``: who pays for a release, signed budgets, and the proof of a whole ledger.
 * ``planning``: the choices side by side, before anything is spent.
 * ``audit``: lower bounds from the real code, to be compared with the claim.
 * ``sealing``: the noise of past rounds at rest.

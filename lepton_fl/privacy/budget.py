@@ -95,6 +95,28 @@ def admit(budget: Budget, events: Events, event: Event) -> float:
     )
 
 
+def refuse_overspent(budget: Budget, events: Events) -> float:
+    """What is spent, if it is not more than the cap: the gate of an attempt that is paid already.
+
+    Raises:
+        BudgetRefused: a violation that was found later, or a budget that was lowered, has made it more.
+    """
+    spent = epsilon_of(budget, events)
+    if spent <= budget.epsilon:  # written so that NaN refuses
+        return spent
+    raise BudgetRefused(
+        f"Budget {budget.name!r} allows epsilon={budget.epsilon:g} at delta={budget.delta:g}; "
+        f"{spent:.6g} is spent, more than was planned.",
+        budget=budget.name,
+        spent=spent,
+        asked=spent,
+        remaining=0.0,
+        largest_affordable=0,
+        hint="A device took part more often than promised, or the budget was lowered. Raise it by a new "
+        "signed row.",
+    )
+
+
 def affordable(budget: Budget, events: Events, event: Event, limit: int = 1_000_000) -> int:
     """How many more such releases fit, at most ``limit``."""
 

@@ -8,16 +8,18 @@ ledger.commit("run-7", 1, 1)               # or void(..., evidence): nothing was
 from collections.abc import Mapping
 from typing import Protocol
 
-from lepton_fl.errors import BudgetRefused, NotFound, StateConflict
-from lepton_fl.privacy.budget import Account, Budget
+from lepton_fl.errors import NotFound, StateConflict
+from lepton_fl.privacy.budget import Account, Budget, refuse_overspent
 from lepton_fl.privacy.events import Event
 
 
 class Ledger(Protocol):
     """Charges attempts, named by run, round and attempt; an attempt that is not settled was released.
 
-    ``commit`` and ``record`` belong into the transaction in which ``Book.committed`` stores the release: over
-    a database they are staged, and written there.
+    Over a database a change is staged, and written in the transaction of the book's next record: what is
+    reserved with ``Book.planned`` (which then raises the refusal, before anybody is asked), what is voided
+    with ``Book.abandoned``, a commit with the release that ``Book.committed`` stores. Only ``releasing`` is
+    written at once.
     """
 
     def reserve(self, run_id: str, round_number: int, attempt: int, event: Event | None) -> None:
@@ -31,6 +33,13 @@ class Ledger(Protocol):
 
         Raises:
             BudgetRefused: it does not fit, or more was spent than there is; nothing changed.
+        """
+        ...
+
+    def releasing(self, run_id: str, round_number: int, attempt: int) -> None:
+        """Say durably that the release is about to be computed: from now on it may be public.
+
+        An attempt that a crash cut short without this word has released nothing, for nothing was added up.
         """
         ...
 
@@ -71,8 +80,11 @@ class MemoryLedger:
         if event is not None:
             self.account = self.account.reserve(_key(run_id, round_number, attempt), event)
         else:
-            self._refuse_overspent()
+            refuse_overspent(self.account.budget, self.account.events)
         self._open[run_id, round_number, attempt] = event is not None
+
+    def releasing(self, run_id: str, round_number: int, attempt: int) -> None:
+        """See ``Ledger``; a process that ends takes this ledger with it."""
 
     def commit(self, run_id: str, round_number: int, attempt: int) -> None:
         """See ``Ledger``."""
@@ -98,20 +110,6 @@ class MemoryLedger:
             return self._open.pop((run_id, round_number, attempt))
         except KeyError:
             raise NotFound(f"Attempt {_key(run_id, round_number, attempt)} is not open.") from None
-
-    def _refuse_overspent(self) -> None:
-        budget, spent = self.account.budget, self.account.spent
-        if not spent <= budget.epsilon:  # written so that NaN refuses
-            raise BudgetRefused(
-                f"Budget {budget.name!r} allows epsilon={budget.epsilon:g} at delta={budget.delta:g}; "
-                f"{spent:.6g} is spent, more than was planned.",
-                budget=budget.name,
-                spent=spent,
-                asked=spent,
-                remaining=0.0,
-                largest_affordable=0,
-                hint="A device took part more often than promised. Raise the budget by a new signed row.",
-            )
 
 
 def _key(run_id: str, round_number: int, attempt: int) -> str:

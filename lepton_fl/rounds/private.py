@@ -284,6 +284,7 @@ class PrivateRounds:
         """
         if not isinstance(aggregator, Accumulator):
             raise RunError(f"Noise is added to exact sums; {plan.aggregation.name!r} makes none.")
+        self._ledger.releasing(self._run_id, plan.round, plan.attempt)
         total = aggregator.subtotal().total
         stream, mechanism = self._stream(plan), self._mechanism
         if isinstance(mechanism, Independent):

@@ -23,6 +23,7 @@ from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.vector import Vector
 from lepton_server.ops import Meters
 from lepton_server.patience import Patience, Stopped, one_line
+from lepton_server.privacy import Ledger, newest_states, without_names
 from lepton_server.store import Event, Store
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,12 @@ class Checkpoints:
             if self.store.model_users(sha256) <= 1:
                 self.blobs.delete(sha256)
 
+    def drop_memory(self, sha256: str) -> None:
+        """Delete the sealed memory of a private run's mechanism: it serves nobody but who wants its noise."""
+        with self.lock:
+            if self.store.memory_users(sha256) <= 1:
+                self.blobs.delete(sha256)
+
     def drop_state(self, sha256: str) -> None:
         """Delete an optimiser state unless another run has it, too."""
         with self.lock:
@@ -148,11 +155,22 @@ class RunBook:
     """The journal as the book of one run (``rounds.campaign.Book``)."""
 
     def __init__(
-        self, checkpoints: Checkpoints, run_id: str, spec: RunSpec, meters: Meters, patience: Patience
+        self,
+        checkpoints: Checkpoints,
+        run_id: str,
+        spec: RunSpec,
+        meters: Meters,
+        patience: Patience,
+        ledger: Ledger | None = None,
     ) -> None:
+        """Go on from what is recorded; ``ledger`` is that of a private run."""
         self._checkpoints, self._run_id, self._meters = checkpoints, run_id, meters
         self._store, self._blobs, self._patience = checkpoints.store, checkpoints.blobs, patience
-        self._metric = spec.early_stop.metric
+        self._metric, self._ledger = spec.early_stop.metric, ledger
+        memories = newest_states(self._store, run_id) if ledger else []
+        self._memory = memories[-1] if memories else ""
+        for sha256 in set(memories) - {self._memory}:  # a kill came before they were dropped
+            self._tidy(self._checkpoints.drop_memory, sha256)
         progress = progress_of(self._store, run_id)
         self._parent, self._best = progress.model_sha256, progress.best
         self._waits = bool(self._store.run(run_id).waiting)  # as a process before this one has left it
@@ -165,12 +183,23 @@ class RunBook:
         self._kept = deque(there)  # more than KEEP_ROUNDS if a kill came before old ones were dropped
 
     def planned(self, plan: RoundPlan) -> None:
-        """Journal a plan."""
+        """Journal a plan; of a private run, its charge is set aside in the same step.
+
+        Raises:
+            BudgetRefused: a budget does not allow it; nothing was planned.
+        """
         if self._waits:
             self.waiting("", 0.0)
         body = _attempt(plan) | {"plan": plan.to_json(), "model_sha256": plan.model_sha256}
+
+        def write() -> None:
+            with self._store.transaction() as transaction:
+                transaction.record("round.planned", self._run_id, body)
+                if self._ledger:
+                    self._ledger.write_reserved(transaction)
+
         try:
-            self._record("round.planned", body)
+            self._patience.insist(write)
         except StateConflict:
             if self._store.run(self._run_id).state != "stopping":
                 raise
@@ -179,7 +208,16 @@ class RunBook:
     def abandoned(self, collected: Collected, cause: str) -> None:
         """Journal that an attempt does not count, and why."""
         body = _attempt(collected.plan) | {"cause": cause, "participation": _participation(collected)}
-        self._record("round.abandoned", body | {"burnt": collected.burnt})
+
+        def write() -> None:
+            with self._store.transaction() as transaction:
+                transaction.record("round.abandoned", self._run_id, body | {"burnt": collected.burnt})
+                if self._ledger:
+                    self._ledger.write_voided(transaction)
+
+        self._patience.insist(write)
+        if self._ledger:
+            self._ledger.settled()
         self._meters.abandoned.labels(self._run_id).inc()
         self._count(collected)
         log.warning("run %s round %d: abandoned: %s", self._run_id, collected.plan.round, cause)
@@ -204,17 +242,23 @@ class RunBook:
             "metrics": metrics,
         }
 
+        memory = ""
+
         def write() -> None:
-            nonlocal state_sha256
+            nonlocal state_sha256, memory
             with self._checkpoints.lock:
                 save_model(self._blobs, state.model)
                 state_sha256 = save_server_state(self._blobs, state.server)
+                memory = self._blobs.put(without_names(state.private)) if state.private else ""
                 with self._store.transaction() as transaction:
                     named = body | {"state_sha256": state_sha256}
                     transaction.record("round.committed", self._run_id, named)
                     transaction.record("model.created", self._run_id, created)
+                    if self._ledger:
+                        self._ledger.write_committed(transaction, model_sha256, memory)
 
         self._patience.insist(write)
+        self._replace_memory(memory)
         self._parent = model_sha256
         self._kept.append((model_sha256, state_sha256))
         self._drop_old_checkpoints()
@@ -274,6 +318,14 @@ class RunBook:
 
     def _record(self, kind: str, body: dict[str, Any]) -> None:
         self._patience.insist(lambda: self._store.record(kind, self._run_id, body))
+
+    def _replace_memory(self, memory: str) -> None:
+        """Drop the memory that the last round left: with it and its key, noise could be taken off again."""
+        if self._ledger:
+            self._ledger.settled()
+            if self._memory and self._memory != memory:
+                self._tidy(self._checkpoints.drop_memory, self._memory)
+            self._memory = memory
 
     def _drop_old_checkpoints(self) -> None:
         while len(self._kept) > KEEP_ROUNDS:

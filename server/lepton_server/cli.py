@@ -18,6 +18,7 @@ import typer
 
 from lepton_fl.cli.output import Format, FormatOption, print_data, say
 from lepton_fl.errors import ConfigError, NotFound, RunError
+from lepton_server import cli_privacy  # noqa: F401 - its commands join `lepton privacy`
 from lepton_server.cli_releases import keys_app, release_app
 from lepton_server.commands import ConfigOption, StateOption, find_device, load, opened
 
@@ -353,6 +354,20 @@ def run_stop(
         found = _find_run(store, run)
         store.record("run.stopping", found.id, {"run_id": found.id, "reason": reason})
     print_data({"id": found.id, "state": "stopping"}, format=format)
+
+
+@run_app.command("resume")
+def run_resume(
+    run: RunArgument = "last",
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Queue an exhausted run again, after `lepton privacy budget` has raised what refused it."""
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
+        found = _find_run(store, run)
+        store.record("run.resumed", found.id, {"run_id": found.id})
+    print_data({"id": found.id, "state": "queued"}, format=format)
 
 
 @run_app.command("watch")

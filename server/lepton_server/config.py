@@ -257,6 +257,19 @@ class DeliverySection(_Section):
     )
 
 
+class PrivacySection(_Section):
+    """[privacy]: keys of private runs; both files have mode 0600 and are made at first need."""
+
+    noise_key: Path | None = Field(
+        default=None,
+        description="File of 32 bytes that seals past rounds' noise. Empty = keys/noise.key in state_dir.",
+    )
+    budget_key: Path | None = Field(
+        default=None,
+        description="File of the P-256 key (PEM) that signs budgets. Empty = keys/budget.key in state_dir.",
+    )
+
+
 class LogSection(_Section):
     """[log]: what is written to standard error."""
 
@@ -280,6 +293,7 @@ class ServerConfig(_Section):
     rounds: RoundsSection = RoundsSection()
     authority: AuthoritySection = AuthoritySection()
     delivery: DeliverySection = DeliverySection()
+    privacy: PrivacySection = PrivacySection()
     log: LogSection = LogSection()
 
     @property

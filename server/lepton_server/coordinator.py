@@ -30,6 +30,7 @@ from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.ops import Meters, ops_app
+from lepton_server.privacy import PrivacyKeys
 from lepton_server.releases import ListKeeper, online_keys, shelf_of
 from lepton_server.runs import RunDriver
 from lepton_server.signing import Signing
@@ -141,6 +142,7 @@ class Coordinator:
             fleet,
             link,
             self.meters,
+            keys=PrivacyKeys(folder / "keys", config.privacy),
             signing=signing,
             secure_dir=config.secure_dir,
         )

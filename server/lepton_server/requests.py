@@ -55,7 +55,7 @@ def run_spec(
 
 
 def refuse_unknown(spec: RunSpec, *, authority: bool) -> None:
-    """Refuse what this process cannot do: a run without rounds, or one whose privacy has no ledger.
+    """Refuse what this process cannot do: a run without rounds, or a guarantee that would not be true.
 
     Args:
         spec: of the run.
@@ -64,8 +64,7 @@ def refuse_unknown(spec: RunSpec, *, authority: bool) -> None:
     Raises:
         ConfigError: names all that stands in the way of the privacy.
     """
-    no_ledger = "the coordinator keeps no privacy ledger yet, which would charge its releases and refuse them"
-    refuse_run(spec, central_evaluation=bool(spec.central_data), also=[no_ledger])
+    refuse_run(spec, central_evaluation=bool(spec.central_data), also=_not_masked(spec))
     if spec.secure_aggregation == "required" and not authority:
         raise ConfigError(
             "run.secure_aggregation is 'required', and no enrolment authority says whose keys are whose.",
@@ -77,6 +76,17 @@ def refuse_unknown(spec: RunSpec, *, authority: bool) -> None:
             hint="Buffered runs work in `lepton simulate` and over a stock Flower deployment "
             "(lepton_strategies.run_campaign).",
         )
+
+
+def _not_masked(spec: RunSpec) -> list[str]:
+    """What a round that gives no sum, and is not tried again, would break."""
+    correlated = spec.privacy is not None and spec.privacy.mechanism in ("blt", "banded")
+    if not correlated or spec.secure_aggregation != "required":
+        return []
+    return [
+        "its noise is correlated over the rounds, and a secure round may be left out; use "
+        "mechanism='independent', or trust='distributed'"
+    ]
 
 
 def export_model(blobs: BlobStore, run: Run, sha256: str, output: Path) -> int:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random, SystemRandom
 
-from lepton_fl.errors import LeptonError, StateConflict, TaskError, TrustError
+from lepton_fl.errors import ConfigError, LeptonError, StateConflict, TaskError, TrustError
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RoundPlan, RunSpec
-from lepton_fl.rounds.campaign import Campaign, RunState, Verdict, Work
+from lepton_fl.rounds.campaign import Campaign, RunState, Verdict, Work, population
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.optimizers import ServerState
@@ -29,6 +29,7 @@ from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink
 from lepton_server.ops import Meters
 from lepton_server.patience import PASSING, RETRY_S, Interrupted, Patience, Stopped, one_line
+from lepton_server.privacy import Guard, PrivacyKeys, guard_run, newest_states, stored_state, void_unbegun
 from lepton_server.requests import refuse_unknown
 from lepton_server.secure import SecureFleet, records_of
 from lepton_server.signing import Signing
@@ -82,6 +83,7 @@ class RunDriver:
         link: FlowerLink,
         meters: Meters,
         *,
+        keys: PrivacyKeys | None = None,
         rng: Random | None = None,
         exchange: Callable[[str], Exchange] | None = None,
         signing: Signing | None = None,
@@ -96,6 +98,7 @@ class RunDriver:
             fleet: who is there.
             link: Flower's fleet API.
             meters: what is counted.
+            keys: of private runs; None = there are none.
             rng: draws cohorts and nonces; None = the operating system's, as nobody must foresee them.
             exchange: run id -> its way to the devices; None = the real one.
             signing: the way to the enrolment authority; None = there is none, and no secure runs.
@@ -103,7 +106,7 @@ class RunDriver:
         """
         self._signing, self._secure_dir = signing, secure_dir
         self._config, self._store, self._blobs, self._fleet = config, store, blobs, fleet
-        self._link, self._meters = link, meters
+        self._link, self._meters, self._privacy_keys = link, meters, keys
         self._rng, self._exchange = rng or SystemRandom(), exchange or self._fleet_exchange
         self._closing = threading.Event()
         self._workshop = Workshop(self._closing.is_set)
@@ -224,7 +227,9 @@ class RunDriver:
         unfinished = self._unfinished(run_id) if spec.secure_aggregation == "required" else None
         start = [self._state(run_id, spec, initial, patience, unfinished)]
         del initial
-        book = RunBook(self._checkpoints, run_id, spec, self._meters, patience)
+        guard = self._guard(run_id, spec, work, start[0].round, patience)
+        ledger = guard.ledger if guard else None
+        book = RunBook(self._checkpoints, run_id, spec, self._meters, patience, ledger)
         secure = self._secure(run_id, spec, book, patience)
         log.info("run %s: %s from round %d", run_id, work.task, start[0].round + 1)
         campaign = Campaign(
@@ -238,6 +243,7 @@ class RunDriver:
             book=book,
             rng=self._rng,
             claim=lambda device_ids: self._fleet.claim(device_ids, run_id),
+            private=guard.rounds if guard else None,
             secure=secure,
             unfinished=unfinished,
         )
@@ -311,6 +317,27 @@ class RunDriver:
                 )
         return work, initial
 
+    def _guard(
+        self, run_id: str, spec: RunSpec, work: Work, committed: int, patience: Patience
+    ) -> Guard | None:
+        """What keeps a private run's guarantee; None if it has none of device level."""
+        if spec.privacy is None:
+            return None
+        if self._privacy_keys is None:
+            raise ConfigError("This coordinator was started without the keys of private runs.")
+        ready = self._workshop.prepared(spec, work.num_coordinates)
+        found = self._fleet.candidates(work.task, work.version, spec.cohort.groups)
+        return guard_run(
+            self._store,
+            self._privacy_keys,
+            run_id,
+            spec,
+            ready,
+            devices=population(found),
+            committed=committed,
+            insist=patience.insist,
+        )
+
     def _state(
         self,
         run_id: str,
@@ -327,7 +354,7 @@ class RunDriver:
         if progress.open and unfinished is None:
             body = {"run_id": run_id, "round": progress.round + 1, "attempt": progress.attempt}
             cause = {"cause": "the coordinator was restarted", "participation": []}
-            patience.insist(lambda: self._store.record("round.abandoned", run_id, body | cause))
+            patience.insist(lambda: self._abandon(run_id, body | cause))
         if progress.state_sha256:
             server = load_server_state(self._blobs, progress.state_sha256)
         else:
@@ -341,7 +368,16 @@ class RunDriver:
             best=progress.best,
             stale=progress.stale,
             retried=progress.retried,
+            private=stored_state(self._store, self._blobs.read, run_id, progress.round)
+            if spec.privacy
+            else None,
         )
+
+    def _abandon(self, run_id: str, body: dict[str, object]) -> None:
+        """Close an attempt that nobody drives any more; what it had set aside is given back if it may be."""
+        with self._store.transaction() as change:
+            change.record("round.abandoned", run_id, body)
+            void_unbegun(change, run_id)
 
     def _save_first(self, run_id: str, spec: RunSpec, initial: Vector) -> None:
         with self._checkpoints.lock:
@@ -372,6 +408,13 @@ class RunDriver:
         except LeptonError as error:
             log.error("the verdict of run %s could not be recorded: %s", run_id, error)
 
+    def _forget_noise(self, run_id: str) -> None:
+        for sha256 in newest_states(self._store, run_id)[-1:]:
+            try:
+                self._checkpoints.drop_memory(sha256)
+            except LeptonError as error:  # a sealed file too many is no reason to lose a verdict
+                log.warning("run %s: the memory of its noise stays: %s", run_id, error)
+
     def _record_verdict(self, run_id: str, verdict: Verdict) -> None:
         run = self._store.run(run_id)
         body = {
@@ -381,7 +424,11 @@ class RunDriver:
             "model_sha256": run.model_sha256,
             "rounds": run.committed,
         }
-        self._store.record("run.finished", run_id, body)
+        with self._store.transaction() as change:
+            void_unbegun(change, run_id, "The run ended before the release was begun; nothing was added up.")
+            change.record("run.finished", run_id, body)
+        if verdict.outcome != "exhausted":  # that one may be resumed
+            self._forget_noise(run_id)
         if self._secure_dir is not None:  # nothing of its rounds is needed any more
             shutil.rmtree(self._secure_dir / run_id, ignore_errors=True)
         self._meters.waiting.labels(run_id).set(0)

@@ -1,7 +1,8 @@
-"""What needs torch, in a process of its own.
+"""What needs torch, or much time, in a process of its own.
 
 The coordinator itself never loads torch: it would cost memory that belongs to rounds, and a task's model code
-must not be able to take the coordinator down. One child process builds initial models and evaluates.
+must not be able to take the coordinator down. One child process builds initial models, evaluates, and
+searches for correlated noise.
 
     workshop = Workshop()
     layout, model = workshop.initial_model("lepton_fl.tasks.digits:task", seed=0)
@@ -19,6 +20,9 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
 from lepton_fl.errors import LeptonError, TaskError
+from lepton_fl.plan import RunSpec
+from lepton_fl.privacy.planning import Prepared
+from lepton_fl.rounds.private import prepared
 from lepton_fl.tasks import Dataset, Sums, load_task
 from lepton_fl.vector import Layout, Vector
 from lepton_server.patience import Interrupted
@@ -69,6 +73,15 @@ class Workshop:
             Interrupted: ``give_up`` said so.
         """
         return self._call(_evaluate, task, model, central_data)
+
+    def prepared(self, spec: RunSpec, coordinates: int) -> Prepared:
+        """The mechanism of a private run: for correlated noise, a search of seconds.
+
+        Raises:
+            ConfigError: its numbers contradict each other.
+            Interrupted: ``give_up`` said so.
+        """
+        return self._call(prepared, spec, coordinates)
 
     def close(self) -> None:
         """End the child process."""

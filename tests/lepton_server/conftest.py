@@ -1,6 +1,7 @@
 """A coordinator's insides without a network: real store, blobs and fleet, scripted answers of devices."""
 
 import base64
+import contextlib
 import time
 from dataclasses import dataclass, field
 from random import Random
@@ -68,8 +69,9 @@ class Works:
     drivers: list = field(default_factory=list)
 
     def driver(self, **changes):
-        from lepton_server.config import RoundsSection
+        from lepton_server.config import PrivacySection, RoundsSection
         from lepton_server.ops import Meters
+        from lepton_server.privacy import PrivacyKeys
         from lepton_server.runs import RunDriver
 
         self.meters = Meters()
@@ -82,6 +84,7 @@ class Works:
             self.fleet,
             self.link,
             self.meters,
+            keys=PrivacyKeys(self.folder / "keys", PrivacySection()),
             rng=Random(7),
             exchange=exchange,
         )
@@ -177,3 +180,39 @@ def works(tmp_path, monkeypatch):
         yield made
         for driver in made.drivers:
             driver.close()
+
+
+class Killed(BaseException):
+    """As abrupt as kill -9, seen from inside."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """``kill_at(n, "before" | "after")``: die around the n-th transaction from now; 0 = never. Counts.
+
+    ``kill_at.error`` is what then goes through the code.
+    """
+    state = {"left": 0, "when": "", "seen": 0}
+    from lepton_server.store import Store
+
+    real = Store.transaction
+
+    @contextlib.contextmanager
+    def transaction(self):
+        state["left"] -= 1
+        state["seen"] += 1
+        if state["left"] == 0 and state["when"] == "before":
+            raise Killed
+        with real(self) as change:
+            yield change
+        if state["left"] == 0 and state["when"] == "after":
+            raise Killed
+
+    monkeypatch.setattr(Store, "transaction", transaction)
+
+    def arm(number, when="before"):
+        state.update(left=number, when=when, seen=0)
+        return state
+
+    arm.error = Killed
+    return arm

@@ -16,10 +16,17 @@ def test_a_buffered_run_is_refused_with_where_it_works(tmp_path):
 
 def test_a_private_run_is_refused_with_all_that_stands_in_its_way(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text('[run]\ntask = "digits"\n[run.privacy]\nepsilon = 8.0\ndelta = 1e-5\n')
-    with pytest.raises(ConfigError, match="no privacy ledger yet") as caught:
+    path.write_text(
+        '[run]\ntask = "digits"\n[run.privacy]\nepsilon = 8.0\ndelta = 1e-5\nweight_cap = 5\n'
+        'mechanism = "independent"\n'
+    )
+    with pytest.raises(ConfigError, match="weight_cap") as caught:
         run_spec(path, {})
     assert "evaluate_every" in str(caught.value)
+    path.write_text(
+        '[run]\ntask = "digits"\nevaluate_every = 0\n[run.privacy]\nepsilon = 8.0\ndelta = 1e-5\n'
+    )
+    assert run_spec(path, {}).clip_norm == 1.0
 
 
 @pytest.mark.parametrize(

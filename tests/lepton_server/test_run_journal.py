@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lepton_fl.cli import app
-from lepton_fl.files import canonical_json
-from lepton_server.store.events import KINDS, event_hash, parse_body
+from lepton_fl.files import canonical_json, event_hash
+from lepton_server.store.events import KINDS, parse_body
 
 
 @pytest.fixture

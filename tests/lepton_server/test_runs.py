@@ -10,38 +10,9 @@ import pytest
 from lepton_fl.errors import DiskFull, Rejection, StateLocked
 from lepton_fl.files import BlobStore
 from lepton_server import patience
-from lepton_server.book import load_model
+from lepton_server.book import RunBook, load_model
+from lepton_server.runs import RunDriver
 from lepton_server.store import Store
-
-
-class Killed(BaseException):
-    """As abrupt as kill -9, seen from inside."""
-
-
-@pytest.fixture
-def kill_at(monkeypatch):
-    """``kill_at(n, "before" | "after")``: die around the n-th transaction from now; 0 = never. Counts."""
-    state = {"left": 0, "when": "", "seen": 0}
-    real = Store.transaction
-
-    @contextlib.contextmanager
-    def transaction(self):
-        state["left"] -= 1
-        state["seen"] += 1
-        if state["left"] == 0 and state["when"] == "before":
-            raise Killed
-        with real(self) as change:
-            yield change
-        if state["left"] == 0 and state["when"] == "after":
-            raise Killed
-
-    monkeypatch.setattr(Store, "transaction", transaction)
-
-    def arm(number, when="before"):
-        state.update(left=number, when=when, seen=0)
-        return state
-
-    return arm
 
 
 def drive(works, run_id):
@@ -74,7 +45,9 @@ def test_a_run_killed_around_any_record_goes_on_bit_for_bit(works, kill_at):
         for when in ("before", "after"):
             run_id = works.queue(f"{when}-{number}", **SPEC)
             kill_at(number, when)
-            with contextlib.suppress(Killed):  # the task was registered by the first run: one record fewer
+            with contextlib.suppress(
+                kill_at.error
+            ):  # the task was registered by the first run: one record fewer
                 drive(works, run_id)
             kill_at(0)
             works.fleet.release(run_id)
@@ -90,7 +63,7 @@ def test_a_run_killed_around_any_record_goes_on_bit_for_bit(works, kill_at):
 def test_an_attempt_that_a_crash_left_open_is_abandoned_by_name(works, kill_at):
     works.queue()
     kill_at(5)  # started, task, model, planned; then committed
-    with pytest.raises(Killed):
+    with pytest.raises(kill_at.error):
         drive(works, "r1")
     works.fleet.release("r1")
     drive(works, "r1")
@@ -118,7 +91,7 @@ def test_evaluations_that_say_nothing_about_the_watched_metric_are_not_counted_a
     assert "All 4 rounds are done" in works.store.run("whole").reason
     works.queue("cut", **spec)
     kill_at(12)  # after two evaluations that had central figures only
-    with pytest.raises(Killed):
+    with pytest.raises(kill_at.error):
         drive(works, "cut")
     works.fleet.release("cut")
     drive(works, "cut")
@@ -197,17 +170,16 @@ def test_a_stop_ends_a_run_whatever_it_does(works, monkeypatch, state):
     works.unharmed()
 
 
-@pytest.mark.parametrize("kind", ["run.started", "round.planned"])
-def test_a_stop_between_two_looks_is_a_stop_and_no_failure(works, monkeypatch, kind):
+@pytest.mark.parametrize(("owner", "name"), [(RunDriver, "_record_start"), (RunBook, "planned")])
+def test_a_stop_between_two_looks_is_a_stop_and_no_failure(works, monkeypatch, owner, name):
     works.queue()
-    real = Store.record
+    real = getattr(owner, name)
 
-    def stop_first(self, what, *rest):
-        if what == kind and self.run("r1").state != "stopping":
-            real(self, "run.stopping", {"run_id": "r1", "reason": ""})
-        return real(self, what, *rest)
+    def stop_first(self, *rest):
+        works.store.record("run.stopping", {"run_id": "r1", "reason": ""})
+        return real(self, *rest)
 
-    monkeypatch.setattr(Store, "record", stop_first)
+    monkeypatch.setattr(owner, name, stop_first)
     driver = works.driver()
     monkeypatch.setattr(driver, "_is_stopping", lambda run_id: lambda: False)  # it has not looked yet
     with pytest.raises(patience.Stopped):
@@ -440,7 +412,7 @@ def test_old_checkpoints_go_and_the_first_the_best_and_shared_ones_stay(works):
     assert {r for r, sha256 in states.items() if works.blobs.has(sha256)} == {1, 2, 3, 6, 7, 8}
 
 
-def test_checkpoints_that_a_kill_left_behind_are_dropped_later(works, monkeypatch):
+def test_checkpoints_that_a_kill_left_behind_are_dropped_later(works, monkeypatch, kill_at):
     from lepton_server.book import RunBook
 
     works.queue(rounds=7, evaluate_every=0)
@@ -450,11 +422,11 @@ def test_checkpoints_that_a_kill_left_behind_are_dropped_later(works, monkeypatc
 
     def dying(device_id, plan, request):
         if plan.round == 6:
-            raise Killed
+            raise kill_at.error
         return real(device_id, plan, request)
 
     works.exchange.script = dying
-    with pytest.raises(Killed):
+    with pytest.raises(kill_at.error):
         drive(works, "r1")
     monkeypatch.setattr(RunBook, "_drop_old_checkpoints", undone)
     works.fleet.release("r1")

@@ -12,8 +12,9 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
 from lepton_fl.errors import LeptonError, NotFound, StateConflict, StateCorrupt, StateError, TrustError
+from lepton_fl.files import GENESIS, event_hash
 from lepton_server.store import KINDS, Head, open_store
-from lepton_server.store.events import GENESIS, TaskRegistered, event_hash
+from lepton_server.store.events import TaskRegistered
 from lepton_server.store.tables import EVENT, HEAD, PROJECTIONS
 
 SHA = {name: hashlib.sha256(name.encode()).hexdigest() for name in "abcdef"}
@@ -91,6 +92,18 @@ def commit(store, number, attempt=1, run="r1", **fields):
     return store.record("round.committed", run, body)
 
 
+EVENT_JSON = '{"!":"gaussian","noise_multiplier":4.0}'
+
+
+def attempt(number, tries, **fields):
+    return {"run_id": "r1", "round": number, "attempt": tries} | fields
+
+
+def charge(store, number, tries, events=(EVENT_JSON,), accounts=("run:r1", "fleet")):
+    body = attempt(number, tries, events=list(events), accounts=list(accounts))
+    store.record("privacy.reserved", body)
+
+
 def everything(store):
     """All rows of all tables but presence."""
     with store._engine.connect() as connection:
@@ -130,12 +143,22 @@ def a_whole_life(store):
     start_run(store)
     model = {"run_id": "r1", "model_sha256": SHA["a"], "round": 0, "parent_sha256": None, "metrics": {}}
     store.record("model.created", "r1", model)
+    budget = {"account": "run:r1", "version": 1, "unit": "device", "trust": "central", "epsilon": 8.0}
+    budget |= {"adjacency": "zero-out", "accountant": "auto", "delta": 1e-6}
+    key = base64.b64encode(key_of("budgets")).decode()
+    store.record("budget.set", budget | {"key": key, "signature": "c2lnbmVkIQ=="})
     plan(store, 1)
+    charge(store, 1, 1)
+    store.record("privacy.voided", attempt(1, 1, evidence="1 of 2"))
     store.record("run.waiting", "r1", {"run_id": "r1", "cause": "1 of 2 eligible", "until": NOW + 60})
     part = {"device_id": "d1", "outcome": "dropped", "reason": "offline", "seconds": 60.0}
     body = {"run_id": "r1", "round": 1, "attempt": 1, "cause": "1 of 2", "participation": [part]}
     store.record("round.abandoned", "r1", body)
     plan(store, 1, attempt=2)
+    charge(store, 1, 2)
+    store.record("privacy.releasing", attempt(1, 2))
+    released = attempt(1, 2, model_sha256=SHA["b"], state_sha256=SHA["d"], extra=[EVENT_JSON])
+    store.record("privacy.committed", released)
     good = {"device_id": "d1", "outcome": "counted", "seconds": 1.5, "examples": 7, "bytes_up": 9}
     late = {"device_id": "d2", "outcome": "rejected", "reason": "late"}
     commit(store, 1, 2, participation=[good, late], metrics={"loss": 0.5}, state_sha256=SHA["c"], seconds=2.5)
@@ -144,6 +167,9 @@ def a_whole_life(store):
     store.record("round.evaluated", "r1", {"run_id": "r1", "round": 1, "metrics": {"accuracy": 0.9}})
     best = {"run_id": "r1", "round": 1, "model_sha256": SHA["b"], "metric": "accuracy", "value": 0.9}
     store.record("run.best", "r1", best)
+    done = {"run_id": "r1", "verdict": "exhausted", "reason": "spent", "rounds": 1}
+    store.record("run.finished", "r1", done)
+    store.record("run.resumed", "r1", {"run_id": "r1"})
     store.record("run.stopping", "r1", {"run_id": "r1", "reason": "enough"})
     done = {"run_id": "r1", "verdict": "stopped", "reason": "enough", "model_sha256": SHA["b"], "rounds": 1}
     store.record("run.finished", "r1", done)
@@ -310,7 +336,16 @@ class TestRebuild:
     def test_from_nothing(self, store):
         a_whole_life(store)
         with store._engine.begin() as connection:
-            for name in ("participation", "round", "model_version", "run", "device", "token_use"):
+            for name in (
+                "privacy_total",
+                "privacy_charge",
+                "participation",
+                "round",
+                "model_version",
+                "run",
+                "device",
+                "token_use",
+            ):
                 connection.execute(text(f"DELETE FROM {name}"))
         assert store.rebuild(check_only=False).different > 5
         assert store.rebuild().equal

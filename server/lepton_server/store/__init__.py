@@ -1,14 +1,15 @@
 """The coordinator's state: an append-only, hash-chained journal and the tables that follow from it.
 
 The only package that speaks SQL. ``events`` says what can happen, ``projection`` what it does and when it is
-allowed, ``tables`` and ``migrations`` how it lies on disk, ``journal`` how it is checked, ``store`` how all
-of it is used.
+allowed, ``tables`` and ``migrations`` how it lies on disk, ``journal`` how it is checked, ``ledger`` what
+privacy has cost, ``store`` how all of it is used.
 """
 
 from lepton_server.store.events import KINDS, Participation, TaskRegistered
 from lepton_server.store.store import Store, Transaction, open_store
 from lepton_server.store.views import (
     ActiveDevice,
+    ChargeRecord,
     Device,
     Event,
     Head,
@@ -17,6 +18,7 @@ from lepton_server.store.views import (
     RebuildReport,
     Round,
     Run,
+    SignedBudget,
     Task,
     Token,
 )
@@ -24,6 +26,7 @@ from lepton_server.store.views import (
 __all__ = [
     "KINDS",
     "ActiveDevice",
+    "ChargeRecord",
     "Device",
     "Event",
     "Head",
@@ -33,6 +36,7 @@ __all__ = [
     "RebuildReport",
     "Round",
     "Run",
+    "SignedBudget",
     "Store",
     "Task",
     "TaskRegistered",

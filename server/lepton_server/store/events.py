@@ -14,7 +14,6 @@ Example::
     body.subject                           # "d-…"
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -30,11 +29,11 @@ from pydantic import (
     ValidationError,
 )
 
-from lepton_fl.errors import StateError
+from lepton_fl.errors import StateCorrupt, StateError
 from lepton_fl.files import canonical_json
+from lepton_fl.privacy.events import from_json, to_json
+from lepton_fl.privacy.record import SUBJECT
 
-GENESIS = "0" * 64  # what the first event names as its predecessor
-_HASH_CONTEXT = "lepton journal v1"
 _MAX_REASON = 300  # characters of a device's own words
 MAX_BODY = 8 << 20  # bytes of canonical JSON in one event; a plan for 1,000 devices has about 100 KB
 
@@ -61,6 +60,17 @@ def _encodable(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return value
 
 
+def _an_event(text: str) -> str:
+    """One that accountants can read, in its one spelling."""
+    try:
+        known = to_json(from_json(text)) == text
+    except StateCorrupt as error:
+        raise ValueError(str(error)) from error
+    if not known:
+        raise ValueError(f"{text[:200]!r} is not canonical")
+    return text
+
+
 Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}\z")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]
 Serial = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,40}\z")]  # X.509 serial, hexadecimal
@@ -74,8 +84,11 @@ Count = Annotated[int, Field(ge=0, le=2**62)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 RoundNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Json = Annotated[dict[str, JsonValue], AfterValidator(_encodable)]
+Account = Annotated[str, StringConstraints(min_length=1, max_length=300), AfterValidator(_no_control)]
+Trust = Literal["central", "distributed", "local"]
+PrivacyEvent = Annotated[str, StringConstraints(max_length=1000), AfterValidator(_an_event)]
 Outcome = Literal["counted", "surplus", "rejected", "dropped"]
-Verdict = Literal["completed", "stopped", "failed"]
+Verdict = Literal["completed", "stopped", "failed", "exhausted"]  # the last: until `run.resumed`
 
 
 class Body(BaseModel):
@@ -206,12 +219,16 @@ class RunStopping(_AboutRun):
 
 
 class RunFinished(_AboutRun):
-    """The run is over; nothing about it is accepted any more."""
+    """The run is over; nothing about it is accepted any more, unless it is exhausted and then resumed."""
 
     verdict: Verdict
     reason: Text = ""
     model_sha256: Sha256 | None = None
     rounds: RoundNumber
+
+
+class RunResumed(_AboutRun):
+    """An exhausted run is queued again: somebody has raised the budget that refused it."""
 
 
 class Participation(BaseModel):
@@ -340,6 +357,70 @@ class ReleaseWithdrawn(Body):
     reason: Text = ""
 
 
+class LedgerBody(Body):
+    """A line of the privacy ledger; all of them have one subject, so that they can be read as a whole.
+
+    ``previous`` is filled in by the store: the hash of the ledger's event before, or ``GENESIS``. With it the
+    ledger can be checked by those who have no other event of the journal.
+    """
+
+    previous: Sha256 | Literal[""] = ""
+
+    @property
+    def subject(self) -> str:
+        """The ledger."""
+        return SUBJECT
+
+
+class BudgetSet(LedgerBody):
+    """What an account allows from now on: a signed policy (``lepton_fl.privacy.record.Policy``)."""
+
+    account: Account
+    version: Positive
+    unit: Literal["device", "example"]
+    trust: Trust
+    adjacency: Literal["zero-out", "replace-one"]
+    accountant: Literal["auto", "gdp", "rdp"]
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    note: Text = ""
+    key: PublicKey
+    signature: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{8,200}={0,2}\z")]
+
+
+class _AboutAttempt(LedgerBody):
+    run_id: Id
+    round: Positive
+    attempt: Positive
+
+
+class PrivacyReserved(_AboutAttempt):
+    """Budget was set aside for an attempt, before anybody was asked; from now on it counts as spent."""
+
+    events: list[PrivacyEvent] = Field(default_factory=list, max_length=16)  # empty: paid already
+    accounts: list[Account] = Field(min_length=1, max_length=200)
+    unit: Literal["device", "example"] = "device"
+    trust: Trust = "central"
+
+
+class PrivacyReleasing(_AboutAttempt):
+    """The release is about to be computed: from now on it may be public, whatever happens."""
+
+
+class PrivacyCommitted(_AboutAttempt):
+    """The release is stored, in this very transaction."""
+
+    extra: list[PrivacyEvent] = Field(default_factory=list, max_length=16)  # found later; never refused
+    model_sha256: Sha256
+    state_sha256: Sha256 | None = None  # what the mechanism remembers, sealed
+
+
+class PrivacyVoided(_AboutAttempt):
+    """Nothing was released, and how that is known."""
+
+    evidence: Annotated[str, StringConstraints(min_length=1, max_length=2000), AfterValidator(_no_control)]
+
+
 class ServerStarted(Body):
     """A coordinator process began to serve."""
 
@@ -369,6 +450,7 @@ KINDS: Mapping[str, type[Body]] = {
     "run.started": RunStarted,
     "run.stopping": RunStopping,
     "run.finished": RunFinished,
+    "run.resumed": RunResumed,
     "run.best": RunBest,
     "round.planned": RoundPlanned,
     "round.committed": RoundCommitted,
@@ -378,6 +460,11 @@ KINDS: Mapping[str, type[Body]] = {
     "model.created": ModelCreated,
     "release.published": ReleasePublished,
     "release.withdrawn": ReleaseWithdrawn,
+    "budget.set": BudgetSet,
+    "privacy.reserved": PrivacyReserved,
+    "privacy.releasing": PrivacyReleasing,
+    "privacy.committed": PrivacyCommitted,
+    "privacy.voided": PrivacyVoided,
     "server.started": ServerStarted,
     "server.stopped": ServerStopped,
 }
@@ -438,19 +525,3 @@ def decode_body(kind: str, text: str) -> Body:
     if not isinstance(fields, dict):
         raise StateError(f"Expected the stored body of {kind} to be an object, got {type(fields).__name__}.")
     return parse_body(kind, fields)
-
-
-def event_hash(prev: str, seq: int, time: float, kind: str, subject: str, body: str) -> str:
-    """Return the hash that chains an event to all before it: SHA-256 over a canonical JSON array.
-
-    Args:
-        prev: Hash of the event before, or :data:`GENESIS`.
-        seq: 1, 2, 3, … without gaps.
-        time: Seconds since 1970, UTC; enters by its exact bits.
-        kind: What happened.
-        subject: To what.
-        body: Canonical JSON text.
-    """
-    return hashlib.sha256(
-        canonical_json([_HASH_CONTEXT, prev, seq, float(time).hex(), kind, subject, body])
-    ).hexdigest()

@@ -7,7 +7,8 @@ from sqlalchemy import Connection, RowMapping, Table, create_engine, delete, ins
 from sqlalchemy.pool import StaticPool
 
 from lepton_fl.errors import LeptonError, StateCorrupt
-from lepton_server.store.events import GENESIS, decode_body, event_hash
+from lepton_fl.files import GENESIS, event_hash
+from lepton_server.store.events import decode_body
 from lepton_server.store.projection import When, apply
 from lepton_server.store.tables import EVENT, HEAD, PROJECTIONS
 from lepton_server.store.views import Head, RebuildReport

@@ -9,23 +9,38 @@ Rules:
 
     token:  created ──used──> … ──used──> spent        revoked or expired: never used again
     device: active ──revoked──> revoked                for good
-    run:    queued ──> running ──> stopping ──> completed | stopped | failed
+    run:    queued ──> running ──> stopping ──> completed | stopped | failed | exhausted
+            exhausted ──resumed──> queued
     round:  planned ──> committed                      once per round
                    └──> abandoned ──> planned again as the next attempt, unless the round is burnt
+    charge: reserved ──> (releasing) ──> committed     counts as spent throughout
+                └──> voided                            with evidence, and never once it is releasing
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Table, and_, insert, select, update
+from sqlalchemy import Connection, RowMapping, Table, and_, func, insert, select, update
 
 from lepton_fl.errors import NotFound, StateConflict, TrustError
 from lepton_fl.files import canonical_json
 from lepton_server.store import events as ev
-from lepton_server.store.tables import DEVICE, MODEL, PARTICIPATION, ROUND, RUN, TASK, TOKEN, TOKEN_USE
+from lepton_server.store.tables import (
+    BUDGET,
+    CHARGE,
+    DEVICE,
+    MODEL,
+    PARTICIPATION,
+    ROUND,
+    RUN,
+    TASK,
+    TOKEN,
+    TOKEN_USE,
+    TOTAL,
+)
 
-FINISHED = ("completed", "stopped", "failed")
 _CHUNK = 500  # ids in one IN (…)
 
 
@@ -294,6 +309,12 @@ def _run_finished(connection: Connection, when: When, body: ev.RunFinished) -> N
     )
 
 
+def _run_resumed(connection: Connection, when: When, body: ev.RunResumed) -> None:
+    _run(connection, body.run_id, ("exhausted",))
+    back = {"state": "queued", "reason": "", "finished_at": None, "rounds": None}
+    _change(connection, RUN, {"id": body.run_id}, **back)
+
+
 def _run_waiting(connection: Connection, when: When, body: ev.RunWaiting) -> None:
     _run(connection, body.run_id, _OPEN)
     _change(connection, RUN, {"id": body.run_id}, waiting=body.cause, waiting_until=body.until)
@@ -455,6 +476,101 @@ def _model_created(connection: Connection, when: When, body: ev.ModelCreated) ->
     connection.execute(insert(MODEL).values(row))
 
 
+# -------------------------------------------------------------------------------------------------- privacy
+
+
+def _budget_set(connection: Connection, when: When, body: ev.BudgetSet) -> None:
+    place = and_(BUDGET.c.account == body.account, BUDGET.c.unit == body.unit, BUDGET.c.trust == body.trust)
+    newest = connection.execute(select(func.max(BUDGET.c.version)).where(place)).scalar() or 0
+    if body.version != newest + 1:
+        raise StateConflict(
+            f"Expected version {newest + 1} of the budget {body.account!r}, got {body.version}.",
+            hint="Somebody else has changed it meanwhile; look at it again.",
+        )
+    values = body.model_dump(exclude={"previous"}) | {"set_at": when.time}
+    connection.execute(insert(BUDGET).values(values))
+
+
+def _charge(
+    connection: Connection, body: ev.LedgerBody, states: Sequence[str]
+) -> tuple[dict[str, object], RowMapping]:
+    """The key and the row of the attempt that an event is about."""
+    key = body.model_dump(include={"run_id", "round", "attempt"})
+    row = _one(connection, CHARGE, **key)
+    shown = f"round {key['round']}, attempt {key['attempt']} of run {key['run_id']}"
+    if row is None:
+        raise NotFound(f"Nothing is reserved for {shown}.")
+    if row["state"] not in states:
+        raise StateConflict(f"The charge of {shown} is {row['state']}; expected {' or '.join(states)}.")
+    return key, row
+
+
+def _privacy_reserved(connection: Connection, when: When, body: ev.PrivacyReserved) -> None:
+    _run(connection, body.run_id, ("running",))
+    key = body.model_dump(include={"run_id", "round", "attempt"})
+    if _one(connection, CHARGE, **key):
+        raise StateConflict(
+            f"Round {body.round}, attempt {body.attempt} of run {body.run_id} is reserved already."
+        )
+    row = {
+        **key,
+        "state": "reserved",
+        "events": _json(body.events),
+        "extra": "[]",
+        "accounts": _json(body.accounts),
+        "unit": body.unit,
+        "trust": body.trust,
+        "evidence": "",
+        "reserved_at": when.time,
+    }
+    connection.execute(insert(CHARGE).values(row))
+    _count(connection, body.accounts, body.unit, body.trust, body.events, 1)
+
+
+def _privacy_releasing(connection: Connection, when: When, body: ev.PrivacyReleasing) -> None:
+    key, _ = _charge(connection, body, ("reserved",))
+    _change(connection, CHARGE, key, state="releasing")
+
+
+def _privacy_committed(connection: Connection, when: When, body: ev.PrivacyCommitted) -> None:
+    key, row = _charge(connection, body, ("releasing",))
+    _change(
+        connection,
+        CHARGE,
+        key,
+        state="committed",
+        extra=_json(body.extra),
+        model_sha256=body.model_sha256,
+        state_sha256=body.state_sha256,
+        settled_at=when.time,
+    )
+    _count(connection, json.loads(row["accounts"]), row["unit"], row["trust"], body.extra, 1)
+
+
+def _privacy_voided(connection: Connection, when: When, body: ev.PrivacyVoided) -> None:
+    key, row = _charge(connection, body, ("reserved",))
+    if not body.evidence.strip():
+        raise StateConflict("Expected evidence that nothing was released; without it, it was.")
+    _change(connection, CHARGE, key, state="voided", evidence=body.evidence, settled_at=when.time)
+    accounts, events = json.loads(row["accounts"]), json.loads(row["events"])
+    _count(connection, accounts, row["unit"], row["trust"], events, -1)
+
+
+def _count(
+    connection: Connection, accounts: Sequence[str], unit: str, trust: str, events: Sequence[str], by: int
+) -> None:
+    """Add to the totals of every account that pays."""
+    for event in events:
+        key = and_(TOTAL.c.unit == unit, TOTAL.c.trust == trust, TOTAL.c.event == event)
+        here = and_(TOTAL.c.account.in_(accounts), key)
+        known = set(connection.execute(select(TOTAL.c.account).where(here)).scalars())
+        if known:
+            connection.execute(update(TOTAL).where(here).values(count=TOTAL.c.count + by))
+        fresh = {"unit": unit, "trust": trust, "event": event, "count": by}
+        if new := [fresh | {"account": account} for account in accounts if account not in known]:
+            connection.execute(insert(TOTAL), new)
+
+
 def _nothing(connection: Connection, when: When, body: ev.Body) -> None:
     """Some facts are for the record only."""
 
@@ -477,6 +593,7 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.RunStarted: _run_started,
     ev.RunStopping: _run_stopping,
     ev.RunFinished: _run_finished,
+    ev.RunResumed: _run_resumed,
     ev.RunBest: _run_best,
     ev.RoundPlanned: _round_planned,
     ev.RoundCommitted: _round_committed,
@@ -486,6 +603,11 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.ModelCreated: _model_created,
     ev.ReleasePublished: _nothing,
     ev.ReleaseWithdrawn: _nothing,
+    ev.BudgetSet: _budget_set,
+    ev.PrivacyReserved: _privacy_reserved,
+    ev.PrivacyReleasing: _privacy_releasing,
+    ev.PrivacyCommitted: _privacy_committed,
+    ev.PrivacyVoided: _privacy_voided,
     ev.ServerStarted: _nothing,
     ev.ServerStopped: _nothing,
 }

@@ -30,12 +30,16 @@ from typing import Any, Self, overload
 from sqlalchemy import Connection, Engine, RowMapping, Select, insert, select, update
 
 from lepton_fl.errors import NotFound, StateError, StateLocked
-from lepton_server.store import journal
+from lepton_fl.files import event_hash
+from lepton_fl.privacy.events import Event as PrivacyEvent
+from lepton_fl.privacy.record import Policy
+from lepton_server.store import journal, ledger
 from lepton_server.store.engine import make_engine, parse_url, reading, writing
-from lepton_server.store.events import Body, TaskRegistered, encode_body, event_hash, parse_body
+from lepton_server.store.events import Body, LedgerBody, TaskRegistered, encode_body, parse_body
 from lepton_server.store.projection import When, apply
 from lepton_server.store.schema import prepare
 from lepton_server.store.tables import (
+    CHARGE,
     DEVICE,
     EVENT,
     HEAD,
@@ -50,6 +54,7 @@ from lepton_server.store.tables import (
 )
 from lepton_server.store.views import (
     ActiveDevice,
+    ChargeRecord,
     Device,
     Event,
     Head,
@@ -58,6 +63,7 @@ from lepton_server.store.views import (
     RebuildReport,
     Round,
     Run,
+    SignedBudget,
     Task,
     Token,
 )
@@ -87,6 +93,7 @@ class Transaction:
         self._clock = clock
         self._head = journal.head(connection)
         self._start = self._head
+        self._ledger_head = ""  # of the privacy ledger, once it was needed
 
     @overload
     def record(self, kind: str, body: BodyLike, /) -> Event: ...
@@ -111,6 +118,9 @@ class Transaction:
             NotFound: The event is about something unknown.
         """
         checked = _checked(kind, subject, body)
+        if isinstance(checked, LedgerBody):
+            self._ledger_head = self._ledger_head or ledger.head(self._connection)
+            checked = checked.model_copy(update={"previous": self._ledger_head})
         subject = checked.subject
         now = self._now()
         encoded = encode_body(kind, checked)
@@ -128,12 +138,27 @@ class Transaction:
         }
         self._connection.execute(insert(EVENT), row)
         self._head = Head(seq, digest)
+        if isinstance(checked, LedgerBody):
+            self._ledger_head = digest
         return Event(seq, now, kind, subject, json.loads(encoded), prev, digest)
 
     def task(self, name: str, version: str) -> Task | None:
         """Return a task version as this transaction sees it."""
         row = self._connection.execute(_task_query(name, version)).mappings().first()
         return None if row is None else Task(**row)
+
+    def budgets_over(self, accounts: Sequence[str], unit: str) -> list[SignedBudget]:
+        """Return the budgets that a charge to these accounts falls under, as this transaction sees them."""
+        return ledger.budgets(self._connection, accounts, unit)
+
+    def spent(self, policy: Policy) -> dict[PrivacyEvent, int]:
+        """Return everything that is reserved or committed under a budget, counted."""
+        return ledger.counts(self._connection, policy)
+
+    def charges(self, run_id: str, states: Iterable[str]) -> list[ChargeRecord]:
+        """Return a run's charges in these states."""
+        rows = self._connection.execute(ledger.charges_query(run_id, states)).mappings()
+        return [ledger.charge(row) for row in rows]
 
     def _now(self) -> float:
         now = float(self._clock())
@@ -377,6 +402,29 @@ class Store:
         """Return how many runs have this optimiser state among theirs, in any round."""
         query = select(ROUND.c.run_id).where(ROUND.c.state_sha256 == sha256).distinct()
         return len(self._rows(query))
+
+    # ------------------------------------------------------------------------------------------- privacy
+
+    def budgets(self) -> list[tuple[SignedBudget, dict[PrivacyEvent, int]]]:
+        """Return every budget's newest version, and what is reserved or committed under it, of one moment."""
+        with reading(self._engine) as connection:
+            return [(b, ledger.counts(connection, b.policy)) for b in ledger.budgets(connection)]
+
+    def charges(
+        self, run_id: str | None = None, *, states: Iterable[str] | None = None
+    ) -> list[ChargeRecord]:
+        """Return the privacy ledger's charges by run, round and attempt."""
+        return [ledger.charge(row) for row in self._rows(ledger.charges_query(run_id, states))]
+
+    def participations(self, run_id: str) -> dict[str, tuple[int, int]]:
+        """Return device -> the last committed round that it counted in, and how many there were."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(ledger.participations_query(run_id))
+            return {device_id: (last, times) for device_id, last, times in rows}
+
+    def memory_users(self, sha256: str) -> int:
+        """Return how many charges have this sealed memory of a mechanism."""
+        return len(self._rows(select(CHARGE.c.run_id).where(CHARGE.c.state_sha256 == sha256)))
 
     # ------------------------------------------------------------------------------------------- journal
 

@@ -1,6 +1,6 @@
 """The tables: the journal, its projections, and the two that are neither.
 
-``event`` is the truth and only grows. ``enrolment_token`` … ``model_version`` are projections: they hold
+``event`` is the truth and only grows. ``enrolment_token`` … ``privacy_total`` are projections: they hold
 nothing that a replay of the journal does not give. ``journal_head`` lets a missing tail be noticed.
 ``presence`` is soft state (when a device was last seen): worth nothing after a restart, so not journalled.
 
@@ -129,7 +129,7 @@ class RunRow(_Base, table=True):
     id: str = Field(sa_column=Column(Text, primary_key=True))
     name: str = Field(sa_column=_text())
     spec: str = Field(sa_column=_text())  # JSON object
-    state: str = Field(sa_column=_text())  # queued, running, stopping, completed, stopped, failed
+    state: str = Field(sa_column=_text())  # queued, running, stopping, completed, stopped, failed, exhausted
     reason: str = Field(sa_column=_text())
     queued_seq: int = Field(sa_column=Column(BigInteger, nullable=False))  # the order of the queue
     queued_at: float = Field(sa_column=Column(Float(53), nullable=False))
@@ -210,6 +210,59 @@ class ModelRow(_Base, table=True):
     created_at: float = Field(sa_column=Column(Float(53), nullable=False))
 
 
+class BudgetRow(_Base, table=True):
+    """What an account allows, by version; the highest one holds."""
+
+    __tablename__ = "privacy_budget"
+    account: str = Field(sa_column=Column(Text, primary_key=True))
+    unit: str = Field(sa_column=Column(Text, primary_key=True))  # device, example
+    trust: str = Field(sa_column=Column(Text, primary_key=True))  # central, distributed, local
+    version: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    adjacency: str = Field(sa_column=_text())
+    accountant: str = Field(sa_column=_text())
+    epsilon: float = Field(sa_column=Column(Float(53), nullable=False))
+    delta: float = Field(sa_column=Column(Float(53), nullable=False))
+    note: str = Field(sa_column=_text())
+    key: str = Field(sa_column=_text())  # base64 DER SubjectPublicKeyInfo
+    signature: str = Field(sa_column=_text())  # base64
+    set_at: float = Field(sa_column=Column(Float(53), nullable=False))
+
+
+class ChargeRow(_Base, table=True):
+    """One attempt at a release. All but the voided ones count as spent."""
+
+    __tablename__ = "privacy_charge"
+    __table_args__ = (
+        ForeignKeyConstraint(["run_id"], ["run.id"], name="charge_run"),
+        Index("privacy_charge_state", "state"),
+    )
+    run_id: str = Field(sa_column=Column(Text, primary_key=True))
+    round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    state: str = Field(sa_column=_text())  # reserved, releasing, committed, voided
+    events: str = Field(sa_column=_text())  # JSON array: what was reserved
+    extra: str = Field(sa_column=_text())  # JSON array: what was found to have been spent besides
+    accounts: str = Field(sa_column=_text())  # JSON array
+    unit: str = Field(sa_column=_text())
+    trust: str = Field(sa_column=_text())
+    evidence: str = Field(sa_column=_text())  # that nothing was released
+    model_sha256: str | None = Field(sa_column=Column(Text))
+    state_sha256: str | None = Field(sa_column=Column(Text))  # the sealed memory of the mechanism
+    reserved_at: float = Field(sa_column=Column(Float(53), nullable=False))
+    settled_at: float | None = Field(sa_column=Column(Float(53)))
+
+
+class TotalRow(_Base, table=True):
+    """How often an account was charged for an event: what accountants read, however long the ledger is."""
+
+    __tablename__ = "privacy_total"
+    account: str = Field(sa_column=Column(Text, primary_key=True))
+    unit: str = Field(sa_column=Column(Text, primary_key=True))
+    trust: str = Field(sa_column=Column(Text, primary_key=True))
+    event: str = Field(sa_column=Column(Text, primary_key=True))  # JSON
+    count: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
 class PresenceRow(_Base, table=True):
     """Soft state: when a device was last heard of. Not in the journal, lost without harm."""
 
@@ -237,6 +290,21 @@ ROUND = _table("round")
 PARTICIPATION = _table("participation")
 MODEL = _table("model_version")
 PRESENCE = _table("presence")
+BUDGET = _table("privacy_budget")
+CHARGE = _table("privacy_charge")
+TOTAL = _table("privacy_total")
 
 # In an order in which rows can be inserted without breaking a foreign key; deleted the other way round.
-PROJECTIONS: tuple[Table, ...] = (TOKEN, TOKEN_USE, DEVICE, TASK, RUN, ROUND, PARTICIPATION, MODEL)
+PROJECTIONS: tuple[Table, ...] = (
+    TOKEN,
+    TOKEN_USE,
+    DEVICE,
+    TASK,
+    RUN,
+    ROUND,
+    PARTICIPATION,
+    MODEL,
+    BUDGET,
+    CHARGE,
+    TOTAL,
+)

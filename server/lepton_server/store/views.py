@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lepton_fl.privacy.record import Policy
+
 JsonObject = Mapping[str, Any]
 
 
@@ -103,7 +105,7 @@ class Run:
     id: str
     name: str
     spec: JsonObject
-    state: str  # queued, running, stopping, completed, stopped, failed
+    state: str  # queued, running, stopping, completed, stopped, failed, exhausted
     reason: str
     queued_seq: int
     queued_at: float
@@ -173,6 +175,36 @@ class Model:
     parent_sha256: str | None
     metrics: JsonObject
     created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SignedBudget:
+    """What an account allows, and who said so."""
+
+    policy: Policy
+    key: bytes = field(repr=False)  # DER SubjectPublicKeyInfo
+    signature: str = field(repr=False)  # base64
+    set_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeRecord:
+    """One attempt at a release."""
+
+    run_id: str
+    round: int
+    attempt: int
+    state: str  # reserved, releasing, committed, voided
+    events: tuple[str, ...]  # JSON
+    extra: tuple[str, ...]  # JSON; found later
+    accounts: tuple[str, ...]
+    unit: str
+    trust: str
+    evidence: str
+    model_sha256: str | None
+    state_sha256: str | None  # of the sealed memory of the mechanism
+    reserved_at: float
+    settled_at: float | None
 
 
 @dataclass(frozen=True, slots=True)

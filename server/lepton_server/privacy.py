@@ -1,0 +1,350 @@
+"""Private runs of a coordinator: their keys, their budgets, and the ledger that says no.
+
+    keys = PrivacyKeys(state_dir / "keys", config.privacy)
+    guard = guard_run(store, keys, run_id, spec, ready)          # opens the run's budget
+    Campaign(..., private=guard.rounds, book=RunBook(..., ledger=guard.ledger))
+
+Rules. A charge is written in the transaction that plans the round, before anybody is asked, and judged there
+by every budget it falls under. It is committed in the transaction that stores the model and the mechanism's
+sealed memory. A round that a crash cut short before its release was begun has released nothing, and that it
+was not begun is the evidence; one that was cut short later counts as spent.
+"""
+
+import base64
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from lepton_fl.crypto import PrivateKey, key_from_pem, key_to_pem, new_key, public_der
+from lepton_fl.errors import ConfigError, NotFound, StateConflict, StateCorrupt
+from lepton_fl.files import read_private, remove, write_private
+from lepton_fl.plan import RunSpec
+from lepton_fl.privacy.budget import epsilon_of
+from lepton_fl.privacy.events import Event, to_json
+from lepton_fl.privacy.planning import Prepared
+from lepton_fl.privacy.record import Charge, Key, Policy, accounts_of, admitted, scope_of
+from lepton_fl.privacy.sealing import KEY_BYTES
+from lepton_fl.rounds.private import PrivateRounds, PrivateState, budget_of
+from lepton_server.config import PrivacySection
+from lepton_server.store import SignedBudget, Store, Transaction
+
+Insist = Callable[[Callable[[], object]], object]  # see ``patience.Patience.insist``
+
+NOT_BEGUN = "The coordinator ended before the release was begun; nothing was added up."
+
+
+# --- keys -------------------------------------------------------------------------------------------
+
+
+class PrivacyKeys:
+    """The key that seals noise, and the key that signs budgets; files of mode 0600, made at first need."""
+
+    def __init__(self, folder: Path, config: PrivacySection) -> None:
+        """Nothing is read or made yet.
+
+        Args:
+            folder: where keys lie that the configuration does not name.
+            config: may name other files.
+        """
+        self._noise = config.noise_key or folder / "noise.key"
+        self._budget = config.budget_key or folder / "budget.key"
+
+    def noise(self, *, make: bool) -> bytes:
+        """The key under which remembered noise is sealed, 32 bytes.
+
+        Args:
+            make: whether a missing one is made; a run that has sealed something needs the one it had.
+
+        Raises:
+            NotFound: it is missing.
+            TrustError: others can read it.
+            StateCorrupt: it is no key.
+        """
+        if make:
+            _make_once(self._noise, lambda: secrets.token_bytes(KEY_BYTES))
+        key = self._read(self._noise, "The noise of runs under way cannot be opened without it: restore it.")
+        if len(key) != KEY_BYTES:
+            raise StateCorrupt(f"Expected {KEY_BYTES} bytes in {self._noise}, got {len(key)}.")
+        return key
+
+    def signer(self) -> PrivateKey:
+        """The key that signs budgets, P-256."""
+        _make_once(self._budget, lambda: key_to_pem(new_key()))
+        return key_from_pem(self._read(self._budget, ""))
+
+    def public(self) -> bytes:
+        """Its public half, DER: what budgets are checked against."""
+        return public_der(self.signer().public_key())
+
+    def _read(self, path: Path, hint: str) -> bytes:
+        try:
+            return read_private(path)
+        except NotFound as error:
+            raise NotFound(str(error), hint=hint) from error
+
+
+def _make_once(path: Path, make: Callable[[], bytes]) -> None:
+    """Make a key file unless it is there; of two processes that try, one wins."""
+    if path.exists():
+        return
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    write_private(fresh, make())
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        remove(fresh)
+
+
+# --- budgets ----------------------------------------------------------------------------------------
+
+
+def set_budget(change: Transaction, keys: PrivacyKeys, policy: Policy) -> Policy:
+    """Sign what an account allows from now on, as the next version; earlier charges count, too.
+
+    Args:
+        change: in which it is recorded.
+        keys: with the budget key.
+        policy: its version is filled in.
+
+    Raises:
+        ConfigError: no account, epsilon or delta that a budget can have.
+        TrustError: the version before is signed by another key.
+    """
+    scope_of(policy.account)
+    _ = policy.budget  # its bounds
+    known = [
+        b
+        for b in change.budgets_over([policy.account], policy.unit)
+        if (b.policy.account, b.policy.trust) == (policy.account, policy.trust)
+    ]
+    for before in known:
+        before.policy.check(before.signature, keys.public())
+    signed = replace(policy, version=known[0].policy.version + 1 if known else 1)
+    key = keys.signer()
+    row = {f.name: getattr(signed, f.name) for f in fields(signed)}
+    row["key"] = base64.b64encode(public_der(key.public_key())).decode("ascii")
+    change.record("budget.set", row | {"signature": signed.sign(key)})
+    return signed
+
+
+class Ledger:
+    """The store's ledger for one run (``rounds.ledger.Ledger``); what is staged is written by the book."""
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        spec: RunSpec,
+        budget_key: bytes,
+        insist: Insist = lambda write: write(),
+    ) -> None:
+        """Use the ledger; nothing is charged yet.
+
+        Args:
+            store: the coordinator's state.
+            run_id: of the run.
+            spec: of it, with ``privacy``.
+            budget_key: that must have signed every budget (DER).
+            insist: repeats a write until trouble that passes has passed.
+        """
+        if spec.privacy is None:
+            raise ConfigError(f"Run {run_id} asks for no privacy.")
+        self._store, self._run_id, self._insist, self._budget_key = store, run_id, insist, budget_key
+        self._accounts = accounts_of(run_id, spec.task, spec.cohort.groups)
+        self._unit, self._trust = spec.privacy.unit, spec.privacy.trust
+        self._checked: set[tuple[str, int, str]] = set()  # signed rows that were checked
+        self._reserved: Charge | None = None
+        self._voided: tuple[Key, str] | None = None
+        self._committed: tuple[Key, list[Event]] | None = None
+        self._extra: list[Event] = []
+
+    # what rounds say
+
+    def reserve(self, run_id: str, round_number: int, attempt: int, event: Event | None) -> None:
+        """Stage a charge; ``write_reserved`` writes or refuses it."""
+        events = () if event is None else (to_json(event),)
+        self._reserved = Charge(
+            (run_id, round_number, attempt), events, self._accounts, self._unit, self._trust
+        )
+        self._extra = []
+
+    def releasing(self, run_id: str, round_number: int, attempt: int) -> None:
+        """Write it down, durably."""
+        body = _attempt((run_id, round_number, attempt))
+        self._insist(lambda: self._store.record("privacy.releasing", body))
+
+    def commit(self, run_id: str, round_number: int, attempt: int) -> None:
+        """Stage it; ``write_committed`` writes it with the release."""
+        self._committed = (run_id, round_number, attempt), self._extra
+
+    def void(self, run_id: str, round_number: int, attempt: int, evidence: str) -> None:
+        """Stage it; ``write_voided`` writes it."""
+        self._voided = (run_id, round_number, attempt), evidence
+
+    def record(self, run_id: str, round_number: int, attempt: int, event: Event) -> None:
+        """Stage what is to be charged on top, in the commit of the same attempt."""
+        self._extra.append(event)
+
+    def in_doubt(self, run_id: str, round_number: int) -> int:
+        """Attempts whose release was begun and not stored."""
+        found = self._store.charges(run_id, states=("reserved", "releasing"))
+        return sum(c.round == round_number for c in found)
+
+    # what the book writes
+
+    def write_reserved(self, change: Transaction) -> None:
+        """Set the staged charge aside in every budget that it falls under, or in none.
+
+        Raises:
+            BudgetRefused: of the first that cannot afford it; the transaction must not go on.
+            TrustError: a budget was not signed by the budget key.
+        """
+        charge = self._reserved
+        if charge is None:
+            return
+        for budget in change.budgets_over(charge.accounts, charge.unit):
+            self._check(budget)
+            admitted(budget.policy, change.spent(budget.policy), charge)
+        body = _attempt(charge.key) | {"events": list(charge.events), "accounts": list(charge.accounts)}
+        change.record("privacy.reserved", body | {"unit": charge.unit, "trust": charge.trust})
+
+    def write_committed(self, change: Transaction, model_sha256: str, state_sha256: str | None) -> None:
+        """Settle the staged release, with the artefacts that this transaction names."""
+        if self._committed is None:
+            return
+        key, extra = self._committed
+        body = _attempt(key) | {"model_sha256": model_sha256, "state_sha256": state_sha256}
+        change.record("privacy.committed", body | {"extra": [to_json(event) for event in extra]})
+
+    def write_voided(self, change: Transaction) -> None:
+        """Give back what the staged attempt had set aside."""
+        if self._voided is not None:
+            key, evidence = self._voided
+            change.record("privacy.voided", _attempt(key) | {"evidence": evidence[:2000]})
+
+    def settled(self) -> None:
+        """What was staged is written."""
+        self._reserved = self._voided = self._committed = None
+
+    def _check(self, budget: SignedBudget) -> None:
+        place = (budget.policy.account, budget.policy.version, budget.signature)
+        if place not in self._checked:
+            budget.policy.check(budget.signature, self._budget_key)
+            self._checked.add(place)
+
+
+def void_unbegun(change: Transaction, run_id: str, evidence: str = NOT_BEGUN) -> None:
+    """Give back what attempts had set aside whose release was never begun; for a run that nobody drives."""
+    for charge in change.charges(run_id, ("reserved",)):
+        key = charge.run_id, charge.round, charge.attempt
+        change.record("privacy.voided", _attempt(key) | {"evidence": evidence})
+
+
+def _attempt(key: Key) -> dict[str, object]:
+    return {"run_id": key[0], "round": key[1], "attempt": key[2]}
+
+
+# --- a run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What keeps a run's guarantee, and where it is charged."""
+
+    rounds: PrivateRounds
+    ledger: Ledger
+
+
+def guard_run(
+    store: Store,
+    keys: PrivacyKeys,
+    run_id: str,
+    spec: RunSpec,
+    ready: Prepared,
+    *,
+    devices: int,
+    committed: int,
+    insist: Insist = lambda write: write(),
+) -> Guard:
+    """Open a run's own budget, if it is not there, and make what keeps its guarantee.
+
+    Args:
+        store: the coordinator's state.
+        keys: of noise and budgets.
+        run_id: of the run.
+        spec: of it, with ``privacy`` of device level.
+        ready: its mechanism.
+        devices: that could take part.
+        committed: its last committed round.
+        insist: repeats a write until trouble that passes has passed.
+
+    Raises:
+        ConfigError: delta would allow to publish one device's data whole.
+        NotFound, TrustError: a key is missing, or others can read it.
+    """
+    delta = spec.privacy.delta if spec.privacy else 0.0
+    if devices * delta > 1:
+        raise ConfigError(
+            f"privacy.delta={delta:g} is above 1/{devices}, one over the devices: that would allow to "
+            "publish one device's data whole.",
+            hint="Lower run.privacy.delta.",
+        )
+    budget = budget_of(spec, ready, f"run:{run_id}")
+    epsilon_of(budget, ready.planned)  # what accountants import takes a second: not while others wait
+    policy = Policy(
+        budget.name,
+        1,
+        budget.epsilon,
+        budget.delta,
+        budget.unit,
+        budget.trust,
+        budget.adjacency,
+        note="as the run asks",
+    )
+    insist(lambda: _open(store, keys, policy))
+    ledger = Ledger(store, run_id, spec, keys.public(), insist)
+    sealing_key = keys.noise(make=committed == 0)
+    return Guard(PrivateRounds(spec, run_id, ready, ledger, sealing_key=sealing_key), ledger)
+
+
+def _open(store: Store, keys: PrivacyKeys, policy: Policy) -> None:
+    with store.transaction() as change:
+        if not change.budgets_over([policy.account], policy.unit):
+            set_budget(change, keys, policy)
+
+
+def stored_state(
+    store: Store, read: Callable[[str], bytes], run_id: str, committed: int
+) -> PrivateState | None:
+    """What the next round depends on: the sealed memory of the last one, and who took part.
+
+    Args:
+        store: the coordinator's state.
+        read: a blob by its hash.
+        run_id: of the run.
+        committed: its last committed round.
+
+    Raises:
+        StateConflict: there is none; what the run has spent is not known.
+    """
+    if not committed:
+        return None
+    found = [c for c in store.charges(run_id, states=("committed",)) if c.round == committed]
+    if not found or found[-1].state_sha256 is None:
+        raise StateConflict(f"Round {committed} of run {run_id} is committed without its privacy.")
+    state = PrivateState.from_bytes(read(found[-1].state_sha256))
+    return replace(state, took_part=store.participations(run_id))
+
+
+def without_names(state: PrivateState) -> bytes:
+    """What is stored of a state: who took part is in the table of participations."""
+    return replace(state, took_part={}).to_bytes()
+
+
+def newest_states(store: Store, run_id: str) -> Sequence[str]:
+    """The sealed memories that a run has left, the newest last."""
+    return [c.state_sha256 for c in store.charges(run_id, states=("committed",)) if c.state_sha256]

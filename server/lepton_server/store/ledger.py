@@ -1,0 +1,98 @@
+"""Reading the privacy ledger's tables: which budgets a charge falls under, and what is spent there.
+
+All functions take a connection in a transaction, so that a reservation is judged by what it is added to.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, Select, and_, func, or_, select
+
+from lepton_fl.files import GENESIS
+from lepton_fl.privacy.events import Event, from_json
+from lepton_fl.privacy.record import ANYBODY, SUBJECT, TRUSTS, Policy, reads
+from lepton_server.store.tables import BUDGET, CHARGE, EVENT, PARTICIPATION, ROUND, TOTAL
+from lepton_server.store.views import ChargeRecord, SignedBudget
+
+_PLACE = (BUDGET.c.account, BUDGET.c.unit, BUDGET.c.trust)
+
+
+def head(connection: Connection) -> str:
+    """The hash of the ledger's newest event; ``GENESIS`` of an empty one."""
+    newest = select(EVENT.c.hash).where(EVENT.c.subject == SUBJECT).order_by(EVENT.c.seq.desc()).limit(1)
+    return connection.execute(newest).scalar() or GENESIS
+
+
+def budgets(
+    connection: Connection, accounts: Sequence[str] | None = None, unit: str | None = None
+) -> list[SignedBudget]:
+    """The newest version of the budgets of these accounts, of all when None; by account."""
+    query = select(BUDGET).order_by(*_PLACE, BUDGET.c.version)
+    if accounts is not None:
+        named = BUDGET.c.account.in_(accounts)
+        groups = and_(BUDGET.c.account >= "group:", BUDGET.c.account < "group;")  # ';' follows ':'
+        query = query.where(or_(named, groups) if ANYBODY in accounts else named)
+    if unit is not None:
+        query = query.where(BUDGET.c.unit == unit)
+    rows = connection.execute(query).mappings()
+    newest = {(row["account"], row["unit"], row["trust"]): row for row in rows}
+    return [_budget(row) for row in newest.values()]
+
+
+def counts(connection: Connection, policy: Policy) -> dict[Event, int]:
+    """What is charged to a budget, counted; its cost is per distinct event, however long the ledger is."""
+    trusts = [trust for trust in TRUSTS if policy.counts(trust)]
+    query = (
+        select(TOTAL.c.event, func.sum(TOTAL.c.count))
+        .where(
+            TOTAL.c.account.in_(reads(policy.account)),
+            TOTAL.c.unit == policy.unit,
+            TOTAL.c.trust.in_(trusts),
+        )
+        .group_by(TOTAL.c.event)
+    )
+    return {from_json(event): int(count) for event, count in connection.execute(query) if count}
+
+
+def charges_query(run_id: str | None = None, states: Iterable[str] | None = None) -> Select[Any]:
+    """Charges by run, round and attempt."""
+    query = select(CHARGE).order_by(CHARGE.c.run_id, CHARGE.c.round, CHARGE.c.attempt)
+    if run_id is not None:
+        query = query.where(CHARGE.c.run_id == run_id)
+    if states is not None:
+        query = query.where(CHARGE.c.state.in_(list(states)))
+    return query
+
+
+def participations_query(run_id: str) -> Select[Any]:
+    """device, the last committed round of the run that it counted in, and how many there were."""
+    same = and_(
+        ROUND.c.run_id == PARTICIPATION.c.run_id,
+        ROUND.c.round == PARTICIPATION.c.round,
+        ROUND.c.attempt == PARTICIPATION.c.attempt,
+    )
+    return (
+        select(PARTICIPATION.c.device_id, func.max(PARTICIPATION.c.round), func.count())
+        .join_from(PARTICIPATION, ROUND, same)
+        .where(
+            PARTICIPATION.c.run_id == run_id,
+            PARTICIPATION.c.outcome == "counted",
+            ROUND.c.state == "committed",
+        )
+        .group_by(PARTICIPATION.c.device_id)
+    )
+
+
+def charge(row: RowMapping) -> ChargeRecord:
+    """A row as a record."""
+    lists = {name: tuple(json.loads(row[name])) for name in ("events", "extra", "accounts")}
+    return ChargeRecord(**{**row, **lists})
+
+
+def _budget(row: RowMapping) -> SignedBudget:
+    values = dict(row)
+    key, signature = base64.b64decode(values.pop("key")), values.pop("signature")
+    set_at = values.pop("set_at")
+    return SignedBudget(Policy(**values), key, signature, set_at)
