@@ -274,7 +274,7 @@ class Verifier:
             "privacy.reserved": (None,),
             "privacy.releasing": ("reserved",),
             "privacy.committed": ("releasing",),
-            "privacy.voided": ("reserved",),
+            "privacy.voided": ("reserved", "releasing"),
         }
         if kind not in expected or state not in expected[kind]:
             raise StateCorrupt(f"{kind} of {_shown(key)}, which is {state or 'not reserved'}.")

@@ -173,7 +173,9 @@ class Ledger:
         self._extra = []
 
     def releasing(self, run_id: str, round_number: int, attempt: int) -> None:
-        """Write it down, durably."""
+        """Write it down, durably, if planning has not done so."""
+        if self._trust == "distributed":
+            return
         body = _attempt((run_id, round_number, attempt))
         self._insist(lambda: self._store.record("privacy.releasing", body))
 
@@ -211,6 +213,10 @@ class Ledger:
             admitted(budget.policy, change.spent(budget.policy), charge)
         body = _attempt(charge.key) | {"events": list(charge.events), "accounts": list(charge.accounts)}
         change.record("privacy.reserved", body | {"unit": charge.unit, "trust": charge.trust})
+        if (
+            charge.trust == "distributed"
+        ):  # devices release, at a moment that a coordinator may not live to tell
+            change.record("privacy.releasing", _attempt(charge.key))
 
     def write_committed(self, change: Transaction, model_sha256: str, state_sha256: str | None) -> None:
         """Settle the staged release, with the artefacts that this transaction names."""
@@ -238,7 +244,10 @@ class Ledger:
 
 
 def void_unbegun(change: Transaction, run_id: str, evidence: str = NOT_BEGUN) -> None:
-    """Give back what attempts had set aside whose release was never begun; for a run that nobody drives."""
+    """Give back what attempts had set aside whose release was never begun; for a run that nobody drives.
+
+    Whether one that was begun was released is known to the process only that had begun it.
+    """
     for charge in change.charges(run_id, ("reserved",)):
         key = charge.run_id, charge.round, charge.attempt
         change.record("privacy.voided", _attempt(key) | {"evidence": evidence})

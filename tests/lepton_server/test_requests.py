@@ -17,10 +17,9 @@ def test_a_buffered_run_is_refused_with_where_it_works(tmp_path):
 def test_a_private_run_is_refused_with_all_that_stands_in_its_way(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
-        '[run]\ntask = "digits"\n[run.privacy]\nepsilon = 8.0\ndelta = 1e-5\nweight_cap = 5\n'
-        'mechanism = "independent"\n'
+        '[run]\ntask = "digits"\nweighting = "examples"\n[run.privacy]\nepsilon = 8.0\ndelta = 1e-5\n'
     )
-    with pytest.raises(ConfigError, match="weight_cap") as caught:
+    with pytest.raises(ConfigError, match="weighting") as caught:
         run_spec(path, {})
     assert "evaluate_every" in str(caught.value)
     path.write_text(

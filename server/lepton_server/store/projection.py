@@ -14,7 +14,7 @@ Rules:
     round:  planned ──> committed                      once per round
                    └──> abandoned ──> planned again as the next attempt, unless the round is burnt
     charge: reserved ──> (releasing) ──> committed     counts as spent throughout
-                └──> voided                            with evidence, and never once it is releasing
+                └──> voided                            with evidence that nothing was released
 """
 
 import json
@@ -548,7 +548,7 @@ def _privacy_committed(connection: Connection, when: When, body: ev.PrivacyCommi
 
 
 def _privacy_voided(connection: Connection, when: When, body: ev.PrivacyVoided) -> None:
-    key, row = _charge(connection, body, ("reserved",))
+    key, row = _charge(connection, body, ("reserved", "releasing"))
     if not body.evidence.strip():
         raise StateConflict("Expected evidence that nothing was released; without it, it was.")
     _change(connection, CHARGE, key, state="voided", evidence=body.evidence, settled_at=when.time)
