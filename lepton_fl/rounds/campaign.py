@@ -239,6 +239,8 @@ class Campaign:
                 if self.private:
                     self.private.reserve(plan)
                 self.book.planned(plan)
+            elif self.private:
+                self.private.reopened(plan)
             began = self.clock()
             collected, mean = self._collect(plan, state)
             self._blamed |= {d for d, e in collected.participation.items() if e.outcome == Rejection.BLAMED}

@@ -266,6 +266,13 @@ class PrivateRounds:
         self._ledger.reserve(self._run_id, plan.round, plan.attempt, again if doubts else event)
         self._pending = [e for e in (event, *[again] * doubts) if e is not None]
 
+    def reopened(self, plan: RoundPlan) -> None:
+        """Go on with an attempt that was reserved before a restart, and whose release was not begun here."""
+        self.shaped(plan)
+        doubts = self._ledger.in_doubt(self._run_id, plan.round) - 1
+        event, again = self._mechanism.charge(plan.round), self._mechanism.charge(plan.round, repeat=True)
+        self._pending = [e for e in (event, *[again] * doubts) if e is not None]
+
     def void(self, plan: RoundPlan, evidence: str) -> None:
         """Give back what was set aside: nothing was released."""
         self._ledger.void(self._run_id, plan.round, plan.attempt, evidence)

@@ -21,7 +21,7 @@ from pathlib import Path
 from lepton_fl.crypto import PrivateKey, key_from_pem, key_to_pem, new_key, public_der
 from lepton_fl.errors import ConfigError, NotFound, StateConflict, StateCorrupt
 from lepton_fl.files import read_private, remove, write_private
-from lepton_fl.plan import RunSpec
+from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.privacy.budget import epsilon_of
 from lepton_fl.privacy.events import Event, to_json
 from lepton_fl.privacy.planning import Prepared
@@ -327,7 +327,7 @@ def _open(store: Store, keys: PrivacyKeys, policy: Policy) -> None:
 
 
 def stored_state(
-    store: Store, read: Callable[[str], bytes], run_id: str, committed: int
+    store: Store, read: Callable[[str], bytes], run_id: str, spec: RunSpec
 ) -> PrivateState | None:
     """What the next round depends on: the sealed memory of the last one, and who took part.
 
@@ -335,18 +335,36 @@ def stored_state(
         store: the coordinator's state.
         read: a blob by its hash.
         run_id: of the run.
-        committed: its last committed round.
+        spec: of it.
+
+    Returns:
+        None before the first model, and for a run without privacy of device level.
 
     Raises:
-        StateConflict: there is none; what the run has spent is not known.
+        StateConflict: a model has no charge; what the run has spent is not known.
     """
-    if not committed:
+    if spec.privacy is None or spec.privacy.unit != "device":
         return None
-    found = [c for c in store.charges(run_id, states=("committed",)) if c.round == committed]
-    if not found or found[-1].state_sha256 is None:
-        raise StateConflict(f"Round {committed} of run {run_id} is committed without its privacy.")
-    state = PrivateState.from_bytes(read(found[-1].state_sha256))
-    return replace(state, took_part=store.participations(run_id))
+    done = [r.round for r in store.rounds(run_id) if r.state == "committed"]
+    if not done:
+        fresh = PrivateState(separation=spec.privacy.min_separation, times=spec.privacy.max_participations)
+        return fresh if store.run(run_id).committed else None  # rounds were left out, none was released
+    found = {c.round: c.state_sha256 for c in store.charges(run_id, states=("committed",))}
+    sha256 = found.get(done[-1])
+    if sha256 is None:
+        raise StateConflict(f"Round {done[-1]} of run {run_id} is committed without its privacy.")
+    return replace(PrivateState.from_bytes(read(sha256)), took_part=store.participations(run_id))
+
+
+def may_go_on(store: Store, plan: RoundPlan) -> bool:
+    """Whether a secure attempt that a restart cut off can go on under the charge that it has.
+
+    Under distributed trust its sum is the one release that was reserved. Under central trust noise that was
+    drawn may have been seen, and would be drawn anew: that is another release, of another attempt.
+    """
+    begun = store.charges(plan.run_id, states=("releasing",))
+    mine = [c for c in begun if (c.round, c.attempt) == (plan.round, plan.attempt)]
+    return all(c.trust == "distributed" for c in mine)
 
 
 def without_names(state: PrivateState) -> bytes:

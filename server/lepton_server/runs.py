@@ -29,7 +29,15 @@ from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink
 from lepton_server.ops import Meters
 from lepton_server.patience import PASSING, RETRY_S, Interrupted, Patience, Stopped, one_line
-from lepton_server.privacy import Guard, PrivacyKeys, guard_run, newest_states, stored_state, void_unbegun
+from lepton_server.privacy import (
+    Guard,
+    PrivacyKeys,
+    guard_run,
+    may_go_on,
+    newest_states,
+    stored_state,
+    void_unbegun,
+)
 from lepton_server.requests import refuse_unknown
 from lepton_server.secure import SecureFleet, records_of
 from lepton_server.signing import Signing
@@ -274,6 +282,8 @@ class RunDriver:
         plan = RoundPlan.model_validate_json(json.dumps(dict(planned[-1].plan)))
         if self._secure_dir is None or not records_of(self._secure_dir / run_id, plan).exists():
             return None
+        if not may_go_on(self._store, plan):
+            return None
         log.info("run %s goes on with round %d, attempt %d", run_id, plan.round, plan.attempt)
         return plan
 
@@ -321,7 +331,7 @@ class RunDriver:
         self, run_id: str, spec: RunSpec, work: Work, committed: int, patience: Patience
     ) -> Guard | None:
         """What keeps a private run's guarantee; None if it has none of device level."""
-        if spec.privacy is None:
+        if spec.privacy is None or spec.privacy.unit != "device":
             return None
         if self._privacy_keys is None:
             raise ConfigError("This coordinator was started without the keys of private runs.")
@@ -368,9 +378,7 @@ class RunDriver:
             best=progress.best,
             stale=progress.stale,
             retried=progress.retried,
-            private=stored_state(self._store, self._blobs.read, run_id, progress.round)
-            if spec.privacy
-            else None,
+            private=stored_state(self._store, self._blobs.read, run_id, spec),
         )
 
     def _abandon(self, run_id: str, body: dict[str, object]) -> None:

@@ -134,6 +134,10 @@ def a_whole_life(store):
         "device.reported", "d1", {"device_id": "d1", "reported": {"rows": 5, "load": 0.25, "ü": None}}
     )
     store.record("device.desired", "d1", {"device_id": "d1", "desired": {"paused": True}})
+    signing = {"device_id": "d1", "signing_key": SHA["e"]}
+    store.record("device.signing", "d1", signing | {"request": "cmVxdWVzdA=="})
+    certified = signing | {"credential": "Y3JlZGVudGlhbA==", "not_after": NOW + 1e6}
+    store.record("device.certified", "d1", certified)
     signed = {"release": "4" * 64, "task": "digits", "variant": "int8", "sequence": 1}
     store.record("release.published", signed)
     store.record("release.withdrawn", {"release": "4" * 64})
