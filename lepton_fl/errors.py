@@ -204,6 +204,7 @@ class Rejection(StrEnum):
     NOT_SELECTED = "not-selected"  # the sender is not in the cohort
     DATA_CONTRACT = "data-contract"  # the device's data break the task's contract
     FAILED = "failed"  # the device tried and reports an error
+    BUDGET = "budget"  # the device's own privacy budget, or its owner, does not allow it
     BLAMED = "blamed"  # its messages of a secure aggregation were provably wrong
     OFFLINE = "offline"  # no answer by the deadline
     REVOKED = "revoked"  # the device lost its enrolment

@@ -121,6 +121,49 @@ def write_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o644) -
         temporary.unlink(missing_ok=True)  # gone already when the rename happened
 
 
+def append_durably(path: str | os.PathLike[str], data: bytes) -> None:
+    """Add ``data`` to the end of a private file, made if need be (0600); it is synced when this returns.
+
+    Raises:
+        DiskFull: No space was left; the file is as long as before.
+        StateError: The file cannot be written.
+    """
+    target = Path(path)
+    try:
+        new = not target.exists()
+        descriptor = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, data)
+                os.fsync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
+        if new:
+            _sync_folder(target.parent)
+    except OSError as error:
+        _raise_translated(error, target)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def cut(path: str | os.PathLike[str], length: int) -> None:
+    """Forget what a file holds beyond ``length`` bytes, if there is more; raises StateError if it cannot."""
+    try:
+        if os.path.getsize(path) > length:
+            os.truncate(path, length)
+    except OSError as error:
+        _raise_translated(error, Path(path))
+
+
 def rename(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Give a file another name in its folder, durably; it replaces what had that name.
 

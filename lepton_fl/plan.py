@@ -47,6 +47,16 @@ class Frozen(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+class ExamplePrivacy(Frozen):
+    """What a device promises for each single row of its own (DP-SGD, Abadi et al. 2016)."""
+
+    clip_norm: Positive = 1.0  # of one row's gradient
+    noise_multiplier: NonNegative = 0.0  # of a step, in clip norms; 0 = as epsilon asks
+    epsilon: NonNegative = 0.0  # of all of one device's part in the run; 0 = as noise_multiplier gives
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    participations: Annotated[int, Field(ge=1)] = 1  # rounds of the run in which one device may train
+
+
 class LocalPlan(Frozen):
     """How one device trains in one round."""
 
@@ -61,6 +71,7 @@ class LocalPlan(Frozen):
     clip_grad_norm: NonNegative = 0.0  # per step; 0 = off
     control_variates: bool = False  # SCAFFOLD (Karimireddy et al. 2020, option II); plain SGD only
     personal: Annotated[tuple[Pattern, ...], Field(max_length=32)] = ()  # tensors that stay on the device
+    example_privacy: ExamplePrivacy | None = None  # follows from run.privacy, and is not given by itself
 
     @model_validator(mode="after")
     def _plain_sgd(self) -> Self:
@@ -355,6 +366,8 @@ class PrivacySpec(Frozen):
             )
         if self.unit == "example" and (self.adaptive_clip or self.metrics or self.weight_cap):
             raise ValueError("adaptive_clip, metrics and weight_cap are for unit='device'")
+        if self.unit == "example" and self.min_separation > 1:
+            raise ValueError("min_separation is for unit='device'; limit a device by max_participations")
         if self.bands and self.mechanism != "banded":
             raise ValueError(f"bands is for mechanism='banded', not {self.mechanism!r}")
         if self.bands > self.min_separation:
@@ -364,6 +377,18 @@ class PrivacySpec(Frozen):
                 f"colluders={self.colluders:g} leaves nobody honest of min_survivors={self.min_survivors:g}"
             )
         return self
+
+    def on_device(self, rounds: int) -> ExamplePrivacy | None:
+        """What every device must promise for its rows in a run of so many rounds; None if it need not."""
+        if self.unit != "example":
+            return None
+        return ExamplePrivacy(
+            clip_norm=self.clip_norm,
+            noise_multiplier=self.noise_multiplier,
+            epsilon=self.epsilon,
+            delta=self.delta,
+            participations=self.max_participations or rounds,
+        )
 
     @property
     def tail_size(self) -> int:
@@ -404,7 +429,7 @@ class RunSpec(Frozen):
     grid_step: Positive = 2.0**-24  # a power of two; updates reach +-(2**31 - 1) * grid_step
     clip_norm: NonNegative = 0.0  # a device scales its update to this L2 norm if it is longer; 0 = off
     aggregation: AggregationSpec = AggregationSpec()
-    # Implies, of device level, clip_norm and weighting = "equal". "strong" stands for { preset = "strong" }.
+    # Implies weighting = "equal" and, of device level, clip_norm. "strong" stands for { preset = "strong" }.
     privacy: Annotated[PrivacySpec | None, WrapValidator(_preset_by_name)] = None
     secure_aggregation: Literal["required", "off"] = "off"  # required: the coordinator learns sums only
     secure: SecureSpec = SecureSpec()  # how, where it is required; implies grid_step
@@ -419,13 +444,20 @@ class RunSpec(Frozen):
     @model_validator(mode="after")
     def _as_privacy_implies(self) -> Self:
         """What is not said follows from the guarantee; what is said and contradicts it is refused later."""
-        if self.privacy and self.privacy.unit == "device":
-            implied: dict[str, Any] = {"weighting": "equal", "clip_norm": self.privacy.clip_norm}
+        if self.privacy:
+            implied: dict[str, Any] = {"weighting": "equal"}
+            if self.privacy.unit == "device":
+                implied["clip_norm"] = self.privacy.clip_norm
             if self.privacy.preset == "strong":
                 implied |= {"secure_aggregation": "required", "server": STRONG_SERVER}
             for name, value in implied.items():
                 if name not in self.model_fields_set:
                     object.__setattr__(self, name, value)
+        asked = self.privacy.on_device(self.rounds) if self.privacy else None
+        if self.local.example_privacy not in (None, asked):
+            raise ValueError("local.example_privacy follows from privacy; set privacy.unit = 'example'")
+        if asked != self.local.example_privacy:
+            object.__setattr__(self, "local", self.local.model_copy(update={"example_privacy": asked}))
         return self
 
     @model_validator(mode="after")

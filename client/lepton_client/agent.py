@@ -37,6 +37,7 @@ from lepton_client.limits import apply_limits
 from lepton_client.link import PROTOCOL, Cancelled, HungUp, Link, Listener, Refused
 from lepton_client.memory import FileMemory
 from lepton_client.secure import Seat
+from lepton_client.spending import Spending, policies_of
 from lepton_client.state import Identity, StateDir
 from lepton_client.worker import Answerer, Node, Selection, Worker
 from lepton_fl.errors import LeptonError, StateError, TrustError
@@ -104,6 +105,8 @@ class Agent:
             config.limits,
             self._inspector.distrust,
             self._memory,
+            Spending(self._state.spending, policies_of(config.tasks)),
+            self._refused,
             secure=config.client.secure_aggregation == "required",
         )
         self._answer: Answerer = answer or office
@@ -450,6 +453,11 @@ class Agent:
             self._memory.settle(run_id, round_number, attempt, taken)
         except StateError as error:
             self._diary.hit(error)
+
+    def _refused(self, why: str) -> None:
+        """A privacy budget has said no, or yes again; called from the worker's thread."""
+        self._diary.say("budget", f"Nothing was trained: {why}" if why else "", logging.WARNING)
+        self._diary.note(budget_refusal=why)
 
     def _participate(self, call: pb.Participate) -> None:
         reason = self._objection()

@@ -123,17 +123,24 @@ def status(
     config: ConfigOption = None, state_dir: StateOption = None, format: FormatOption = Format.TEXT
 ) -> None:
     """Say how this device is, and what became of its last answers."""
-    from lepton_client.report import describe, verdict_rows
+    from lepton_client.report import budget_rows, describe, verdict_rows
     from lepton_client.state import StateDir
 
     settings = _load(config, {"client.state_dir": state_dir})
     state = StateDir(settings.client.state_dir)
     identity = state.identity()
     record, verdicts = describe(state, identity), verdict_rows(state)
+    budgets = budget_rows(state, settings.tasks)
     if format == Format.JSON:
-        print_data(record | {"verdicts": verdicts}, format=format)
+        print_data(record | {"budgets": budgets, "verdicts": verdicts}, format=format)
         return
     print_data(record)
+    if budgets:
+        print_data(
+            budgets,
+            title="\nPrivacy spent by each row, over all runs",
+            columns=["task", "spent", "allowed", "delta", "unit", "trust", "adjacency", "rounds"],
+        )
     if verdicts:
         print_data(
             verdicts, title="\nLast answers", columns=["at", "run", "round", "accepted", "reason", "detail"]

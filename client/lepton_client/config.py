@@ -89,6 +89,15 @@ class ClientSection(_Section):
         return groups
 
 
+class PrivacyPolicy(_Section):
+    """[tasks.privacy]: what every single row of this task's data may lose, over all runs together."""
+
+    epsilon: float = Field(gt=0, allow_inf_nan=False, description="The most that may ever be spent.")
+    delta: float = Field(
+        gt=0, lt=1, description="At which epsilon is counted; below one over the number of rows."
+    )
+
+
 class TaskSection(_Section):
     """[[tasks]]: one task that this device may run, and the data it runs on."""
 
@@ -97,6 +106,11 @@ class TaskSection(_Section):
         default_factory=dict,
         description="The data source: kind (npz, csv, parquet, images, task), path and so on; "
         "empty = the task's bundled data.",
+    )
+    privacy: PrivacyPolicy | None = Field(
+        default=None,
+        description="The owner's budget {epsilon, delta} of example-level privacy. With it, this device "
+        "refuses every training without such privacy, every evaluation, and what would pass epsilon.",
     )
 
     @field_validator("reference")

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 from lepton_client.config import LimitsSection, TaskSection
 from lepton_client.fingerprint import fingerprint
 from lepton_client.memory import FileMemory
-from lepton_fl.errors import DataError, LeptonError, Rejection, TaskError
+from lepton_client.spending import Spending
+from lepton_fl.errors import BudgetRefused, DataError, LeptonError, Rejection, TaskError
 
 if TYPE_CHECKING:
     from lepton_client.material import Material
+    from lepton_fl.privacy.example import Charge
+    from lepton_fl.privacy.noise import Keystream
     from lepton_fl.tasks.data import Dataset
     from lepton_fl.training.trainer import Trainer
-    from lepton_fl.wire.messages import Ticket
+    from lepton_fl.wire.messages import Request, Ticket
     from lepton_fl.wire.records import Records
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ class Office:
         limits: LimitsSection,
         distrust: Callable[[], None],
         memory: FileMemory | None = None,
+        spending: Spending | None = None,
+        refused: Callable[[str], None] = lambda why: None,
         *,
         secure: bool = False,
     ) -> None:
@@ -43,11 +48,14 @@ class Office:
             limits: How many threads compute.
             distrust: Called when data turn out to be bad, so that they are inspected again.
             memory: What this device remembers of its runs; None = nothing.
+            spending: What its rows have paid; None = it trains nothing that is charged.
+            refused: Told why a budget allowed something not; '' when the next charge was allowed.
             secure: Answer no round in which the coordinator sees this device by itself.
         """
         self._secure = secure
         self._sections, self._limits, self._distrust = sections, limits, distrust
         self.memory = memory
+        self._spending, self._refused = spending, refused
         self._trainers: dict[str, Trainer] = {}
         self._materials: dict[str, Material] = {}
 
@@ -96,6 +104,35 @@ class Office:
             )
         return known.evaluate
 
+    def spend(self, request: "Request", charge: "Charge | None") -> "Keystream | None":
+        """Charge the rows of a task, or refuse what they must not pay.
+
+        Raises:
+            BudgetRefused: the owner's budget, or the run's, does not allow it.
+            StateError: it could not be written down.
+        """
+        section = self._section(request.task)
+        try:
+            if charge is not None:
+                stream = self._charge(section, request, charge)
+                self._refused("")
+                return stream
+            if section.privacy is not None:
+                raise BudgetRefused(
+                    f"The owner of this device allows {section.reference} only with example-level privacy, "
+                    f"and this {request.ticket.kind} request has none.",
+                    hint="Start the run with privacy.unit = 'example', and evaluate on central data.",
+                )
+        except BudgetRefused as refusal:
+            self._refused(str(refusal))
+            raise
+        return None
+
+    def _charge(self, section: TaskSection, request: "Request", charge: "Charge") -> "Keystream":
+        if self._spending is None:
+            raise BudgetRefused("This device keeps no privacy budget.")
+        return self._spending.charge(section.reference, request.ticket, charge)
+
     def _section(self, name: str) -> TaskSection:
         from lepton_client.material import name_of
 
@@ -132,6 +169,9 @@ class _Desk:
 
     def memory(self) -> FileMemory | None:
         return self._office.memory
+
+    def spend(self, request: "Request", charge: "Charge | None") -> "Keystream | None":
+        return self._office.spend(request, charge)
 
     def seed(self, ticket: "Ticket") -> int:
         """Nobody may predict the order of the batches: part of what hides a single row."""

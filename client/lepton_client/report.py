@@ -3,6 +3,8 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from lepton_client.config import TaskSection
+from lepton_client.spending import Spending, policies_of
 from lepton_client.state import Identity, StateDir
 
 
@@ -22,6 +24,7 @@ def describe(state: StateDir, identity: Identity) -> dict[str, Any]:
         "connected": bool(known.get("connected")) and pid != 0,
         "reason": known.get("reason", ""),
         "error": known.get("error", ""),
+        "budget_refusal": known.get("budget_refusal", ""),
         "clock_skew_s": known.get("clock_skew_s"),
         "tasks": [_task(task) for task in known.get("tasks", [])],
         "release": _release(known.get("delivery") or {}),
@@ -31,6 +34,14 @@ def describe(state: StateDir, identity: Identity) -> dict[str, Any]:
 def verdict_rows(state: StateDir) -> list[dict[str, Any]]:
     """The last verdicts, oldest first."""
     return [row | {"at": _time(row.get("at"))} for row in state.status().get("verdicts", [])]
+
+
+def budget_rows(state: StateDir, tasks: tuple[TaskSection, ...]) -> list[dict[str, Any]]:
+    """What each task's rows have paid of their budget; empty where there is none and nothing was charged."""
+    policies = policies_of(tasks)
+    if not policies and not state.spending.exists():
+        return []
+    return Spending(state.spending, policies).accounts()
 
 
 def _task(task: dict[str, Any]) -> str:

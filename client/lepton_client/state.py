@@ -58,6 +58,7 @@ class StateDir:
         self.signing = folder / "signing.json"  # the certificate of the signing key
         self.signed = folder / "signed.jsonl"  # which survivor set was signed in which round
         self.delivery = folder / "delivery"
+        self.spending = folder / "budget.jsonl"
         self._identity = folder / "identity.json"
         self._status = folder / "status.json"
         self._lock = folder / "agent.lock"

@@ -64,24 +64,27 @@ def epsilon_of(budget: Budget, events: Events, extra: Event | None = None, count
     return budget.reader(total).epsilon(total, budget.delta)
 
 
-def admit(budget: Budget, events: Events, event: Event) -> float:
-    """Epsilon with one more release, if the budget allows it; the cost is per distinct event, not per entry.
+def admit(budget: Budget, events: Events, event: Event, count: int = 1) -> float:
+    """Epsilon with so many more releases, if the budget allows it.
+
+    The time it takes grows with the number of distinct events, not with that of entries.
 
     Args:
         budget: the cap.
         events: everything reserved or committed so far, counted.
         event: what is asked for.
+        count: how often.
 
     Raises:
         BudgetRefused: the cap would be passed.
     """
-    total = epsilon_of(budget, events, event)
+    total = epsilon_of(budget, events, event, count)
     if total <= budget.epsilon:  # written so that NaN refuses
         return total
     spent = epsilon_of(budget, events)
     hint = "Raise the budget by a new signed row, or start a run with more noise."
     if isinstance(event, Gaussian):
-        least = smallest_multiplier(budget, events)
+        least = smallest_multiplier(budget, events, count)
         hint += f" A noise multiplier of {least:.4g} instead of {event.noise_multiplier:.4g} would fit once."
     raise BudgetRefused(
         f"Budget {budget.name!r} allows epsilon={budget.epsilon:g} at delta={budget.delta:g}; {spent:.6g} is "
@@ -90,7 +93,7 @@ def admit(budget: Budget, events: Events, event: Event) -> float:
         spent=spent,
         asked=total,
         remaining=max(0.0, budget.epsilon - spent),
-        largest_affordable=affordable(budget, events, event),
+        largest_affordable=affordable(budget, events, event) // count,
         hint=hint,
     )
 

@@ -50,13 +50,10 @@ def refuse_conflicts(
             spec.trust == "distributed" and not secure_aggregation
         ),
         "evaluate_every > 0 would release metrics that are not accounted for; evaluate on central_data": (
-            run.evaluate_every > 0
-            and spec.unit == "device"
-            and not central_evaluation
-            and not run.local.personal
+            run.evaluate_every > 0 and not central_evaluation and not run.local.personal
         ),
         "local.personal is evaluated on devices, whose counts are not accounted for: set evaluate_every=0": (
-            run.evaluate_every > 0 and spec.unit == "device" and bool(run.local.personal)
+            run.evaluate_every > 0 and bool(run.local.personal)
         ),
         f"{asked} devices a round, each at most every {spec.min_separation} rounds, need a population of "
         f"{needed}, not {spec.population}: lower min_separation or cohort.size": 0 < spec.population < needed,

@@ -26,7 +26,7 @@ from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_eval
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
-from lepton_fl.rounds.private import PrivateRounds, PrivateState, redact
+from lepton_fl.rounds.private import PrivateRounds, PrivateState, example_metrics, redact
 from lepton_fl.rounds.secure import SecureRounds, prove_fits
 from lepton_fl.tasks.metrics import Metrics, Sums
 from lepton_fl.vector import Layout, Vector, vector_digest
@@ -198,7 +198,7 @@ class Campaign:
     def _resume_privacy(self, state: RunState) -> None:
         if self.private is not None:
             self.private.resume(state.private, state.round)
-        elif self.spec.privacy is not None:
+        elif self.spec.privacy is not None and self.spec.privacy.unit == "device":
             raise ConfigError(
                 "run.privacy is set, and nothing here charges it or adds its noise.",
                 hint="Private runs work in `lepton simulate`.",
@@ -298,6 +298,8 @@ class Campaign:
     def _settled(self, after: RunState, collected: Collected) -> tuple[RunState, dict[str, float]]:
         """The state to commit, and what may be told of the round."""
         if self.private is None:
+            if self.spec.privacy is not None:
+                return after, example_metrics(self.spec.privacy)
             return after, TRAINING.summarise(collected.sums)
         accepted = [d for d, entry in collected.participation.items() if entry.outcome == ACCEPTED]
         return after.on(private=self.private.commit(collected.plan, accepted)), self.private.metrics()

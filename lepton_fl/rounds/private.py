@@ -58,7 +58,6 @@ def refuse_run(spec: RunSpec, *, central_evaluation: bool, also: Iterable[str] =
     if privacy is None:
         return
     missing = {
-        "unit='example' is not trained by devices yet": privacy.unit == "example",
         "sampling='poisson' needs cohorts of random size, which are not drawn yet; take mechanism='blt' with "
         "min_separation": privacy.sampling == "poisson",
     }
@@ -408,6 +407,16 @@ class PrivateRounds:
     def _epsilon(self, counts: Mapping[Event, int]) -> float:
         reader = budget_of(self._spec, self._ready, self._run_id).reader(counts)
         return reader.epsilon(counts, self._privacy.delta)
+
+
+def example_metrics(privacy: PrivacySpec) -> dict[str, float]:
+    """What may be told of a round whose devices protect their own rows: what was asked of them.
+
+    Each device spends its own budget; ``epsilon`` is the most that the run asks of one.
+    """
+    told = {"delta": privacy.delta, "clip_norm": privacy.clip_norm}
+    asked = {"epsilon": privacy.epsilon, "noise_multiplier": privacy.noise_multiplier}
+    return told | {name: value for name, value in asked.items() if value}
 
 
 def redact(collected: Collected) -> None:

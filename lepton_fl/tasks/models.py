@@ -31,7 +31,7 @@ def initial_model(task: Task, seed: int) -> nn.Module:
     return model
 
 
-class _Head(nn.Linear):
+class Head(nn.Linear):
     """The last layer: logits (N, num_classes), or one number (N,) where there are no classes."""
 
     def __init__(self, features: int, num_classes: int) -> None:
@@ -39,6 +39,7 @@ class _Head(nn.Linear):
         self.squeeze = num_classes == 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, ..., features) -> (N, ..., classes), or without the last dimension."""
         out = super().forward(x)
         return out.squeeze(-1) if self.squeeze else out
 
@@ -51,7 +52,7 @@ class Linear(nn.Module):
 
     def __init__(self, inputs: int, num_classes: int) -> None:
         super().__init__()
-        self.head = _Head(inputs, num_classes)
+        self.head = Head(inputs, num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -70,7 +71,7 @@ class MLP(nn.Module):
         for width in hidden:
             layers += [nn.Linear(inputs, width), nn.ReLU()]
             inputs = width
-        self.layers = nn.Sequential(*layers, _Head(inputs, num_classes))
+        self.layers = nn.Sequential(*layers, Head(inputs, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) -> logits or values."""
@@ -144,7 +145,7 @@ class _Recurrent(nn.Module):
             raise ValueError(f"give either inputs={inputs} or vocabulary={vocabulary}")
         self.embedding = nn.Embedding(vocabulary, embedding) if vocabulary else nn.Identity()
         self.recurrent = self.cell(embedding if vocabulary else inputs, hidden, layers, batch_first=True)
-        self.head = _Head(hidden, num_classes)
+        self.head = Head(hidden, num_classes)
         self.every_step = every_step
 
     def forward(self, x: Tensor) -> Tensor:

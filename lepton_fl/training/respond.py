@@ -15,7 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.contribution import contributions, mean_losses
-from lepton_fl.errors import DataContractError, DataError, LeptonError, Rejection, TaskError, UpdateRejected
+from lepton_fl.errors import (
+    BudgetRefused,
+    DataContractError,
+    DataError,
+    LeptonError,
+    Rejection,
+    TaskError,
+    UpdateRejected,
+)
+from lepton_fl.privacy.example import Charge, Spent, charge_of
+from lepton_fl.privacy.noise import Keystream
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.training.local import LocalState
 from lepton_fl.training.memory import Memory
@@ -46,6 +56,22 @@ class Desk(Protocol):
         """What this device remembers of its runs; None = it cannot, and sits out rounds that need it."""
         ...
 
+    def spend(self, request: Request, charge: Charge | None) -> Keystream | None:
+        """Charge the device's own budget before its rows are touched.
+
+        Args:
+            request: what is asked.
+            charge: what it costs each row; None = the answer protects no single row.
+
+        Returns:
+            The coins and the noise of this training, to be used once; None where nothing is charged.
+
+        Raises:
+            BudgetRefused: the budget, or the device's owner, does not allow it.
+            StateError: it could not be written down, so nothing may be spent.
+        """
+        ...
+
     def should_stop(self) -> bool:
         """Whether the round has closed without this device, or the device must stop."""
         ...
@@ -64,6 +90,8 @@ def respond(records: Records, desk: Desk) -> Records:
         return reply.to_records()
     except UpdateRejected as refusal:
         return _failure(ticket, refusal.reason, refusal)
+    except BudgetRefused as error:
+        return _failure(ticket, Rejection.BUDGET, error)
     except DataContractError as error:
         return _failure(ticket, Rejection.DATA_CONTRACT, error)
     except LeptonError as error:
@@ -136,6 +164,7 @@ def _train(request: Request, desk: Desk) -> TrainReply:
         seed=desk.seed(request.ticket),
         correction=state.correction,
         should_stop=desk.should_stop,
+        spent=_spent(request, trainer, data, desk),
     )
     sent = state.outgoing(result.delta, result.steps, request.local.learning_rate)
     update = _encoded(request, sent, result)
@@ -165,8 +194,20 @@ def _encoded(request: Request, sent: Vector, result: LocalResult) -> NDArray[np.
     return update
 
 
+def _spent(request: Request, trainer: Trainer, data: Dataset, desk: Desk) -> Spent | None:
+    """What the rows are charged, once nothing else is in the way."""
+    if request.local.example_privacy is None:
+        desk.spend(request, None)
+        return None
+    trainer.refuse_private(data)
+    charge = charge_of(request.local, len(data))
+    stream = desk.spend(request, charge)
+    return None if stream is None else Spent(charge, stream)
+
+
 def _evaluate(request: Request, desk: Desk) -> EvaluateReply:
     began = time.monotonic()
+    desk.spend(request, None)
     trainer = _trainer(request, desk)
     data, model = desk.data(request.task, "evaluate"), request.model
     if request.local.personal:

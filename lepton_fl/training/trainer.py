@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from lepton_fl.training.bridge import check_vector, layout_of, state_tensors
 from lepton_fl.training.steps import Step, is_plain, make_step
 from lepton_fl.vector import Vector
 
+if TYPE_CHECKING:
+    from lepton_fl.privacy.example import Spent
+
 # Libraries choose kernels by where memory begins, and kernels round differently.
 _ALIGNED = 64  # bytes; torch's own memory begins so
 
@@ -41,7 +44,7 @@ class LocalResult:
     """What local training gave."""
 
     delta: Vector  # (P,) float32: trained minus start
-    num_examples: int  # rows trained on: the weight of this device
+    num_examples: int  # rows trained on: the weight of this device; 1 where they are not to be told
     sums: Sums  # of TrainingLoss: the loss at each step, before the step
     steps: int  # mini-batches
     seconds: float
@@ -74,6 +77,7 @@ class Trainer:
         self._trained = [p for p in self.module.parameters() if p.requires_grad]
         self._weights = [p.detach() for p in self._trained]  # the same memory, without a gradient
         self._held: tuple[Dataset, Tensor, Tensor] | None = None  # the rows of the last call, on the device
+        self._rows_are_apart = False  # whether the model was found fit for example-level privacy
 
     @property
     def num_trained(self) -> int:
@@ -95,6 +99,7 @@ class Trainer:
         seed: int,
         correction: Vector | None = None,
         should_stop: Callable[[], bool] | None = None,
+        spent: "Spent | None" = None,
     ) -> LocalResult:
         """Train from ``start`` on this device's rows.
 
@@ -107,10 +112,14 @@ class Trainer:
             seed: of the batch order, of augmentation and of dropout.
             correction: (P',) added to every gradient, over the trained coordinates, which come first.
             should_stop: asked before every step; True ends the training with an error.
+            spent: of a plan with example-level privacy: what was charged for it, and its randomness.
 
         Raises:
             UpdateRejected: NON_FINITE loss, DATA_CONTRACT no rows, WRONG_SHAPE model, or FAILED, stopped.
+            TaskError, ConfigError: the model cannot be trained with example-level privacy.
         """
+        if local.example_privacy is not None:
+            return self._train_privately(start, data, local, seed, should_stop, spent)
         began = perf_counter()
         x, y = self._tensors(data)
         self._load(start)
@@ -123,7 +132,7 @@ class Trainer:
             torch.manual_seed(int(rng.integers(2**63)))
             for rows, size in _batches(len(data), local, rng):
                 if should_stop is not None and should_stop():
-                    raise UpdateRejected(Rejection.FAILED, f"Training was stopped after {steps} steps.")
+                    raise stopped(steps)
                 losses += size * step(*self._batch(x, y, rows, rng))
                 seen, steps = seen + size, steps + 1
                 if seen % len(data) == 0:  # once per epoch: reading a value makes a GPU wait
@@ -132,6 +141,59 @@ class Trainer:
         delta = self._state.cpu().numpy() - start
         sums = {"loss_sum": np.array([total]), "examples": np.array([seen], np.int64)}
         return LocalResult(delta, len(data), sums, steps, perf_counter() - began)
+
+    def refuse_private(self, data: Dataset) -> None:
+        """Refuse example-level privacy where this model would break it.
+
+        Args:
+            data: prepared rows, of which two are tried; at least one.
+
+        Raises:
+            TaskError: names the layers that are in the way.
+            ConfigError: Opacus is not installed.
+        """
+        if not self._rows_are_apart:
+            from lepton_fl.training.private import refuse_mixing, refuse_model
+
+            self.module.train()
+            refuse_model(self.module, f"The model of task {self.task.name!r}")
+            refuse_mixing(self.module, self._tensors(data)[0][:2])
+            self._rows_are_apart = True
+
+    def _train_privately(
+        self,
+        start: Vector,
+        data: Dataset,
+        local: LocalPlan,
+        seed: int,
+        should_stop: Callable[[], bool] | None,
+        spent: "Spent | None",
+    ) -> LocalResult:
+        """DP-SGD; nothing but the update is said, since a loss would be one more release."""
+        from lepton_fl.privacy.example import poisson_rows
+        from lepton_fl.training.allocator import keep_memory
+        from lepton_fl.training.private import PrivateGradient
+
+        if spent is None or local.example_privacy is None:
+            raise ConfigError("A training with example-level privacy must be charged first.")
+        keep_memory()
+        self.refuse_private(data)
+        began, charge, rng = perf_counter(), spent.charge, np.random.default_rng(seed)
+        x, y = self._tensors(data)
+        self._load(start)
+        gradient = PrivateGradient(self.module, self.loss, self._grad, local.example_privacy.clip_norm, spent)
+        step = make_step(local, self._state[: len(self._grad)], self._grad)
+        with torch.random.fork_rng(devices=_cuda_index(self.device)), gradient.listening():
+            torch.manual_seed(int(rng.integers(2**63)))
+            for done in range(charge.steps):
+                if should_stop is not None and should_stop():
+                    raise stopped(done)
+                rows = torch.from_numpy(poisson_rows(len(data), charge.rate, spent.stream))
+                gradient.write(*self._batch(x, y, rows, rng), expected=charge.rate * len(data))
+                step()
+        delta = self._state.cpu().numpy() - start
+        sums = {"loss_sum": np.zeros(1), "examples": np.zeros(1, np.int64)}
+        return LocalResult(delta, 1, sums, charge.steps, perf_counter() - began)
 
     def evaluate(self, model: Vector, data: Dataset, *, batch_size: int = 512) -> Sums:
         """The task's metrics of a model on prepared rows; zero sums where there are none.
@@ -219,6 +281,11 @@ class Trainer:
         if tensor.data_ptr() % _ALIGNED:
             tensor = tensor.clone()
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+
+def stopped(steps: int) -> UpdateRejected:
+    """The refusal of a training that nobody waits for any more."""
+    return UpdateRejected(Rejection.FAILED, f"Training was stopped after {steps} steps.")
 
 
 def non_finite(loss: float, steps: int) -> UpdateRejected:

@@ -303,7 +303,8 @@ class RunDriver:
                 f"The run asks for {spec.task} {spec.task_version!r}, installed is {task.version!r}.",
                 hint="Install that version on the coordinator, or start the run without a version.",
             )
-        layout, initial = self._workshop.initial_model(reference, spec.seed)
+        rows_apart = spec.local.example_privacy is not None
+        layout, initial = self._workshop.initial_model(reference, spec.seed, rows_apart=rows_apart)
         registered = TaskRegistered(
             name=task.name,
             reference=reference,

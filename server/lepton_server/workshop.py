@@ -55,14 +55,19 @@ class Workshop:
         self._process: SpawnProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
 
-    def initial_model(self, task: str, seed: int) -> tuple[Layout, Vector]:
+    def initial_model(self, task: str, seed: int, *, rows_apart: bool = False) -> tuple[Layout, Vector]:
         """The layout of a task's model and its (P,) float32 weights for a seed.
 
+        Args:
+            task: ``package.module:attribute``.
+            seed: of the weights.
+            rows_apart: refuse a model that cannot be trained with example-level privacy.
+
         Raises:
-            TaskError: the task cannot be loaded or its model cannot be built.
+            TaskError: the task cannot be loaded, or its model cannot be built or trained so.
             Interrupted: ``give_up`` said so.
         """
-        return self._call(_initial_model, task, seed)
+        return self._call(_initial_model, task, seed, rows_apart)
 
     def evaluate(self, task: str, model: Vector, central_data: str) -> Sums:
         """Evaluate a model on the coordinator's test data; see ``RunSpec.central_data``.
@@ -186,8 +191,12 @@ def _test_data(task: str, central_data: str) -> "Dataset":
     return loaded.prepare(corpus.test)
 
 
-def _initial_model(task: str, seed: int) -> tuple[Layout, Vector]:
+def _initial_model(task: str, seed: int, rows_apart: bool) -> tuple[Layout, Vector]:
     trainer = _trainer(task)
+    if rows_apart:
+        from lepton_fl.training.private import refuse_model
+
+        refuse_model(trainer.module.train(), f"The model of task {trainer.task.name!r}")
     return trainer.layout, trainer.initial(seed)
 
 

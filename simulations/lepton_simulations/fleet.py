@@ -231,7 +231,8 @@ class VirtualFleet:
         from lepton_simulations.engines.adding import add_deltas
 
         result = self.engine.train(model, works, plan.local, should_stop=should_stop)
-        counts = np.array([len(work.data) for work in works], np.int64)
+        told = plan.local.example_privacy is None
+        counts = np.array([len(work.data) if told else 1 for work in works], np.int64)
         if states:
             failures = self._add_and_remember(names, plan, states, result, counts, accumulator)
         else:
@@ -305,6 +306,10 @@ class VirtualFleet:
         from lepton_simulations.engines import ClientWork, choose
         from lepton_simulations.engines.adding import compiled
 
+        if self.local.example_privacy is not None:
+            from lepton_fl.training.private import refuse_model
+
+            refuse_model(self.trainer.module.train(), f"The model of task {self.data.task.name!r}")
         fit = (d for d in self.devices if d not in self.unfit)
         samples = []
         for device_id in fit:

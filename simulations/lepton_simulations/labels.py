@@ -94,6 +94,11 @@ def _privacy(body: Mapping[str, Any]) -> Iterator[str]:
     settings = [run.get(key) or body.get(key) for key in _PRIVATE]
     if any(_is_on(setting) for setting in settings):
         yield PRIVACY_IS_SIMULATED
+        if privacy := run.get("privacy"):
+            yield (
+                f"what is protected: one {privacy['unit']}, trust {privacy['trust']}, "
+                f"adjacency {privacy['adjacency']}, delta {privacy['delta']:g}"
+            )
     else:
         yield "privacy: none"
 

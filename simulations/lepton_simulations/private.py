@@ -28,6 +28,11 @@ def refuse_scenario(config: SimulationConfig, devices: int) -> None:
     if privacy is None:
         return
     also = []
+    if privacy.unit == "example":
+        if privacy.max_participations:
+            also.append("privacy.max_participations is kept by real devices, each in its own budget")
+        refuse_run(config.run, central_evaluation=config.data.evaluate == "central", also=also)
+        return
     if privacy.population not in (0, devices):
         also.append(f"privacy.population={privacy.population}, and the fleet has {devices} devices")
     if devices * privacy.delta > 1:
@@ -68,7 +73,7 @@ class Guard:
 
 
 def _ready(run: RunSpec, coordinates: int) -> Prepared | None:
-    if run.privacy is None:
+    if run.privacy is None or run.privacy.unit == "example":
         return None
     try:
         return prepared(run, coordinates)

@@ -19,12 +19,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lepton_fl.errors import ConfigError, Rejection, TaskError, UpdateRejected
+from lepton_fl.errors import BudgetRefused, ConfigError, Rejection, TaskError, UpdateRejected
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.tasks.partition import PartitionSpec
 from lepton_fl.tasks.sources import DataSourceSpec, DeviceData, open_source
 from lepton_fl.tasks.task import load_task, resolve
-from lepton_fl.wire.messages import Ticket
+from lepton_fl.wire.messages import Request, Ticket
 from lepton_strategies.desk import batch_seed
 from lepton_strategies.memory import ContextMemory
 from lepton_strategies.model import trainer_of
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
 
+    from lepton_fl.privacy.example import Charge
     from lepton_fl.training.trainer import Trainer
 
 DataFor = Callable[["Context", str], DeviceData]  # (context, task reference) -> the node's prepared rows
@@ -102,6 +103,13 @@ class _Desk:
 
     def memory(self) -> ContextMemory:
         return ContextMemory(self.context)
+
+    def spend(self, request: Request, charge: "Charge | None") -> None:
+        if charge is not None:
+            raise BudgetRefused(
+                "A node of a stock Flower deployment keeps no privacy budget of its own.",
+                hint="Example-level privacy works with `lepton client`, and in `lepton simulate`.",
+            )
 
     def should_stop(self) -> bool:
         return False  # Flower's public API does not tell a node that its round has closed

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from lepton_fl.errors import TaskError
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.training.memory import Memory
-from lepton_fl.wire.messages import Ticket
+from lepton_fl.wire.messages import Request, Ticket
 
 if TYPE_CHECKING:
+    from lepton_fl.privacy.example import Charge
+    from lepton_fl.privacy.noise import Keystream
     from lepton_fl.training.trainer import Trainer
 
 DataOf = Callable[[str, str], Dataset]  # (device id, "train" or "evaluate") -> prepared rows
@@ -72,6 +74,10 @@ class PartitionDesk:
         """The same for the same device, round and attempt, wherever it runs."""
         return batch_seed(self._seed, self._device_id, ticket.round, ticket.attempt)
 
+    def spend(self, request: Request, charge: "Charge | None") -> "Keystream | None":
+        """Randomness from the seed, so that a run can be repeated: it protects nobody, and costs nothing."""
+        return None if charge is None else batch_stream(self.seed(request.ticket))
+
     def memory(self) -> Memory | None:
         """What the device remembers of its runs."""
         return self._memory
@@ -79,6 +85,13 @@ class PartitionDesk:
     def should_stop(self) -> bool:
         """Whether the round is over."""
         return self._should_stop()
+
+
+def batch_stream(seed: int) -> "Keystream":
+    """The coins and the noise of a virtual device's private training: reproducible, not secret."""
+    from lepton_fl.privacy.noise import Keystream, simulation_key
+
+    return Keystream(simulation_key("example", seed))
 
 
 def batch_seed(seed: int, device_id: str, round_number: int, attempt: int) -> int:

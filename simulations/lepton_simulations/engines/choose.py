@@ -13,6 +13,7 @@ import torch
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.plan import LocalPlan
+from lepton_fl.training.allocator import keep_memory
 from lepton_fl.training.trainer import Device, Trainer
 from lepton_fl.vector import Vector
 from lepton_simulations.config import Tier
@@ -20,7 +21,6 @@ from lepton_simulations.engines.chained import unsupported
 from lepton_simulations.engines.contract import ClientWork, Elsewhere, Engine, Unsupported
 from lepton_simulations.engines.fused import FusedEngine
 from lepton_simulations.engines.lean import LeanEngine
-from lepton_simulations.engines.memory import keep_memory
 from lepton_simulations.engines.native import NativeEngine
 from lepton_simulations.engines.vectorised import VectorisedEngine
 
@@ -37,7 +37,7 @@ def choose(
 ) -> tuple[Engine, str]:
     """The fastest engine that computes what the trainer computes.
 
-    Also sets the memory allocator of this process up for training, see ``engines.memory``.
+    Also sets the memory allocator of this process up for training, see ``training.allocator``.
 
     Args:
         trainer: whose task, on the device to train on.
@@ -54,7 +54,7 @@ def choose(
     if not samples:
         raise ConfigError("There is no device to check an engine with.", hint="Give at least one sample.")
     keep_memory()
-    wanted = _order(trainer) if tier == "auto" else (tier,)
+    wanted = _order(trainer, local) if tier == "auto" else (tier,)
     reasons: dict[str, list[str]] = {}
     for name in wanted:
         try:
@@ -70,7 +70,9 @@ def choose(
     )
 
 
-def _order(trainer: Trainer) -> tuple[Tier, ...]:
+def _order(trainer: Trainer, local: LocalPlan) -> tuple[Tier, ...]:
+    if local.example_privacy is not None:
+        return ("lean",)
     return ("vectorised", "lean") if trainer.device.type == "cuda" else ("native", "fused", "lean")
 
 
@@ -85,6 +87,8 @@ def _sentences(reasons: Mapping[str, Sequence[str]]) -> str:
 
 def _make_checked(name: Tier, trainer: Trainer, local: LocalPlan, samples: Sequence[ClientWork]) -> Engine:
     """The engine; Unsupported where it cannot, or computes something else."""
+    if name != "lean" and local.example_privacy is not None:
+        raise Unsupported("it does not clip the gradients of single rows")
     if name in ("native", "fused") and (reason := unsupported(local)):
         raise Unsupported(reason)
     [engine, *_] = _make(name, trainer, samples)

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lepton_fl.errors import LeptonError, Rejection, UpdateRejected
+from lepton_fl.errors import BudgetRefused, LeptonError, Rejection, UpdateRejected
 from lepton_fl.plan import LocalPlan
+from lepton_fl.privacy.example import Spent, charge_of
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.training.bridge import check_vector
 from lepton_fl.training.trainer import Trainer
 from lepton_fl.vector import Vector
 from lepton_simulations.engines.contract import ClientWork, Stop, Trained
+from lepton_strategies.desk import batch_stream
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,12 @@ class LeanEngine:
                 seed=client.seed,
                 correction=client.correction,
                 should_stop=should_stop,
+                spent=_spent(client, local),
             )
         except UpdateRejected as refusal:
             trained.fail(position, refusal)
+        except BudgetRefused as refusal:
+            trained.fail(position, UpdateRejected(Rejection.BUDGET, str(refusal), hint=refusal.hint))
         except LeptonError as error:
             trained.fail(position, UpdateRejected(Rejection.FAILED, str(error), hint=error.hint))
         except Exception as error:
@@ -80,3 +85,10 @@ class LeanEngine:
             trained.steps[position] = result.steps
             trained.seen[position] = int(result.sums["examples"][0])
             trained.loss_sum[position] = float(result.sums["loss_sum"][0])
+
+
+def _spent(client: ClientWork, local: LocalPlan) -> Spent | None:
+    """As ``training.respond`` has it, with randomness from the seed."""
+    if local.example_privacy is None:
+        return None
+    return Spent(charge_of(local, len(client.data)), batch_stream(client.seed))
