@@ -14,9 +14,15 @@ def _plain(spec: RunSpec) -> tuple[str, ...]:
         if spec.aggregation.is_sum
         else "holds it in memory until the round ends"
     )
+    rows_apart = spec.local.example_privacy is not None
+    told = (
+        "neither its number of examples nor its training loss"
+        if rows_apart
+        else ("its number of examples and its training loss")
+    )
     return (
         f"The coordinator can see every device's update in every round; it {kept}.",
-        "It sees each device's number of examples and its training loss, and who takes part and when.",
+        f"Of each device it sees {told}; it sees who takes part and when.",
         "It cannot see any device's data; an update can still tell something of them.",
         "Assumption: who runs the coordinator is trusted with single updates.",
     )
@@ -65,6 +71,11 @@ def _mask_graph(spec: RunSpec) -> tuple[str, ...]:
 def _privacy(spec: RunSpec) -> tuple[str, ...]:
     if spec.privacy is None:
         return ("No differential privacy: the model may remember something of single devices.",)
+    if spec.privacy.unit == "example":
+        return (
+            "Differential privacy (example level, local) bounds what every update tells about a single row of "
+            "a device's data, to the coordinator, too; each device keeps its own budget and may refuse.",
+        )
     return (
         f"Differential privacy ({spec.privacy.unit} level, {spec.privacy.trust}) bounds what the models "
         "tell about one of them.",

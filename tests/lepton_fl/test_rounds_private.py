@@ -134,7 +134,6 @@ def test_without_privacy_nothing_is_implied_nor_refused():
 @pytest.mark.parametrize(
     ("privacy", "word"),
     [
-        ({"mechanism": "dp-sgd", "unit": "example", "trust": "local", "noise_multiplier": 1.0}, "example"),
         ({"mechanism": "skellam", "trust": "distributed", "epsilon": 5.0}, "secure aggregation"),
         ({**INDEPENDENT, "sampling": "poisson", "population": 20, "always_reachable": True}, "poisson"),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from lepton_fl.errors import ConfigError, NotFound, StateCorrupt
 from lepton_fl.files import canonical_json
-from lepton_fl.plan import RunSpec
+from lepton_fl.plan import PrivacySpec, RunSpec
 from lepton_fl.rounds.campaign import Committed, RunState, Work, plan_round
 from lepton_fl.rounds.collect import Collected, Participation
 from lepton_fl.tasks import Classification
@@ -261,7 +261,11 @@ def test_a_replay_is_labelled():
 
 def test_simulated_privacy_says_that_it_protects_nobody():
     assert "protects nobody" in PRIVACY_IS_SIMULATED
-    assert list(labels._privacy({"run": {"privacy": {"mechanism": "blt"}}})) == [PRIVACY_IS_SIMULATED]
+    asked = PrivacySpec(epsilon=1.0, delta=1e-5).to_json()
+    assert list(labels._privacy({"run": {"privacy": asked}})) == [
+        PRIVACY_IS_SIMULATED,
+        "what is protected: one device, trust central, adjacency zero-out, delta 1e-05",
+    ]
     assert list(labels._privacy({"run": {"secure_aggregation": {"enabled": True}}})) == [PRIVACY_IS_SIMULATED]
     assert list(labels._privacy({"run": {"privacy": None, "secagg": False}})) == ["privacy: none"]
 
