@@ -15,14 +15,11 @@ def _plain(spec: RunSpec) -> tuple[str, ...]:
         else "holds it in memory until the round ends"
     )
     rows_apart = spec.local.example_privacy is not None
-    told = (
-        "neither its number of examples nor its training loss"
-        if rows_apart
-        else ("its number of examples and its training loss")
-    )
+    which = ("neither", "nor") if rows_apart else ("both", "and")
     return (
         f"The coordinator can see every device's update in every round; it {kept}.",
-        f"Of each device it sees {told}; it sees who takes part and when.",
+        f"It sees who takes part and when; of each device {which[0]} its number of examples {which[1]} its "
+        "training loss.",
         "It cannot see any device's data; an update can still tell something of them.",
         "Assumption: who runs the coordinator is trusted with single updates.",
     )
@@ -74,7 +71,7 @@ def _privacy(spec: RunSpec) -> tuple[str, ...]:
     if spec.privacy.unit == "example":
         return (
             "Differential privacy (example level, local) bounds what every update tells about a single row of "
-            "a device's data, to the coordinator, too; each device keeps its own budget and may refuse.",
+            "a device's data, also to the coordinator; each device keeps its own budget and may refuse.",
         )
     return (
         f"Differential privacy ({spec.privacy.unit} level, {spec.privacy.trust}) bounds what the models "
