@@ -154,23 +154,23 @@ def candidates(name: str) -> tuple[Candidate, ...]:
             Candidate(name="weights8", quantise=stored),
             Candidate(name="matmul4", quantise=QuantiseSpec(kind="matmul", bits=4)),
         )
-    student = DistilSpec(student=StudentSpec(kind="cnn", width=8, hidden=22), epochs=40)
+    student = DistilSpec(student=StudentSpec(kind="cnn", width=8, hidden=22), epochs=20)
     if name == "generator":
         return (Candidate(name="student", distil=student),)
-    small = DistilSpec(student=StudentSpec(kind="cnn", width=4, hidden=12), epochs=40)
+    small = DistilSpec(student=StudentSpec(kind="cnn", width=4, hidden=12), epochs=20)
     fine = Training(epochs=2, learning_rate=0.0003)
     return (
         Candidate(name="int8-static", quantise=static),
+        Candidate(name="student", distil=student),
+        Candidate(name="student-int8", distil=student, quantise=static),
         Candidate(name="int8-dynamic", quantise=dynamic),
         Candidate(name="weights8", quantise=stored),
         Candidate(name="matmul4", quantise=QuantiseSpec(kind="matmul", bits=4)),
         Candidate(name="fp16", quantise=QuantiseSpec(kind="fp16")),
-        Candidate(name="student", distil=student),
-        Candidate(name="student-int8", distil=student, quantise=static),
         Candidate(name="student-aware", distil=student, quantise=static.model_copy(update={"aware": fine})),
         Candidate(name="small-int8", distil=small, quantise=static),
         Candidate(name="sparse90-int8", prune=PruneSpec(amount=0.9, epochs=3), quantise=static),
-        Candidate(name="2:4-int8".replace(":", "of"), prune=PruneSpec(kind="2:4", epochs=2), quantise=static),
+        Candidate(name="two-of-four-int8", prune=PruneSpec(kind="2:4", epochs=2), quantise=static),
         Candidate(
             name="thin75-int8", prune=PruneSpec(kind="structured", amount=0.75, epochs=5), quantise=static
         ),

@@ -44,10 +44,11 @@ from lepton_fl.compression.card import (
     read_variant,
 )
 from lepton_fl.compression.catalogue import REPORT, Failure, Report, pareto
+from lepton_fl.compression.federated import student_weights
 from lepton_fl.compression.fit import Lesson, OnStep, answers_of, fit
 from lepton_fl.compression.profiles import Profile, Profiles, Reference, judge
 from lepton_fl.compression.quantise import quantise
-from lepton_fl.compression.recipe import OPSET, Candidate, Recipe, Training, suggested
+from lepton_fl.compression.recipe import OPSET, Candidate, QuantiseSpec, Recipe, Training, suggested
 from lepton_fl.compression.source import GlobalModel, evaluation_rows, read_tensors
 from lepton_fl.compression.students import pruned, student, with_rounding, without_rounding, zero_masks
 from lepton_fl.compression.transfer import TransferRows, describe, generated_rows, proxy_rows
@@ -60,6 +61,9 @@ BASELINE: Final = "fp32"  # the global model itself, always made and measured fi
 _VERSION: Final = 1  # of what is computed; part of every digest
 _WIRE_LEVEL: Final = 19  # of zstd
 _INTEGER: Final = ("static", "dynamic")  # whose kernels may differ between processors
+_ON_DEVICES: Final = Transfer(
+    source="devices", rows=0, entropy=None, reference_entropy=None, shift=0.0, seconds=0.0
+)
 _BATCH: Final = 1024  # rows whose metrics are counted at a time
 
 
@@ -164,8 +168,9 @@ class Build:
         """First rows of the evaluation set, for static ranges where there are no others: not measured."""
         if self.recipe.transfer.source != "none":
             return 0
-        wanted = [c.quantise.calibration_rows for c in self.recipe.candidates if c.quantise] or [256]
-        return min(max(wanted), len(self._labelled) // 10)
+        steps = [c.quantise for c in self.recipe.candidates] or [QuantiseSpec(kind="static")]
+        wanted = [step.calibration_rows for step in steps if step and step.kind == "static"]
+        return min(max(wanted, default=0), len(self._labelled) // 10)
 
     @cached_property
     def _evaluation(self) -> Dataset:
@@ -294,10 +299,14 @@ class Build:
     def _train(self, candidate: Candidate) -> _Made:
         """The module after distilling, pruning and quantisation-aware training."""
         example, seed = self._evaluation.x[:8], self.recipe.seed
-        module, seconds, done = self._teacher, 0.0, {}
+        module, seconds = self._teacher, 0.0
+        done: dict[str, Any] = {}
         if distil := candidate.distil:
             done["distil"] = distil.to_json()
             fresh = student(distil.student, self.model.task, self._teacher, example, seed)
+            if distil.weights is not None:
+                done["weights"] = _file_sha256(distil.weights)
+                _fill(fresh, distil.weights)
             module, seconds = self._stage(candidate, done, fresh, distil, seconds, teachers=distil.teachers)
         if prune := candidate.prune:
             done["prune"] = prune.to_json()
@@ -373,7 +382,11 @@ class Build:
             privacy=self.model.privacy,
             candidate_sha256=digest,
             recipe_sha256=self.recipe_sha256 or self.recipe.digest(),
-            transfer=self._transfer if candidate.learns else None,
+            transfer=self._transfer
+            if candidate.learns
+            else _ON_DEVICES
+            if _from_devices(candidate)
+            else None,
         )
 
     def _measured(
@@ -451,6 +464,8 @@ class Build:
         if candidate.learns:
             teachers = candidate.distil.teachers if candidate.distil else "global"
             parts |= {"rows": self._rows_sha256, "ensemble": self._ensemble_names(teachers)}
+        if candidate.distil and candidate.distil.weights:
+            parts["weights"] = _file_sha256(candidate.distil.weights)
         if candidate.quantise and candidate.quantise.kind == "static":
             parts["calibration"] = _arrays_sha256(self._calibration)
         return sha256_hex(canonical_json(self._context() | parts))
@@ -489,6 +504,29 @@ def _whole(folder: Path, digest: str) -> Card | None:
         if card.lineage.candidate_sha256 == digest:
             return card
     return None
+
+
+def _from_devices(candidate: Candidate) -> bool:
+    return candidate.distil is not None and candidate.distil.weights is not None
+
+
+def _fill(module: nn.Module, path: Path) -> None:
+    """Give a student the weights that the devices have trained."""
+    arrays = student_weights(path)
+    try:
+        module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    except RuntimeError as error:
+        raise TaskError(
+            f"The student in {path} is of another architecture than the recipe's: {error}",
+            hint="Declare the student that the distillation task was made with.",
+        ) from error
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        return sha256_hex(path.read_bytes())
+    except OSError as error:
+        raise NotFound(f"There is no file {path}.", hint="Check distil.weights in the recipe.") from error
 
 
 def _parametrised(name: str, rounding: nn.Module) -> str:

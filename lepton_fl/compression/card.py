@@ -54,8 +54,8 @@ class TensorSpec(Frozen):
 class Transfer(Frozen):
     """The rows a variant was trained on, and how far from the evaluation set they are to the teacher."""
 
-    source: Literal["proxy", "generator"]
-    rows: Count
+    source: Literal["proxy", "generator", "devices"]
+    rows: Count  # 0 = not known: they are on the devices
     labelled: bool = False
     entropy: Amount | None  # nats, mean over the teacher's decisions on these rows; None for a regression
     reference_entropy: Amount | None  # the same on the evaluation set

@@ -109,8 +109,9 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _sort(graph: onnx.GraphProto) -> None:
     """Put every node after those it needs, as the standard asks; converters append theirs at the end."""
-    there = {""} | {item.name for item in (*graph.input, *graph.initializer)}
-    waiting, done = list(graph.node), []
+    there = {""} | {item.name for group in (graph.input, graph.initializer) for item in group}
+    waiting: list[Any] = list(graph.node)
+    done: list[Any] = []
     while waiting:
         ready = [node for node in waiting if there.issuperset(node.input)]
         if not ready:

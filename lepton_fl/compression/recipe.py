@@ -64,9 +64,16 @@ class DistilSpec(Training):
 
     student: StudentSpec
     epochs: Epochs = 30
+    weights: Path | None = None  # of a distillation run on the devices: nothing is trained here
     teachers: Literal["global", "ensemble"] = (
         "global"  # ensemble: with every --teacher (FedDF, Lin et al. 2020)
     )
+
+    @model_validator(mode="after")
+    def _trained_once(self) -> Self:
+        if self.weights is not None and self.epochs:
+            raise ValueError("weights come from a run that is over: set epochs = 0")
+        return self
 
 
 class PruneSpec(Training):
@@ -266,6 +273,8 @@ def _distil(step: DistilSpec | None) -> str:
     what = student.name or (
         f"{student.kind} ({shape})" if student.kind else f"{student.scale:.0%} of the channels"
     )
+    if step.weights is not None:
+        return f"distil into {what}, on the devices"
     return f"distil into {what}, {step.epochs} epochs" + (", ensemble" if step.teachers == "ensemble" else "")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lepton_fl.compression.federated import TEACHER
 from lepton_fl.errors import ConfigError, DataError, NotFound, StateCorrupt, TaskError
 from lepton_fl.tasks import Dataset, Task, load_task, resolve
 from lepton_fl.vector import Vector, vector_digest
@@ -111,6 +112,11 @@ def _vector(task: Task, tensors: Mapping[str, Any], file: Path) -> Vector:
             f"{file} is no model of {task.name}: {wrong[0]!r} has shape {given.get(wrong[0])}, expected "
             f"{wanted.get(wrong[0])}.",
             hint="Name its task with --task, or install the version of the task that the run trained.",
+        )
+    if any(name.startswith(TEACHER) for name in wanted):
+        raise TaskError(
+            f"{file} is a student with its teacher, not a global model.",
+            hint="Build from the teacher's run, and name this file in the recipe's distil.weights.",
         )
     flat = layout.flatten(tensors)
     if not np.isfinite(flat).all():
