@@ -69,6 +69,13 @@ class ClientSection(_Section):
         le=1000,
         description="This device takes part in no secure sum of fewer devices.",
     )
+    least_noise: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="This device takes part in no secure sum to which devices add less noise than so many "
+        "times what an update can move it by; 0 = whatever the run says.",
+    )
     hidden_graph: bool = Field(
         default=False,
         description="Also take part where run.secure.mask_graph is 'hidden', which is experimental.",

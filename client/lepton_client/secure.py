@@ -229,7 +229,8 @@ class Seat:
         assert self._office is not None  # an agent has one
         try:
             answered = self._office.respond(asked.request, should_stop)
-            work.vector = encode_answer(asked.request, answered, offer.encoding, os.urandom)
+            least = self._config.least_noise
+            work.vector = encode_answer(asked.request, answered, offer.encoding, os.urandom, least)
         except UpdateRejected as error:
             work.failure = error
         except Exception as error:  # whatever is wrong with this machine, the round must hear of it

@@ -182,6 +182,16 @@ def encode_reply(
     return encoding.encode(reply.update, weight, random, counters)
 
 
+def least_multiplier(request: Request, encoding: SumEncoding) -> float:
+    """Standard deviation of the noise that devices add to a sum, at least, over the norm of one vector."""
+    part = request.private
+    if part is None or part.noise == "none":
+        return 0.0
+    steps = part.norm_bound(request.clip_norm / request.grid_step)
+    norm = float(encoding.norm_bound) if isinstance(encoding, Rotated) else steps
+    return sqrt(part.share_variance * min(encoding.survivors, part.survivors)) / norm
+
+
 def noise_share(
     part: PrivatePart, encoding: SumEncoding, size: int, stream: Keystream | None = None
 ) -> NDArray[np.int64] | None:
@@ -213,7 +223,9 @@ def share_law(part: PrivatePart) -> IntegerNoise | None:
     )
 
 
-def encode_answer(asked: Records, answered: Records, encoding: SumEncoding, random: Random) -> Ring:
+def encode_answer(
+    asked: Records, answered: Records, encoding: SumEncoding, random: Random, least_noise: float = 0.0
+) -> Ring:
     """A device's vector, out of what it was asked and what it would answer in a plain round.
 
     Args:
@@ -221,9 +233,10 @@ def encode_answer(asked: Records, answered: Records, encoding: SumEncoding, rand
         answered: a ``TrainReply`` or a ``Failure``.
         encoding: of the sum.
         random: see ``encode_reply``.
+        least_noise: what the device demands of the sum, see ``least_multiplier``.
 
     Raises:
-        UpdateRejected: the answer reports a failure, or does not fit.
+        UpdateRejected: the answer reports a failure, does not fit, or would not be hidden as demanded.
     """
     if "failed" in answered.config:
         fields = Fields(answered.config)
@@ -231,6 +244,13 @@ def encode_answer(asked: Records, answered: Records, encoding: SumEncoding, rand
         reason, detail = fields.text("failed"), fields.text("detail")
         raise UpdateRejected(Rejection(reason), detail)
     request = Request.read(asked)
+    if (found := least_multiplier(request, encoding)) < least_noise:
+        raise UpdateRejected(
+            Rejection.FAILED,
+            f"The sum would hold noise of {found:.4g} times an update's norm; this device demands "
+            f"{least_noise:g}.",
+            hint="Lower least_noise in the device's configuration, or run with more distributed noise.",
+        )
     try:
         sums = {name: np.asarray(answered.metrics[f"sum.{name}"]) for name in ("loss_sum", "examples")}
         examples, update = answered.metrics["num-examples"], answered.arrays["update"]

@@ -1,5 +1,7 @@
 """What a coordinator can and cannot see of a run, in plain words, and under which assumptions."""
 
+from math import ceil
+
 from lepton_fl.plan import RunSpec
 
 
@@ -47,13 +49,18 @@ def _sums(spec: RunSpec) -> tuple[str, ...]:
     least = spec.secure.least_survivors(max(spec.secure.min_cohort, min(sizes) if len(sizes) > 1 else 0))
     if len(sizes) == 1:
         return (
-            "The coordinator learns one sum per round, of the updates, example counts and losses of at least "
-            f"{max(least, spec.cohort.min_reports)} devices.",
+            f"The coordinator learns one sum per round, of the {_what(spec)} of at least "
+            f"{max(least, spec.cohort.min_reports, spec.noise_survivors)} devices.",
         )
     return (
         f"The coordinator learns {len(sizes)} sums per round of {spec.most_asked} devices, each of the "
-        f"updates, example counts and losses of at least {least}: a device hides in its own sum.",
+        f"{_what(spec)} of at least {max(least, spec.noise_survivors)}: a device hides in its own sum.",
     )
+
+
+def _what(spec: RunSpec) -> str:
+    """What is added up: of a private run, the updates, and what travels behind them under the same noise."""
+    return "updates, example counts and losses" if spec.privacy is None else "updates"
 
 
 def _mask_graph(spec: RunSpec) -> tuple[str, ...]:
@@ -73,7 +80,24 @@ def _privacy(spec: RunSpec) -> tuple[str, ...]:
             "Differential privacy (example level, local) bounds what every update tells about a single row of "
             "a device's data, also to the coordinator; each device keeps its own budget and may refuse.",
         )
-    return (
+    bounds = (
         f"Differential privacy ({spec.privacy.unit} level, {spec.privacy.trust}) bounds what the models "
         "tell about one of them.",
+    )
+    return (*bounds, *_shares(spec))
+
+
+def _shares(spec: RunSpec) -> tuple[str, ...]:
+    """Of noise that devices add."""
+    privacy, least = spec.privacy, spec.noise_survivors
+    if privacy is None or not least:
+        return ()
+    colluders = ceil(privacy.colluders / privacy.min_survivors * least - 1e-9)
+    return (
+        "Every sum has the noise of its devices in it before anybody sees it: the coordinator, too, is told "
+        "no more than the bound allows.",
+        f"The noise is made for {least} devices of a sum; with fewer there is no sum.",
+        f"Assumption: at most {colluders} of them tell the coordinator their share of the noise."
+        if colluders
+        else "Assumption: none of them tells the coordinator its share of the noise (privacy.colluders).",
     )

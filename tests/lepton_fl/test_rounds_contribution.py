@@ -22,9 +22,10 @@ from lepton_fl.rounds.campaign import RunState, Work, plan_round
 from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.ledger import MemoryLedger
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, budget_of, prepared, refuse_run
-from lepton_fl.rounds.secure import encode_reply, encoding_of, noise_share
+from lepton_fl.rounds.secure import encode_answer, encode_reply, encoding_of, least_multiplier, noise_share
 from lepton_fl.secagg.encoding import Rotated
 from lepton_fl.tasks.metrics import TrainingLoss
+from lepton_fl.vector import vector_digest
 from lepton_fl.wire.messages import Request, Ticket, TrainReply
 
 SIZE = 40
@@ -194,6 +195,25 @@ def test_a_device_adds_no_noise_to_a_sum_that_fewer_may_make():
     encode_reply(plan, honest, reply(plan, np.zeros(SIZE, np.int32)), Random(0).randbytes)
     with pytest.raises(UpdateRejected, match="made for 14"):
         noise_share(plan.private, replace(honest, survivors=13), SIZE)
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+def test_a_device_may_demand_noise_whatever_the_run_says(bits):
+    """Against a coordinator that plans too little, or none."""
+    plan = shaped(spec({**SKELLAM, **EVERYTHING}, secure={"bits": bits}))
+    request, encoding = Request.of(plan, np.zeros(SIZE, np.float32)), encoding_of(plan)
+    multiplier = rounds_of(spec({**SKELLAM, **EVERYTHING}, secure={"bits": bits}))._ready.noise_multiplier
+    assert least_multiplier(request, encoding) == pytest.approx(multiplier, rel=0.01)
+    request = replace(request, model_sha256=vector_digest(request.model))
+    update = np.zeros(plan.update_size, np.int32)
+    update[SIZE] = plan.private.bit
+    asked, answered = request.to_records(), reply(plan, update).to_records()
+    encode_answer(asked, answered, encoding, Random(0).randbytes, 0.9 * multiplier)
+    with pytest.raises(UpdateRejected, match="demands"):
+        encode_answer(asked, answered, encoding, Random(0).randbytes, 1.1 * multiplier)
+    silent = replace(request, private=None).to_records()
+    with pytest.raises(UpdateRejected, match="demands"):
+        encode_answer(silent, answered, encoding, Random(0).randbytes, 0.1)
 
 
 def test_counts_of_devices_are_not_in_a_private_sum():

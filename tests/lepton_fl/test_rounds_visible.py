@@ -35,3 +35,12 @@ def test_a_run_of_several_sums_and_an_experiment_are_named():
     assert "of at least 584:" in found
     assert "EXPERIMENTAL" in found
     assert "EXPERIMENTAL" not in text(**settings, cohort={"size": 1000})
+
+
+def test_noise_of_devices_is_named_with_how_many_must_add_it():
+    strong = {"privacy": {"preset": "strong", "colluders": 0.1}, "cohort": {"size": 100}}
+    found = text(**strong, evaluate_every=0)
+    assert "of the updates of at least 70 devices" in found
+    assert "made for 70 devices" in found
+    assert "at most 10 of them tell" in found
+    assert "none of them tells" in text(privacy="strong", cohort={"size": 100}, evaluate_every=0)
