@@ -187,7 +187,6 @@ class PrivateRounds:
         self._ready, self._ledger, self._key, self._stream = ready, ledger, sealing_key, stream
         self._round = 0  # the last committed one
         self._clip = self._next_clip = ready.clip
-        self._shape = ready.shape(ready.clip)
         self._figures: dict[str, float] = {}  # what the last release told besides the update
         self._pending: list[Event] = []  # what the attempt in hand costs
         self._state = self._fresh()
@@ -241,7 +240,7 @@ class PrivateRounds:
 
     def shaped(self, plan: RoundPlan) -> RoundPlan:
         """The plan of an attempt, with the clip norm of its round and what devices do besides clipping."""
-        self._shape = shape = self._ready.shape(self._clip)
+        shape = self._ready.shape(self._clip)
         plain = not (shape.part.tail or shape.part.weight_cap or plan.secure)
         return plan.model_copy(
             update={
@@ -291,12 +290,14 @@ class PrivateRounds:
         if not isinstance(aggregator, Accumulator):
             raise RunError(f"Noise is added to exact sums; {plan.aggregation.name!r} makes none.")
         self._ledger.releasing(self._run_id, plan.round, plan.attempt)
-        total = aggregator.subtotal().total
+        shape, total = self._ready.shape(self._clip), aggregator.subtotal().total
+        if (plan.clip_norm, plan.grid_step) != (shape.clip_norm, shape.grid_step):
+            raise RunError("The plan of this attempt was made for another clip norm than its noise.")
         stream, mechanism = self._stream(plan), self._mechanism
         if isinstance(mechanism, Independent):
-            mechanism = replace(mechanism, norm_bound=self._shape.norm_bound)
+            mechanism = replace(mechanism, norm_bound=shape.norm_bound)
         self._following = mechanism.release(total, plan.round, stream).following
-        self._read_tail(self._shape, total[plan.sent_size :].tolist())
+        self._read_tail(shape, total[plan.sent_size :].tolist())
         return scaled(total[: plan.sent_size], plan.grid_step / self._spec.cohort.size)
 
     def _read_tail(self, shape: Shape, tail: list[int]) -> None:

@@ -77,8 +77,8 @@ def _privacy(spec: RunSpec) -> tuple[str, ...]:
         return ("No differential privacy: the model may remember something of single devices.",)
     if spec.privacy.unit == "example":
         return (
-            "Differential privacy (example level, local) bounds what every update tells about a single row of "
-            "a device's data, also to the coordinator; each device keeps its own budget and may refuse.",
+            "Differential privacy (example level, local) bounds what every update tells about a single row "
+            "of a device's data, also to the coordinator; each device keeps its own budget and may refuse.",
         )
     bounds = (
         f"Differential privacy ({spec.privacy.unit} level, {spec.privacy.trust}) bounds what the models "
