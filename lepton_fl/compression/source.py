@@ -151,12 +151,25 @@ def _of_run(folder: Path) -> dict[str, Any]:
 
 
 def _promise(privacy: Mapping[str, Any] | None, folder: Path) -> str | None:
-    """The guarantee in words, with what was spent by the last round."""
     if privacy is None:
         return None
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    epsilon = json.loads(lines[-1]).get("epsilon") if lines else None
-    spent = f"epsilon = {epsilon:.4g}" if epsilon is not None else f"epsilon <= {privacy['epsilon']:g}"
+    return promise(privacy, json.loads(lines[-1]).get("epsilon") if lines else None)
+
+
+def promise(privacy: Mapping[str, Any], epsilon: float | None) -> str:
+    """A run's guarantee in words.
+
+    Args:
+        privacy: of its specification, as JSON.
+        epsilon: spent by the round of the model; None = not recorded, so what the whole run may spend.
+    """
+    if epsilon is not None:
+        spent = f"epsilon = {epsilon:.4g}"
+    elif privacy["epsilon"]:
+        spent = f"epsilon <= {privacy['epsilon']:g}"
+    else:
+        spent = f"noise multiplier {privacy['noise_multiplier']:g}"
     return (
         f"{spent} at delta = {privacy['delta']:g}, {privacy['unit']} level, {privacy['adjacency']}, "
         f"{privacy['mechanism']}, {privacy['trust']}"

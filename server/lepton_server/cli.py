@@ -402,15 +402,16 @@ def run_export(
 ) -> None:
     """Write a run's model as safetensors, tensor by tensor, with its lineage."""
     from lepton_fl.files import BlobStore
-    from lepton_server.requests import export_model
+    from lepton_server.requests import export_model, lineage
 
     settings = load(config, {"server.state_dir": state_dir})
     with opened(settings) as store:
         found = _find_run(store, run)
-    sha256 = found.best_sha256 if best else found.model_sha256
-    if sha256 is None:
-        raise NotFound(f"Run {found.id} has no {'evaluated ' if best else ''}model yet.")
-    size = export_model(BlobStore(settings.blob_dir), found, sha256, output)
+        sha256 = found.best_sha256 if best else found.model_sha256
+        if sha256 is None:
+            raise NotFound(f"Run {found.id} has no {'evaluated ' if best else ''}model yet.")
+        known = lineage(store, found, sha256)
+    size = export_model(BlobStore(settings.blob_dir), found, sha256, output, known)
     print_data({"file": str(output), "bytes": size, "model_sha256": sha256, "run": found.id}, format=format)
 
 

@@ -1,6 +1,6 @@
 """What the operator's commands need beyond the store: reading a run's file, writing models and journals."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,36 @@ def _not_masked(spec: RunSpec) -> list[str]:
     ]
 
 
-def export_model(blobs: BlobStore, run: Run, sha256: str, output: Path) -> int:
+def lineage(store: Store, run: Run, sha256: str) -> dict[str, str]:
+    """Where a model comes from: its round, the journal's head when it was committed, its run's privacy."""
+    from lepton_fl.compression.source import promise
+
+    created = [model for model in store.models(run.id) if model.sha256 == sha256]
+    if not created:
+        return {}
+    found, seen = {"round": str(created[-1].round)}, 0
+    while page := store.events(seen, subject=run.id, limit=_PAGE):
+        seen = page[-1].seq
+        for event in page:
+            if event.kind == "model.created" and event.body["model_sha256"] == sha256:
+                found["journal_sha256"] = event.hash
+    if privacy := run.spec.get("privacy"):
+        spent = [r.metrics.get("epsilon") for r in store.rounds(run.id) if r.model_sha256 == sha256]
+        found["privacy"] = promise(privacy, spent[-1] if spent else None)
+    return found
+
+
+def export_model(
+    blobs: BlobStore, run: Run, sha256: str, output: Path, known: Mapping[str, str] | None = None
+) -> int:
     """Write a model as safetensors with its lineage in the header; return the file's size in bytes.
+
+    Args:
+        blobs: where the model is.
+        run: that made it.
+        sha256: its name.
+        output: the file.
+        known: further facts for the header, see ``lineage``.
 
     Raises:
         TaskError: the installed task's model has another shape than the stored one.
@@ -110,8 +138,9 @@ def export_model(blobs: BlobStore, run: Run, sha256: str, output: Path) -> int:
             f"The installed {task.name} {task.version} has {layout.size} weights, the model {len(weights)}.",
             hint="Install the version of the task that the run trained.",
         )
-    lineage = {"run": run.id, "task": task.name, "task_version": task.version, "model_sha256": sha256}
-    data = save(layout.unflatten(weights), metadata=lineage)
+    header = {"run": run.id, "task": task.name, "task_version": task.version, "model_sha256": sha256}
+    header |= {"reference": str(run.spec["task"]), **(known or {})}
+    data = save(layout.unflatten(weights), metadata=header)
     write_atomic(output, data)
     return len(data)
 

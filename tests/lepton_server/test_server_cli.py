@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lepton_fl.cli import app
+from lepton_fl.compression.source import read_source
 from lepton_server.store import open_store
 
 
@@ -64,6 +65,10 @@ def test_a_run_from_its_start_to_its_end(works, lepton, data):
     assert "3 of 3 reports" in out
     target = works.folder / "model.safetensors"
     assert data("run", "export", str(target), "--best")["bytes"] == target.stat().st_size
+    model = read_source(target)  # what variants are made from
+    (best,) = {m.round for m in works.store.models(run_id) if m.sha256 == model.sha256}
+    assert (model.run, model.round, model.privacy) == (run_id, best, None)
+    assert model.journal_sha256 in {event.hash for event in works.store.events(subject=run_id)}
 
 
 def test_why_a_run_waits_is_shown(works, lepton, data):
