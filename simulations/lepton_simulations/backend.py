@@ -89,7 +89,7 @@ class Shard(Protocol):
 
     @property
     def chunk(self) -> int:
-        """How many devices are best trained in one call."""
+        """How many devices are best trained in one call; more are trained in several."""
         ...
 
     @property
@@ -197,19 +197,14 @@ def chunks(devices: Sequence[str], costs: Sequence[int], size: int, workers: int
     Args:
         devices: in an order in which neighbours are alike.
         costs: of each of them.
-        size: no piece holds more devices.
+        size: how many devices a piece holds, at most, where all cost the same.
         workers: as many pieces as all of them can work on at a time, again and again.
     """
     if not devices:
         return []
-    ends = np.cumsum(np.asarray(costs, np.float64) + 1.0)
-    middles = (ends - (np.asarray(costs, np.float64) + 1.0) / 2) / ends[-1]
-    count = workers * -(-len(devices) // (size * workers))
-    while True:
-        count = min(count, len(devices))
-        places = np.minimum((middles * count).astype(np.int64), count - 1)
-        starts = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(devices)]
-        pieces = [list(devices[a:b]) for a, b in pairwise(starts)]
-        if count == len(devices) or max(map(len, pieces)) <= size:
-            return pieces
-        count += workers
+    each = np.asarray(costs, np.float64) + 1.0
+    ends = np.cumsum(each)
+    count = min(workers * -(-len(devices) // (size * workers)), len(devices))
+    places = np.minimum(((ends - each / 2) / ends[-1] * count).astype(np.int64), count - 1)
+    starts = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(devices)]
+    return [list(devices[a:b]) for a, b in pairwise(starts)]

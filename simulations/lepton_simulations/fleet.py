@@ -215,7 +215,25 @@ class VirtualFleet:
         accumulator: Accumulator,
         should_stop: Callable[[], bool],
     ) -> Part:
-        """Train devices in one call of the engine and add their updates; implements ``backend.Shard``."""
+        """Train devices and add their updates, a chunk at a time; implements ``backend.Shard``."""
+        trained, refused = list[Trained](), dict[str, UpdateRejected]()
+        for first in range(0, len(devices), self.chunk):
+            chunk = devices[first : first + self.chunk]
+            part = self._train_chunk(plan, model, auxiliary, chunk, accumulator, should_stop)
+            trained += part.trained
+            refused |= part.refused
+        return Part(trained, refused)
+
+    def _train_chunk(
+        self,
+        plan: RoundPlan,
+        model: Vector,
+        auxiliary: Vector | None,
+        devices: Sequence[str],
+        accumulator: Accumulator,
+        should_stop: Callable[[], bool],
+    ) -> Part:
+        """Train devices in one call of the engine."""
         names, works, refused = [], list["ClientWork"](), dict[str, UpdateRejected]()
         for device_id in devices:
             try:
