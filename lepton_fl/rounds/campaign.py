@@ -113,6 +113,7 @@ class Verdict:
 
     outcome: Literal["completed", "stopped", "failed", "exhausted"]  # the last: a privacy budget is spent
     reason: str
+    error: LeptonError | None = field(default=None, compare=False)  # what a run failed of
 
 
 class Roster(Protocol):
@@ -193,7 +194,7 @@ class Campaign:
         except BudgetRefused as refusal:  # the last model stays as it is
             return Verdict("exhausted", f"{refusal} {refusal.hint}".strip())
         except LeptonError as error:
-            return Verdict("failed", f"{error} {error.hint}".strip())
+            return Verdict("failed", f"{error} {error.hint}".strip(), error)
 
     def _resume_privacy(self, state: RunState) -> None:
         if self.private is not None:

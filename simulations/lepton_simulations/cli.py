@@ -206,7 +206,7 @@ def _say_what(result: "Result") -> None:
 
 
 def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | None = None) -> None:
-    from lepton_fl.errors import BudgetRefused, RunError
+    from lepton_fl.errors import BudgetRefused, RunError, StateError
 
     if format == Format.JSON:
         rows = [{**vars(row), "traffic_bytes": row.traffic} for row in result.rows]
@@ -216,6 +216,8 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
         places = {"folder": result.folder, "plot": plot, **words}
         body = {"task": result.task, **verdict, **places, **hashes, "best": result.best, "rounds": rows}
         print_data(body, format=format)
+    if isinstance(result.verdict.error, StateError):  # the disk is full, and the like
+        raise result.verdict.error
     if result.verdict.outcome == "failed":
         raise RunError(result.verdict.reason)
     if result.verdict.outcome == "exhausted":

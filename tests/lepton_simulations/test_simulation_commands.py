@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from lepton_fl.cli.app import run
+from lepton_fl.errors import DiskFull
+from lepton_simulations.appended import AppendedFile
 from lepton_simulations.demo import demo_config
 
 LEPTON = str(Path(sys.executable).parent / "lepton")
@@ -81,6 +83,23 @@ def test_a_run_that_failed_has_its_exit_code_and_its_reason(scenario, capsys):
     scenario.write_text(SCENARIO + "[faults]\ndrop_out = 1.0\n")
     assert run(["simulate", str(scenario)]) == 8
     assert "Round 1 was abandoned 5 times in a row" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_for_a_moment_has_its_own_exit_code(scenario, capsys, monkeypatch):
+    synced, sync = [], AppendedFile.sync
+
+    def full(file):
+        synced.append(file)
+        if len(synced) == 5:  # in the second round
+            raise DiskFull("No space was left; the last committed round is safe.")
+        return sync(file)
+
+    monkeypatch.setattr(AppendedFile, "sync", full)
+    assert run(["simulate", str(scenario)]) == 7
+    said = capsys.readouterr().err
+    assert "No space was left" in said
+    assert "disk-full (exit 7)" in said
+    assert run(["simulate", "--resume", "runs/tiny"]) == 0
 
 
 @pytest.mark.parametrize(
