@@ -10,6 +10,9 @@ mini-batches of 10, one epoch, SGD with learning rate 0.1, equal weights; an MLP
 order of every client's rows. That the work is the same is checked: everybody's model is held against the
 plain loop's.
 
+Ours trains with the tier that it chooses, ``native`` for the MLP; those rows have one with ``fused``, too,
+which trains in PyTorch alone (updates are added up by the same functions in both).
+
 Peers run in environments of their own, which are installed once into ``--cache``. Figures are medians over
 the rounds after the first, everybody on ``--cores`` cores, ours through ``run_scenario`` and so by the round
 code of a real fleet. The bound is the speed of a 2048 x 2048 matrix product, measured before and after each
@@ -41,7 +44,7 @@ from _simulation.runner import Outcome, RunFailed, gflops, start
 from _simulation.venvs import PEERS, InstallFailed, default_cache, python_of
 from _simulation.work import Vector
 
-OURS, LOOP, FLOWER = "Lepton FL", "plain loop", "Flower on Ray"
+OURS, FUSED, LOOP, FLOWER = "Lepton FL", "Lepton FL, tier fused", "plain loop", "Flower on Ray"
 GRID, STOCK_GRID = "Flower's loop, our FedAvg and Grid", "Flower's loop and FedAvg, our Grid"
 CLIP = 0.5  # L2 norm of an update
 CHECKED = 3  # rounds after which our model is held against the loop's
@@ -78,10 +81,11 @@ class Speed:
     peer_rounds: tuple[int, int]  # pfl's, Flower's
     at_least: float
     bound: float = 0.0  # share of the bound that is wanted as well
+    fused_at_least: float = 0.0  # of the tier that trains in PyTorch alone, where another one is chosen
 
 
 SPEEDS: Mapping[str, Speed] = {
-    "mlp-100": Speed("equal", "mlp", 100, 60, (20, 5), 3000),
+    "mlp-100": Speed("equal", "mlp", 100, 60, (20, 5), 3000, fused_at_least=3000),
     "mlp-10": Speed("equal", "mlp", 10, 150, (60, 12), 2500),
     "cnn-10": Speed("equal", "cnn", 10, 12, (8, 5), 31, 0.75),
     "cnn-100": Speed("equal", "cnn", 100, 4, (3, 2), 34, 0.75),
@@ -187,7 +191,7 @@ class Bench:
         try:
             return run()
         except RunFailed as error:
-            if who in (OURS, LOOP):
+            if who in (OURS, FUSED, LOOP):
                 raise
             is_peer = who not in (GRID, STOCK_GRID)
             self.add(Line(row, who, figure=f"failed: {error}", met=None if is_peer else False))
@@ -209,8 +213,9 @@ def speed(bench: Bench, name: str) -> None:
     most = max(rounds, CHECKED, *peer_rounds)
     folder, rows = bench.work(row.kind, row.cohort, most)
     body = scenario(row.model, folder, row.cohort, rounds, bench.options.cores, {})
+    tiers = {OURS: body} | ({FUSED: with_tier(body, "fused")} if row.model == "mlp" else {})
     runs: dict[str, Callable[[], Outcome]] = {
-        OURS: lambda: bench.ours(body),
+        **{who: partial(bench.ours, own) for who, own in tiers.items()},
         GRID: lambda: bench.grid(body, "ours"),
         STOCK_GRID: lambda: bench.grid(with_rounds(body, peer_rounds[0]), "stock"),
         LOOP: lambda: bench.loop(folder, row.model, row.cohort, most, 0),
@@ -219,20 +224,23 @@ def speed(bench: Bench, name: str) -> None:
     limit = bench.limit(row.model, rows)
     found = best(bench, name, runs)
     limit = max(limit, bench.limit(row.model, rows))
-    checks = {OURS: bench.ours(with_rounds(body, CHECKED))}
+    checks = {who: bench.ours(with_rounds(own, CHECKED)) for who, own in tiers.items()}
     bench.add(Line(name, f"bound, {bench.options.cores} cores", clients_s=limit))
-    wanted = f">= {row.at_least:,.0f}/s" + (f" and {row.bound:.0%} of bound" if row.bound else "")
+    wanted = {OURS: row.at_least, FUSED: row.fused_at_least}
     compare = Compare(bench, name, row.cohort, limit, found[LOOP].model, SAME[row.model])
     for who, outcome in found.items():
-        if who == OURS:
-            compare.line(who, outcome, checks[who], wanted, partial(reaches, row))
+        if who in tiers and wanted[who]:
+            words = f">= {wanted[who]:,.0f}/s" + (f" and {row.bound:.0%} of bound" if row.bound else "")
+            compare.line(who, outcome, checks[who], words, partial(reaches, wanted[who], row.bound))
+        elif who in tiers:
+            compare.line(who, outcome, checks[who])
         else:
             compare.line(who, outcome, same_work=who not in (GRID, STOCK_GRID))
 
 
-def reaches(row: Speed, line: Line) -> bool:
+def reaches(at_least: float, bound: float, line: Line) -> bool:
     """Whether a line is as fast as its row asks."""
-    return (line.clients_s or 0) >= row.at_least and (line.bound or 0) >= row.bound
+    return (line.clients_s or 0) >= at_least and (line.bound or 0) >= bound
 
 
 @dataclass(frozen=True)
@@ -301,6 +309,11 @@ def best(bench: Bench, row: str, runs: Mapping[str, Callable[[], Outcome]]) -> d
 def with_rounds(body: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """The same scenario, shorter or longer."""
     return {**body, "run": {**body["run"], "rounds": rounds}}
+
+
+def with_tier(body: Mapping[str, Any], tier: str) -> dict[str, Any]:
+    """The same scenario, trained by this engine."""
+    return {**body, "engine": {**body["engine"], "tier": tier}}
 
 
 # -- the other rows ---------------------------------------------------------------------------------------
@@ -499,7 +512,7 @@ def draw(lines: list[Line], path: Path) -> None:
         found = [line for line in lines if line.row == name and line.clients_s]
         limit = next(line.clients_s for line in found if line.who.startswith("bound"))
         bars = [line for line in found if not line.who.startswith("bound")][::-1]
-        colours = ["tab:blue" if line.who in (OURS, GRID, STOCK_GRID) else "tab:grey" for line in bars]
+        colours = ["tab:blue" if line.who in (OURS, FUSED, GRID, STOCK_GRID) else "tab:grey" for line in bars]
         drawn = panel.barh([line.who for line in bars], [line.clients_s for line in bars], color=colours)
         panel.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=8)
         panel.axvline(limit, color="tab:red", linestyle="--", label=f"bound {limit:,.0f}")
