@@ -52,7 +52,8 @@ typedef real half __attribute__((vector_size(BYTES / 2)));
 
 typedef struct { int64_t in, out, relu, weight, bias; } Layer; /* places in the model's vector; bias -1 = none */
 typedef struct { double rate, decay, mu, momentum; } Rule;
-typedef struct { real *w, *bias; } Place; /* (out, padded in), (padded out) */
+typedef struct { real *w, *bias; } Place;      /* (out, padded in), (padded out) */
+typedef struct { Place from, to, less; } Move; /* of a step of a layer's weights */
 
 static int64_t padded(int64_t n) { return (n + ALIGN - 1) / ALIGN * ALIGN; }
 
@@ -120,41 +121,44 @@ static void back(const real *g, Place p, int64_t rows, int64_t n, int64_t outs, 
             EACH_COUNT(rows - b, back_rows(N, g + b * wide, p.w, outs, n, k, least(k + PANEL, n), wide, to + b * n))
 }
 
-/* w (outs, n) = keep w + g (rows, outs)^T x (rows, n) */
-INLINE void descend_tile(int no, int nk, const real *x, const real *g, int64_t rows, int64_t n, int64_t wide, real keep, real *w) {
+/* to (outs, n) = keep from + g (rows, outs)^T x (rows, n), minus `less` if there is one */
+INLINE void descend_tile(int no, int nk, const real *x, const real *g, int64_t rows, int64_t n, int64_t wide, real keep,
+                         const Move *m, int64_t at) {
     vec sum[4][4];
-    UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] = keep * AT(w + o * n + k * LANES);
+    UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] = keep * AT(m->from.w + at + o * n + k * LANES);
     for (int64_t b = 0; b < rows; b++) {
         vec v[4];
         UNROLL for (int k = 0; k < nk; k++) { v[k] = AT(x + b * n + k * LANES); HOLD(v[k]); }
         UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] += g[b * wide + o] * v[k];
     }
-    UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) AT(w + o * n + k * LANES) = sum[o][k];
+    if (m->less.w)
+        UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] -= AT(m->less.w + at + o * n + k * LANES);
+    UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) AT(m->to.w + at + o * n + k * LANES) = sum[o][k];
 }
 
-INLINE void descend_by(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, int64_t wide, real keep, Place p, int biased) {
+INLINE void descend_by(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, int64_t wide, real keep, const Move *m) {
     for (int64_t from = 0; from < n; from += PANEL) { /* so much of x stays near */
         int64_t to = least(from + PANEL, n), o = 0, k;
         for (; o + 4 <= outs; o += 4) {
             for (k = from; k + MANY * LANES <= to; k += MANY * LANES)
-                descend_tile(4, MANY, x + k, g + o, rows, n, wide, keep, p.w + o * n + k);
-            for (; k < to; k += LANES) descend_tile(4, 1, x + k, g + o, rows, n, wide, keep, p.w + o * n + k);
+                descend_tile(4, MANY, x + k, g + o, rows, n, wide, keep, m, o * n + k);
+            for (; k < to; k += LANES) descend_tile(4, 1, x + k, g + o, rows, n, wide, keep, m, o * n + k);
         }
         for (; o < outs; o++)
-            for (k = from; k < to; k += LANES) descend_tile(1, 1, x + k, g + o, rows, n, wide, keep, p.w + o * n + k);
+            for (k = from; k < to; k += LANES) descend_tile(1, 1, x + k, g + o, rows, n, wide, keep, m, o * n + k);
     }
-    for (int64_t o = 0; biased && o < outs; o++) {
-        real sum = keep * p.bias[o];
+    for (int64_t o = 0; m->to.bias && o < outs; o++) {
+        real sum = keep * m->from.bias[o];
         for (int64_t b = 0; b < rows; b++) sum += g[b * wide + o];
-        p.bias[o] = sum;
+        m->to.bias[o] = m->less.bias ? sum - m->less.bias[o] : sum;
     }
 }
 
-static void descend(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, int64_t wide, real keep, Place p, int biased) {
+static void descend(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, int64_t wide, real keep, const Move *m) {
     if (keep == 1)
-        descend_by(x, g, rows, n, outs, wide, 1, p, biased); /* without the multiplication */
+        descend_by(x, g, rows, n, outs, wide, 1, m); /* without the multiplication */
     else
-        descend_by(x, g, rows, n, outs, wide, keep, p, biased);
+        descend_by(x, g, rows, n, outs, wide, keep, m);
 }
 
 /* The three products alone, for a linear layer among layers that are not trained here; see layers.Dense. Rows of x
@@ -168,7 +172,7 @@ void lepton_back(const real *g, real *w, int64_t rows, int64_t n, int64_t outs, 
 }
 
 void lepton_descend(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, double keep, real *w) {
-    descend(x, g, rows, n, outs, outs, keep, (Place){w, 0}, 0);
+    descend(x, g, rows, n, outs, outs, keep, &(Move){{w, 0}, {w, 0}, {0, 0}});
 }
 
 /* The sum of the losses of a mini-batch, and the gradient of their mean. Kinds: see LOSSES in native.py. */
@@ -202,6 +206,11 @@ static real *lay_out(const Layer *layers, int64_t count, real *from, Place *plac
         from += padded(layers[l].out);
     }
     return from;
+}
+
+/* A layer in a model's vector; its bias is `none` where it has none. */
+static Place of_vector(const Layer *a, real *flat, real *none) {
+    return (Place){flat + a->weight, a->bias < 0 ? none : flat + a->bias};
 }
 
 /* to = to + factor * flat, from the model's vector to padded places; anew: to = factor * flat, and zero padding */
@@ -395,7 +404,7 @@ static void fetch(const Device *d, int64_t n, int64_t t) {
 
 static double train(const Layer *layers, int64_t count, int64_t kind, const Rule *rule, const Device *d, int64_t places,
                     real *work) {
-    Place value[MOST], moving[MOST], shift[MOST];
+    Place value[MOST], moving[MOST], shift[MOST], now[MOST];
     real *rows[MOST + 1], *grads[MOST];
     real *moves = lay_out(layers, count, work, value), *shifts = lay_out(layers, count, moves, moving);
     real *free = lay_out(layers, count, shifts, shift);
@@ -412,7 +421,10 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
     const real keep = momentum ? rule->momentum : 1 - rule->rate * (rule->decay + rule->mu), scale = momentum ? 1 : -rate;
     const int64_t weights = moves - work;
     fetch(d, layers->in, d->first);
-    if (!d->first) {
+    /* Where the model's vector is laid out as the weights are, the first step reads it and the last one writes delta. */
+    int direct = !momentum && !drift && ((uintptr_t)d->start | (uintptr_t)d->delta) % BYTES == 0;
+    for (int64_t l = 0; l < count; l++) direct &= layers[l].in % ALIGN == 0 && layers[l].weight % ALIGN == 0;
+    if (!d->first && !direct) {
         add(layers, count, d->start, 1, value, 1);
         if (momentum) memset(moves, 0, weights * sizeof(real));
         if (drift) add(layers, count, d->start, momentum ? -rule->mu : rule->rate * rule->mu, shift, 1);
@@ -425,9 +437,10 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
             memcpy(rows[0] + b * padded(layers->in), d->x + at[b] * layers->in, layers->in * sizeof(real));
         fetch(d, layers->in, t + 1);
         for (int64_t l = 0; l < count; l++) {
-            const int64_t wide = padded(layers[l].out);
+            const int64_t n = padded(layers[l].in), wide = padded(layers[l].out);
             real *y = rows[l + 1];
-            forward(rows[l], value[l], size, padded(layers[l].in), layers[l].out, y, wide);
+            now[l] = direct && !t ? of_vector(layers + l, (real *)d->start, value[l].bias) : value[l];
+            forward(rows[l], now[l], size, n, layers[l].out, y, wide);
             for (int64_t i = 0; layers[l].relu && i < size * wide; i++) y[i] = y[i] < 0 ? 0 : y[i]; /* NaN stays */
         }
         sum += lose(kind, rows[count], d->targets, at, size, layers[count - 1].out,
@@ -436,9 +449,14 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
             const int64_t n = padded(layers[l].in), outs = layers[l].out, wide = padded(outs);
             real *g = grads[l], *y = rows[l + 1];
             for (int64_t i = 0; layers[l].relu && i < size * wide; i++) g[i] = y[i] <= 0 ? 0 : g[i];
-            if (l) back(g, value[l], size, n, outs, wide, grads[l - 1]);
+            if (l) back(g, now[l], size, n, outs, wide, grads[l - 1]);
             for (int64_t i = 0; i < size * wide; i++) g[i] *= scale;
-            descend(rows[l], g, size, n, outs, wide, keep, momentum ? moving[l] : value[l], layers[l].bias >= 0);
+            const int last = direct && t + 1 == d->steps;
+            Place into = last ? of_vector(layers + l, d->delta, NULL) : momentum ? moving[l] : value[l];
+            Place less = last ? of_vector(layers + l, (real *)d->start, NULL) : (Place){0, 0};
+            if (layers[l].bias < 0) into.bias = NULL;
+            const Move move = {momentum ? moving[l] : now[l], into, less};
+            descend(rows[l], g, size, n, outs, wide, keep, &move);
         }
         for (int64_t i = 0; momentum && i < weights; i++) {
             moves[i] += pull * work[i] + (drift ? shifts[i] : 0);
@@ -446,7 +464,7 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
         }
         for (int64_t i = 0; drift && !momentum && i < weights; i++) work[i] += shifts[i];
     }
-    if (d->last == d->steps) leave(layers, count, value, d->start, d->delta);
+    if (d->last == d->steps && !direct) leave(layers, count, value, d->start, d->delta);
     return sum;
 }
 

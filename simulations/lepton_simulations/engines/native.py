@@ -167,7 +167,13 @@ class NativeEngine(ChainEngine):
             self._room, self._places = torch.zeros(size, dtype=self._trainer.dtype), places
 
     def _vector(self, vector: Vector) -> NDArray[np.floating]:
-        return np.ascontiguousarray(vector, self._real)
+        """At a multiple of 64 bytes, where C can read it as weights."""
+        found = np.ascontiguousarray(vector, self._real)
+        if _address(found) % 64 == 0:
+            return found
+        aligned = torch.empty(len(found), dtype=self._trainer.dtype).numpy()
+        aligned[:] = found
+        return aligned
 
     def _read_layers(self) -> NDArray[np.int64]:
         """(L, 5): inputs, outputs, whether a ReLU follows, and where weight and bias (-1: none) stand.
