@@ -735,9 +735,8 @@ class IdealRounds:
 
         collected = collect_answers(plan, request, exchange, TRAINING, take, _refuse_sum, clock)
         _forget_counts(collected)
-        good = [i for i, group in enumerate(groups) if _comes_through(plan, group, collected, left)]
-        _leave_out(collected, [group for i, group in enumerate(groups) if i not in good])
-        if not good or not collected.enough:
+        good = _settle(plan, groups, collected, left)
+        if not collected.enough:
             return collected, None
         chosen = [totals[i] for i in good]
         mean, collected.sums = decode_total(plan, encoding, chosen, collected.reports, finish)
@@ -759,8 +758,7 @@ class IdealRounds:
             accumulator.merge(part.subtotal)
 
         collected = collect_answers(plan, request, exchange, TRAINING, take, take_many, clock)
-        if not _comes_through(plan, plan.cohort, collected, self._leaves(plan)):
-            _leave_out(collected, [plan.cohort])
+        _settle(plan, [plan.cohort], collected, self._leaves(plan))
         _forget_counts(collected)
         if not collected.enough:
             return collected, None
@@ -779,35 +777,41 @@ class IdealRounds:
                 law.add_to(accumulator.subtotal().total, self._stream_of(plan, device) or Keystream())
 
 
-def _comes_through(
-    plan: RoundPlan, group: Sequence[str], collected: Collected, left: Mapping[str, Stage]
-) -> bool:
-    """Whether the protocol would bring the sum of these devices; as ``ServerSession`` counts them."""
-    rules = rules_of(_secure(plan), len(group))
-    roster = [device for device in group if left.get(device) is not Stage.ADVERTS]
-    n = len(roster)
-    sharing = [device for device in roster if left.get(device) is not Stage.SHARES]
-    uploaded = [d for d in sharing if collected.participation[d].outcome == ACCEPTED]
-    signing = [device for device in uploaded if left.get(device) is not Stage.CONSENTS]
-    revealing = [device for device in signing if left.get(device) is not Stage.REVEALS]
-    least = rules.least_survivors(n)
-    return (
-        n >= rules.min_cohort
-        and len(sharing) >= least
-        and len(uploaded) >= least
-        and len(signing) >= rules.quorum(n)
-        and len(revealing) >= rules.threshold(n)
-    )
-
-
-def _leave_out(collected: Collected, groups: Sequence[Sequence[str]]) -> None:
-    """These devices' sums have failed."""
-    lost = [collected.participation[device] for group in groups for device in group]
-    lost = [entry for entry in lost if entry.outcome == ACCEPTED]
+def _settle(
+    plan: RoundPlan, groups: Sequence[Sequence[str]], collected: Collected, left: Mapping[str, Stage]
+) -> list[int]:
+    """Which groups the protocol would bring the sums of; the devices of the others are not counted."""
+    ends = [_end_of(plan, group, collected, left) for group in groups]
+    devices = [d for group, end in zip(groups, ends, strict=True) if end is not Stage.DONE for d in group]
+    lost = [e for e in map(collected.participation.__getitem__, devices) if e.outcome == ACCEPTED]
     collected.reports -= len(lost)
     if collected.reports:  # else the attempt is given up as a whole, and what each device did stays
         word = "The sum of its devices failed."
         collected.participation |= {e.device_id: replace(e, outcome=SURPLUS, detail=word) for e in lost}
+    collected.burnt = not collected.enough and any(end > Stage.UPLOADS for end in ends)
+    return [i for i, end in enumerate(ends) if end is Stage.DONE]
+
+
+def _end_of(plan: RoundPlan, group: Sequence[str], collected: Collected, left: Mapping[str, Stage]) -> Stage:
+    """The stage that too few of these devices would get through, as ``ServerSession`` counts them."""
+    rules = rules_of(_secure(plan), len(group))
+    there = [device for device in group if left.get(device) is not Stage.ADVERTS]
+    n = len(there)
+    if n < rules.min_cohort:
+        return Stage.ADVERTS
+    needed = {
+        Stage.SHARES: rules.least_survivors(n),
+        Stage.UPLOADS: rules.least_survivors(n),
+        Stage.CONSENTS: rules.quorum(n),
+        Stage.REVEALS: rules.threshold(n),
+    }
+    for stage, least in needed.items():
+        there = [device for device in there if left.get(device) is not stage]
+        if stage is Stage.UPLOADS:
+            there = [device for device in there if collected.participation[device].outcome == ACCEPTED]
+        if len(there) < least:
+            return stage
+    return Stage.DONE
 
 
 def read_reply(answer: Answer, plan: RoundPlan) -> TrainReply:
