@@ -93,12 +93,12 @@ class Desk:
     """Memory that the parent shares with one worker; pages that nothing touches cost nothing."""
 
     update: NDArray[np.int32]  # (P,) of one device
-    total: NDArray[np.int64]  # (P,) of all devices that it has trained in this attempt
+    totals: NDArray[np.int64]  # (2, P): the sum of all devices that it has trained, of every other attempt
 
     @classmethod
     def of(cls, size: int) -> Self:
         """For a model of ``size`` coordinates."""
-        return cls(_shared(size, np.dtype(np.int32)), _shared(size, np.dtype(np.int64)))
+        return cls(_shared(size, np.dtype(np.int32)), _shared(2 * size, np.dtype(np.int64)).reshape(2, size))
 
 
 @dataclass(eq=False)
@@ -113,6 +113,7 @@ class Worker:
     place: int | None = None  # of the device that it lets answer
     queue: deque[Chunk] = field(default_factory=deque)  # that it was given and has not returned
     done: list[Chunk] = field(default_factory=list)  # that are in its sum
+    side: int = 0  # which of its sums is that of this attempt
     weight: int = 0  # of its sum
     reports: int = 0
 
@@ -224,7 +225,7 @@ class Pool:
             return self._lost(worker, waiting)
         worker.done.append(worker.queue.popleft())
         reply = _read(body)
-        worker.weight, worker.reports = reply["weight"], reply["reports"]
+        worker.weight, worker.reports, worker.side = reply["weight"], reply["reports"], reply["side"]
         return Part.from_json(reply)
 
     def _lost(self, worker: Worker, waiting: deque[Chunk]) -> Part:
@@ -361,7 +362,7 @@ class Pool:
 
 
 def _sum_of(worker: Worker) -> Subtotal:
-    return Subtotal(worker.desk.total, worker.weight, worker.reports)
+    return Subtotal(worker.desk.totals[worker.side], worker.weight, worker.reports)
 
 
 def _died(code: int | None) -> UpdateRejected:
@@ -405,6 +406,7 @@ def _serve(
                 if not pipe.poll(PARENT_CHECK_S):
                     continue
                 pipe.send_bytes(json.dumps(server.answer(json.loads(pipe.recv_bytes()))).encode())
+                server.prepare()
             except (EOFError, OSError):
                 return
 
@@ -419,6 +421,14 @@ class _Server:
     plan: RoundPlan | None = None
     config: dict[str, Any] = field(default_factory=dict)
     accumulator: Accumulator | None = None
+    side: int = 0  # of the attempt in hand
+    clean: bool = True  # the other side is zero
+
+    def prepare(self) -> None:
+        """Clear the memory of the next attempt's sum, while nobody waits."""
+        if not self.clean:
+            self.desk.totals[1 - self.side] = 0
+            self.clean = True
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -441,13 +451,15 @@ class _Server:
     def _train(self, devices: Chunk) -> dict[str, Any]:
         assert self.plan is not None
         if self.accumulator is None:
-            self.desk.total[:] = 0
-            self.accumulator = Accumulator(self.plan, self.desk.total)
+            self.prepare()
+            self.side, self.clean = 1 - self.side, False
+            self.accumulator = Accumulator(self.plan, self.desk.totals[self.side])
         auxiliary = self.board.auxiliary if self.plan.auxiliary else None
         part = self.shard.train(
             self.plan, self.board.model, auxiliary, devices, self.accumulator, self.board.stopped
         )
-        return part.to_json() | {"weight": self.accumulator.weight, "reports": self.accumulator.reports}
+        sums = {"weight": self.accumulator.weight, "reports": self.accumulator.reports, "side": self.side}
+        return part.to_json() | sums
 
 
 def _read(body: bytes) -> dict[str, Any]:
