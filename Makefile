@@ -10,13 +10,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lint docs bench nightly clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 	@echo "make lint    style, types, layers, generated code"
 	@echo "make docs    the generated parts of docs/"
 	@echo "make bench   measurements (make bench ARGS=--list)"
+	@echo "make nightly audits and accuracy under privacy (LEPTON_DATA=FOLDER for all of them)"
 	@echo "make clean   remove .venv and all caches"
 
 demo: $(VENV)/.sim
@@ -38,6 +39,11 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+nightly: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks one_run_audit
+	@$(BIN)/python -m benchmarks dp_sgd $(if $(LEPTON_DATA),--data "$(LEPTON_DATA)" --seeds 5,--only speed)
+	@$(if $(LEPTON_DATA),$(BIN)/python -m benchmarks private_accuracy --data "$(LEPTON_DATA)")
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
