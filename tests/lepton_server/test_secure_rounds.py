@@ -1,0 +1,390 @@
+"""Secure rounds between the coordinator's part and real devices' seats: no network, every crash."""
+
+import base64
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lepton_client.config import ClientSection
+from lepton_client.secure import Seat, deployment, signing_key
+from lepton_client.state import Identity, StateDir
+from lepton_fl import crypto
+from lepton_fl.errors import DiskFull, Rejection, StateCorrupt, TrustError, UpdateRejected
+from lepton_fl.plan import RunSpec
+from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
+from lepton_fl.rounds.campaign import RunState, Work, plan_round
+from lepton_fl.rounds.exchange import Answer
+from lepton_fl.rounds.secure_wire import StageAnswer, StageRequest
+from lepton_fl.secagg.identity import Certified, issue
+from lepton_fl.secagg.server import Stage
+from lepton_fl.tasks.metrics import TrainingLoss
+from lepton_fl.wire.messages import Request, TrainReply
+from lepton_server import secure as module
+from lepton_server.authority import Authority
+from lepton_server.secure import SecureFleet, SessionLog
+
+N, SIZE = 7, 33
+STAGES = [s for s in Stage if s is not Stage.DONE]
+
+
+class Crash(BaseException):
+    """The power is gone."""
+
+
+class Trains:
+    """An owner's data and task: the update is known."""
+
+    def __init__(self, number):
+        self.number, self.asked = number, 0
+
+    def update(self, request):
+        rng = np.random.default_rng([self.number, request.ticket.round])
+        return rng.integers(-1000, 1000, SIZE).astype(np.int32)
+
+    def respond(self, records, should_stop):
+        self.asked += 1
+        request = Request.read(records)
+        sums = {"loss_sum": np.array([float(self.number)]), "examples": np.array([2])}
+        return TrainReply(request.ticket, "1", 2, self.update(request), sums, 0.1).to_records()
+
+
+class Stock:
+    """What the fleet keeps of keys made ahead."""
+
+    def __init__(self):
+        self.adverts = {}
+
+    def take_advert(self, device):
+        found = self.adverts.get(device, [])
+        return found.pop(0) if found else None
+
+    def add_advert(self, device, advert):
+        self.adverts.setdefault(device, []).append(advert)
+
+
+class Wire:
+    """Carries stages to seats; devices may be silent, or say something else, at any of them."""
+
+    def __init__(self, seats):
+        self.seats, self.silent, self.twist = seats, {}, lambda device, stage, records: records
+        self.answers, self.asked, self.told = {}, [], []
+
+    def stages(self, plan, seconds, *, resumed=False):
+        self.plan = plan
+        return self
+
+    def ask(self, messages, seconds):
+        for device in messages:
+            asked = StageRequest.read(messages[device])
+            self.asked.append((asked.stage, device))
+            if device in self.silent.get(asked.stage, ()):
+                yield None
+                continue
+            yield Answer(device, self.answer(device, asked), 10)
+
+    def answer(self, device, asked):
+        seat, name = self.seats[device], f"{asked.ticket.run_id}/{asked.ticket.round}/{asked.ticket.nonce}"
+        try:
+            records = seat.answer(asked, name).to_records()
+            if asked.stage is Stage.SHARES:
+                seat.train(asked, name, lambda: False)
+        except (TrustError, UpdateRejected) as error:
+            return UpdateRejected(Rejection.FAILED, str(error))
+        frame = StageAnswer.read(records).frame
+        assert self.answers.setdefault((device, name, asked.stage), frame) == frame  # the same again
+        return self.twist(device, asked.stage, records)
+
+    def tell(self, plan, device, refusal):
+        self.told.append((device, refusal))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    return make_fleet(tmp_path)
+
+
+def make_fleet(folder):
+    authority, ca = Ed25519PrivateKey.generate(), Authority.open(folder / "keys")
+    public = authority.public_key().public_bytes_raw()
+    seats, identity = {}, None
+    for number in range(N):
+        state = StateDir(folder / f"dev{number}")
+        crypto.save_key(state.key, crypto.new_key())
+        device = crypto.device_id(crypto.load_key(state.key).public_key())
+        identity = Identity(
+            device, "", "", ca.ca_pem.decode(), "", "", "", "", 0.0, 0.0, authority=public.hex()
+        )
+        key, name = signing_key(state), deployment(identity)
+        credential = issue(authority, name, device, key.public_key().public_bytes_raw(), 2**31)
+        paper = {
+            "authority": public.hex(),
+            "signing_key": key.public_key().public_bytes_raw().hex(),
+            "credential": base64.b64encode(credential).decode(),
+            "ends": 2**31,
+            "format": 1,
+        }
+        from lepton_fl.files import canonical_json, write_private
+
+        write_private(state.signing, canonical_json(paper))
+        seats[device] = Seat(state, ClientSection(least_cohort=4), Trains(number))
+        seats[device].belongs_to(identity)
+    return Works(folder, seats, Certified([public]), deployment(identity))
+
+
+class Works:
+    def __init__(self, folder, seats, trust, name):
+        self.folder, self.seats, self.trust, self.deployment = folder, seats, trust, name
+        self.wire, self.stock = Wire(seats), Stock()
+        self.shown = []
+
+    def rounds(self):
+        """As after a restart of the coordinator: nothing is left but the files."""
+        return SecureFleet(
+            self.wire,
+            self.stock,
+            self,
+            self.folder / "secure" / "r1",
+            stage_s=1.0,
+            show=lambda words, seconds: self.shown.append(words),
+            insist=lambda work: work(),
+        )
+
+    def plan(self, number=1, attempt=1, without="", **secure):
+        spec = RunSpec(
+            task="pkg:task",
+            cohort={"size": N, "min_reports": 4},
+            secure_aggregation="required",
+            secure={"min_cohort": 4} | secure,
+            clip_norm=1.0,
+            weighting="equal",
+        )
+        self.work = Work("pkg:task", "1", "ab" * 32, SIZE, TrainingLoss())
+        state = RunState(np.zeros(SIZE, np.float32)).on(attempt=attempt)
+        nonce = f"{number:016x}{attempt:016x}"
+        cohort = tuple(d for d in self.seats if d != without)
+        plan = plan_round(spec, "r1", self.work, "train", number, state, cohort, N, nonce)
+        return plan, Request.of(plan, state.model)
+
+    def expected(self, plan, request, devices):
+        accumulator = Accumulator(plan)
+        for device in devices:
+            update = self.seats[device]._office.update(request)
+            accumulator.add(UpdateBatch(update[None, :], np.array([2], np.int64)))
+        return accumulator.finalize()
+
+    def run(self, plan, request):
+        return self.rounds().collect(plan, request, None, lambda: 0.0)
+
+    def check(self, plan, request, collected, mean):
+        counted = [d for d, e in collected.participation.items() if e.outcome == "accepted"]
+        assert np.array_equal(mean, self.expected(plan, request, counted))
+        return counted
+
+
+def test_the_sum_is_that_of_a_plain_round_and_keys_are_made_ahead(fleet):
+    plan, request = fleet.plan()
+    assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N
+    assert {s for s, _ in fleet.wire.asked} == set(STAGES)
+    fleet.wire.asked.clear()
+    plan, request = fleet.plan(number=2)
+    assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N
+    assert Stage.ADVERTS not in {s for s, _ in fleet.wire.asked}  # one exchange less to wait for
+    assert not (fleet.folder / "secure" / "r1" / "1-1").exists()  # only the attempt in hand is kept
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.name.lower())
+@pytest.mark.parametrize("lost", [1, 2])
+def test_devices_drop_out_at_every_stage(fleet, stage, lost):
+    plan, request = fleet.plan()
+    gone = set(list(fleet.seats)[:lost])
+    for later in STAGES[STAGES.index(stage) :]:
+        fleet.wire.silent[later] = gone
+    collected, mean = fleet.run(plan, request)
+    counted = fleet.check(plan, request, collected, mean)
+    assert set(counted) == set(fleet.seats) - (gone if stage <= Stage.UPLOADS else set())
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.name.lower())
+def test_too_many_drop_outs_give_nothing_and_burn_the_round_once_signatures_were_asked_for(fleet, stage):
+    plan, request = fleet.plan()
+    devices = list(fleet.seats)
+    for later in STAGES[STAGES.index(stage) :]:
+        fleet.wire.silent[later] = set(devices[:4])
+    collected, mean = fleet.run(plan, request)
+    assert mean is None
+    assert collected.burnt == (stage >= Stage.CONSENTS)
+    if stage < Stage.REVEALS:
+        assert not any(s is Stage.REVEALS for s, _ in fleet.wire.asked)
+    fleet.wire.silent.clear()
+    plan, request = fleet.plan(attempt=2)
+    collected, mean = fleet.run(plan, request)
+    signed = stage >= Stage.CONSENTS  # devices that have signed a set sign no other in this round
+    assert (mean is None) == signed
+    plan, request = fleet.plan(number=2)
+    fleet.check(plan, request, *fleet.run(plan, request))
+
+
+def test_a_coordinator_that_is_killed_after_any_record_goes_on_and_asks_for_no_other_set(fleet, monkeypatch):
+    """Every record is the last one before a crash, in one long round of crashes; the sum is right."""
+    plan, request = fleet.plan()
+    fleet.wire.silent[Stage.UPLOADS] = {next(iter(fleet.seats))}
+    append, certified = SessionLog.append, set()
+
+    def dying(log, record):
+        append(log, record)
+        raise Crash
+
+    monkeypatch.setattr(SessionLog, "append", dying)
+    crashes = 0
+    while True:
+        try:
+            collected, mean = fleet.run(plan, request)
+            break
+        except Crash:
+            crashes += 1
+            fleet.stock.adverts.clear()  # it was in memory
+    assert len(fleet.check(plan, request, collected, mean)) == N - 1
+    assert crashes == N + N + (N - 1) * 3 + 4  # adverts, shares, uploads, consents, reveals; four decisions
+    certified = {frame for (_, _, stage), frame in fleet.wire.answers.items() if stage is Stage.CONSENTS}
+    assert len(certified) == N - 1
+    assert all(seat._office.asked <= 1 for seat in fleet.seats.values())  # nobody has trained twice
+
+
+def test_a_device_that_was_restarted_is_a_drop_out_and_its_old_keys_do_no_harm(fleet):
+    plan, request = fleet.plan()
+    fleet.run(plan, request)  # leaves an advert of every device with the coordinator
+    device = next(iter(fleet.seats))
+    old = fleet.seats[device]
+    fleet.seats[device] = Seat(old._state, old._config, old._office)
+    fleet.seats[device].belongs_to(old._identity)
+    plan, request = fleet.plan(number=2)
+    counted = fleet.check(plan, request, *fleet.run(plan, request))
+    assert set(counted) == set(fleet.seats) - {device}
+
+
+def test_a_device_that_sends_another_vector_than_it_signed_is_left_out(fleet):
+    plan, request = fleet.plan()
+    victim = list(fleet.seats)[2]
+
+    def twist(device, stage, records):
+        if device != victim or stage is not Stage.UPLOADS:
+            return records
+        masked = np.array(records.arrays["masked"])
+        masked[0] ^= 1
+        return replace(records, arrays={"masked": masked})
+
+    fleet.wire.twist = twist
+    collected, mean = fleet.run(plan, request)
+    assert victim not in fleet.check(plan, request, collected, mean)
+    assert collected.participation[victim].outcome == Rejection.MALFORMED
+
+
+def test_a_device_with_bad_shares_is_named_before_anybody_signs_and_the_round_goes_on_without_it(fleet):
+    plan, request = fleet.plan()
+    culprit = list(fleet.seats)[1]
+    signing = signing_key(fleet.seats[culprit]._state)
+
+    def twist(device, stage, records):
+        if device != culprit or stage is not Stage.SHARES:
+            return records
+        frame = bytearray(StageAnswer.read(records).frame[:-64])
+        for place in range(41, 41 + 80 * (N - 1), 80):
+            frame[place + 5] ^= 1
+        return StageAnswer(bytes(frame) + signing.sign(bytes(frame))).to_records()
+
+    fleet.wire.twist = twist
+    collected, mean = fleet.run(plan, request)
+    assert mean is None
+    assert not collected.burnt
+    assert collected.participation[culprit].outcome == Rejection.BLAMED
+    plan, request = fleet.plan(attempt=2, without=culprit)
+    assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N - 1
+
+
+def test_damaged_records_give_the_round_up_rather_than_ask_again(fleet, monkeypatch):
+    plan, request = fleet.plan()
+    fleet.wire.silent[Stage.REVEALS] = set(fleet.seats)
+    records = module.records_of(fleet.folder / "secure" / "r1", plan)
+    fleet.run(plan, request)
+    data = bytearray(records.read_bytes())
+    data[40] ^= 1
+    records.write_bytes(data)
+    collected, mean = fleet.run(plan, request)
+    assert mean is None
+    assert collected.burnt
+    assert "damaged" in next(iter(collected.participation.values())).detail
+
+
+def test_a_vector_that_was_lost_with_the_power_is_no_part_of_a_sum(fleet):
+    plan, request = fleet.plan()
+    fleet.wire.silent[Stage.CONSENTS] = set(fleet.seats)
+    fleet.run(plan, request)
+    uploads = module.records_of(fleet.folder / "secure" / "r1", plan).parent / "uploads"
+    one = sorted(uploads.iterdir())[0]
+    one.write_bytes(one.read_bytes()[:-4])
+    fleet.wire.silent.clear()
+    collected, mean = fleet.run(plan, request)
+    assert mean is None
+    assert collected.burnt
+
+
+def test_a_full_disk_is_waited_for_and_the_attempt_goes_on(fleet, monkeypatch):
+    plan, request = fleet.plan()
+    append, budget = SessionLog.append, [5]
+
+    def full(log, record):
+        budget[0] -= 1
+        if budget[0] == 0:
+            raise DiskFull("No space.")
+        append(log, record)
+
+    monkeypatch.setattr(SessionLog, "append", full)
+    rounds = fleet.rounds()
+
+    def insist(work):
+        try:
+            work()
+        except DiskFull:
+            work()
+
+    rounds._insist = insist
+    fleet.check(plan, request, *rounds.collect(plan, request, None, lambda: 0.0))
+
+
+def test_a_long_stage_is_shown_with_whom_it_waits_for(fleet, monkeypatch):
+    monkeypatch.setattr(module, "SHOW_AFTER_S", 0.0)
+    plan, request = fleet.plan()
+    silent = next(iter(fleet.seats))
+    fleet.wire.silent[Stage.UPLOADS] = {silent}
+    fleet.run(plan, request)
+    assert any("masked updates" in words and silent in words for words in fleet.shown)
+    assert fleet.shown[-1] == ""
+
+
+def test_records_survive_a_cut_and_not_damage(tmp_path):
+    path = tmp_path / "records"
+    records = [b"\0\0" + bytes([1]) * n for n in (3, 100, 1, 7)]
+    with SessionLog(path) as log:
+        for record in records:
+            log.append(record)
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with SessionLog(path) as log:
+            assert list(log.found) == records[: len(log.found)]
+        assert len(path.read_bytes()) <= size
+    for place in range(len(whole) - 30):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        try:
+            with SessionLog(path) as log:
+                assert list(log.found) == records[: len(log.found)]
+                assert len(log.found) < len(records)
+        except StateCorrupt:
+            pass
