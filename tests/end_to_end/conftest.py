@@ -160,10 +160,10 @@ class RealFleet:
     def state(self, name):
         return self.folder / name
 
-    def until(self, condition, what):
+    def until(self, condition, what, seconds=WAIT_S):
         """Wait; if it is in vain, the error shows what every thread of the server is doing."""
         try:
-            return until(condition, what)
+            return until(condition, what, seconds)
         except AssertionError as error:
             self.processes["server"].send_signal(signal.SIGUSR1)
             time.sleep(1)

@@ -1,38 +1,195 @@
-"""Secure aggregation on real processes: the coordinator adds what it cannot see."""
+"""Secure aggregation on real processes: the coordinator adds what it cannot see, whoever is killed when."""
 
+import json
+import os
+import signal
+
+import numpy as np
 import pytest
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(300)]
+from lepton_fl.files import BlobStore
+from lepton_fl.plan import RoundPlan, RunSpec
+from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
+from lepton_fl.rounds.campaign import RunState, Work, advance
+from lepton_fl.rounds.optimizers import ServerState
+from lepton_fl.secagg.server import Stage
+from lepton_fl.tasks.metrics import TrainingLoss
+from lepton_fl.vector import vector_digest
+from lepton_fl.wire.messages import Request, TrainReply
+from lepton_server.book import load_model
+from lepton_server.store import open_store
 
-DEVICES = 5
-RUN = f"""
+pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
+
+STAGES = [stage for stage in Stage if stage is not Stage.DONE]
+CLIENT = """
+[client]
+secure_aggregation = "required"
+least_cohort = 4
+[limits]
+nice = 0
+[connection]
+backoff_max_s = 2.0
+"""
+RUN = """
 [run]
 task = "digits"
-rounds = 2
+rounds = {rounds}
 secure_aggregation = "required"
 clip_norm = 4.0
 weighting = "equal"
 [run.cohort]
-size = {DEVICES}
-min_reports = {DEVICES}
-deadline_s = 120
-fill_wait_s = 60
+size = {devices}
+min_reports = {least}
+max_attempts = 20
+deadline_s = {deadline_s}
+fill_wait_s = 5
 [run.secure]
-min_cohort = {DEVICES}
+min_cohort = {least}
+[run.local]
+epochs = 1
+batch_size = 10
 """
 
 
-def test_a_fleet_trains_and_the_coordinator_sees_sums_only(real_fleet, digit_files):
-    fleet = real_fleet
+@pytest.fixture(scope="module")
+def same_rows(tmp_path_factory):
+    """Data of which the order does not matter, so that anybody can compute a device's update again."""
+    from sklearn.datasets import load_digits
+
+    digits, folder = load_digits(), tmp_path_factory.mktemp("same")
+
+    def make(device):
+        path = folder / f"{device}.npz"
+        x, y = digits.images[device].astype(np.uint8), digits.target[device]
+        np.savez(path, x=np.repeat(x[None], 20, axis=0), y=np.repeat(y, 20))
+        return path
+
+    return make
+
+
+def check_sums(fleet, run_id, data_of):
+    """Every committed model is what plain rounds with the same devices give, bit for bit."""
+    with open_store(fleet.folder / "server" / "lepton.db") as store:
+        store.verify_journal()
+        assert store.rebuild().equal
+        spec = RunSpec.model_validate_json(json.dumps(dict(store.run(run_id).spec)))
+        rounds = [r for r in store.rounds(run_id) if r.state == "committed"]
+        parts = [p for p in store.participation(run_id) if p.outcome == "counted"]
+        names = {d.id: d.name for d in store.devices()}
+        first = next(m.sha256 for m in store.models(run_id) if m.round == 0)
+    model = load_model(BlobStore(fleet.folder / "server" / "blobs"), first)
+    for done in rounds:
+        plan = RoundPlan.model_validate_json(json.dumps(dict(done.plan)))
+        counted = [p.device_id for p in parts if (p.round, p.attempt) == (plan.round, plan.attempt)]
+        assert len(counted) >= spec.secure.least_survivors(len(plan.cohort))
+        accumulator, request = Accumulator(plan), Request.of(plan, model)
+        for device in counted:
+            reply = TrainReply.read(plain_answer(request, data_of[names[device]]), plan)
+            accumulator.add(UpdateBatch(reply.update[None, :], np.array([reply.num_examples])))
+        work = Work(plan.task, plan.task_version, plan.layout_digest, len(model), TrainingLoss())
+        state = RunState(model, ServerState.initial(spec.server, len(model)))
+        model = advance(spec, work, plan, state, accumulator.finalize(), len(counted)).model
+        assert vector_digest(model) == done.model_sha256
+    return rounds
+
+
+def plain_answer(request, data):
+    """What a device answers in a plain round."""
+    import torch
+
+    from lepton_client.config import LimitsSection, TaskSection
+    from lepton_client.desk import Office
+
+    torch.set_num_threads(1)
+    section = TaskSection(reference="digits", data={"kind": "npz", "path": str(data)})
+    office = Office((section,), LimitsSection(), lambda: None)
+    return office(request.to_records(), lambda: False)
+
+
+def test_a_fleet_trains_and_the_sums_are_those_of_plain_rounds(real_fleet, same_rows):
+    fleet, names = real_fleet, [f"dev{i}" for i in range(5)]
     fleet.make_authority()
     fleet.start_server()
-    fleet.join_all([f"dev{i}" for i in range(DEVICES)])
-    for i in range(DEVICES):
-        fleet.start_client(
-            f"dev{i}", digit_files[i], '[client]\nsecure_aggregation = "required"\nleast_cohort = 4'
-        )
-    run_id = fleet.start_run(RUN)
-    fleet.until(lambda: fleet.show(run_id)["state"] in ("completed", "failed"), "the run ends")
+    fleet.join_all(names)
+    data = {name: same_rows(i) for i, name in enumerate(names)}
+    for name in names:
+        fleet.start_client(name, data[name], CLIENT)
+    run_id = fleet.start_run(RUN.format(rounds=2, devices=5, least=5, deadline_s=120))
+    fleet.until(lambda: fleet.show(run_id)["state"] in ("completed", "failed"), "the run ends", 600)
     shown = fleet.show(run_id)
     assert shown["state"] == "completed", shown
+    assert any("cannot see any single device's update" in sentence for sentence in shown["seen"])
+    assert all(p["examples"] == 0 for p in shown["participation"])
+    assert len(check_sums(fleet, run_id, data)) == 2
     assert not (fleet.folder / "server" / "secure" / run_id).exists()
+
+
+# --- kills ------------------------------------------------------------------------------------------
+
+
+def stage_of(fleet, run_id):
+    """At which attempt and stage the coordinator is, by what it has written ahead."""
+    for path in (fleet.folder / "server" / "secure" / run_id).glob("*/records"):
+        data, place, closed = path.read_bytes(), 0, 0
+        while place + 4 <= len(data):
+            length = int.from_bytes(data[place : place + 4], "big")
+            closed += data[place + 6 : place + 7] == b"\2"  # after the number of the cohort: a decision
+            place += 4 + length + 8
+        return path.parent.name, STAGES[min(closed, 4)]
+    return "", None
+
+
+@pytest.mark.slow
+def test_twenty_devices_and_the_coordinator_are_killed_at_every_stage(real_fleet, same_rows):
+    fleet, names = real_fleet, [f"dev{i}" for i in range(20)]
+    fleet.make_authority()
+    with open(fleet.config, "a") as file:
+        file.write("[rounds]\nstage_s = 15.0\n")
+    fleet.start_server()
+    fleet.join_all(names)
+    data, alive = {name: same_rows(i) for i, name in enumerate(names)}, list(names)
+    for name in names:
+        fleet.start_client(name, data[name], CLIENT)
+
+    def everybody(number):
+        for name in alive:
+            os.kill(fleet.processes[name].pid, number)
+
+    def strike():
+        """One device dies while nobody can answer, and the coordinator, too; the others see a restart."""
+        where = stage_of(fleet, run_id)
+        fleet.kill(alive[0], signal.SIGKILL)  # it is stopped: no last words
+        alive.pop(0)
+        fleet.kill("server", signal.SIGTERM if where[1] is Stage.UPLOADS else signal.SIGKILL)
+        assert stage_of(fleet, run_id) == where
+        fleet.start_server()
+        everybody(signal.SIGCONT)
+        return where
+
+    def idle():
+        devices = fleet.lepton("devices", "list")
+        return sum(d["status"] == "idle" and d["tasks"] == ["digits ready"] for d in devices) == len(names)
+
+    fleet.until(idle, "all devices are there", 600)
+    everybody(signal.SIGSTOP)  # nobody can make keys ahead for the first round
+    run_id = fleet.start_run(RUN.format(rounds=7, devices=20, least=10, deadline_s=60))
+    fleet.until(lambda: stage_of(fleet, run_id)[1] is Stage.ADVERTS, "the first round begins", 300)
+    struck = [strike()]
+    for stage in STAGES[1:]:
+        # Stopped where the stage is seen; under load the last answers may just have closed it.
+        fleet.until(
+            lambda s=stage: stage_of(fleet, run_id)[1] is s and stage_of(fleet, run_id)[0] != struck[-1][0],
+            f"stage {stage.name}",
+            600,
+        )
+        everybody(signal.SIGSTOP)
+        struck.append(strike())
+    fleet.until(lambda: fleet.show(run_id)["state"] in ("completed", "failed"), "the run ends", 600)
+    shown = fleet.show(run_id)
+    assert shown["state"] == "completed", shown
+    rounds = check_sums(fleet, run_id, data)
+    assert {stage for _, stage in struck} >= set(STAGES[:3])
+    assert len(rounds) + sum(r["state"] == "abandoned" for r in shown["rounds_done"]) >= 7
+    resumed = {where for where, _ in struck} & {f"{r.round}-{r.attempt}" for r in rounds}
+    assert resumed, "no round came through that the coordinator was killed in"
