@@ -90,13 +90,17 @@ class Signing:
         device, signing_key = read_request(request, self.deployment)
         if device != device_id:
             raise TrustError(f"Device {device_id} asks for a signing certificate of device {device}.")
-        last = self._last(device_id)
-        same = last is not None and last.body["signing_key"] == signing_key.hex()
-        if same and last is not None and last.kind == "device.certified" and not self._is_due(last):
-            return base64.b64decode(last.body["credential"])
+        events = [
+            e
+            for e in self._store.events(subject=device_id, kinds=KINDS)
+            if e.body["signing_key"] == signing_key.hex()
+        ]
+        good = [e for e in events if e.kind == "device.certified" and self._left(e) > 0]
+        if good and self._left(good[-1]) >= self.renew_s:
+            return base64.b64decode(good[-1].body["credential"])
         if self._key is not None:
             return self._issue(device_id, signing_key)
-        if not (same and last is not None and last.kind == "device.signing"):
+        if not events or events[-1].kind != "device.signing":
             body = {
                 "device_id": device_id,
                 "signing_key": signing_key.hex(),
@@ -104,7 +108,7 @@ class Signing:
             }
             self._store.record("device.signing", device_id, body)
             log.info("device %s asks the enrolment authority for a signing certificate", device_id)
-        return b""
+        return base64.b64decode(good[-1].body["credential"]) if good else b""  # until the next one comes
 
     def install(self, device_id: str, signing_key: bytes, credential: bytes) -> None:
         """Record a certificate that the authority has issued elsewhere.
@@ -138,12 +142,8 @@ class Signing:
         self._store.record("device.certified", device_id, body)
         log.info("the signing key of device %s is certified", device_id)
 
-    def _last(self, device_id: str) -> Event | None:
-        events = self._store.events(subject=device_id, kinds=KINDS)
-        return events[-1] if events else None
-
-    def _is_due(self, certified: Event) -> bool:
-        return float(certified.body["not_after"]) - self._wall() < self.renew_s
+    def _left(self, certified: Event) -> float:
+        return float(certified.body["not_after"]) - self._wall()
 
     @property
     def renew_s(self) -> float:

@@ -590,3 +590,56 @@ def test_a_cause_that_keeps_changing_is_shown_now_and_then_and_the_last_one_stay
     shown = [e[1] for e in book.events]
     assert len(shown) == 2
     assert shown[-1].endswith("5 busy")
+
+
+@dataclass
+class Hides:
+    """Secure rounds of which some give no sum after signatures were asked for."""
+
+    burnt: set[int]
+    plans: list[RoundPlan] = field(default_factory=list)
+
+    def collect(self, plan, request, exchange, clock, finish=None):
+        self.plans.append(plan)
+        collected, mean = collect_training(plan, request.model, exchange)
+        if plan.round in self.burnt:
+            collected.burnt = True
+            return collected, None
+        return collected, mean
+
+
+def secret_spec(**changes):
+    secure = {"secure_aggregation": "required", "secure": {"min_cohort": 4}, "weighting": "equal"}
+    return spec_of(**secure, clip_norm=100.0, cohort=CohortSpec(size=5, min_reports=4), **changes)
+
+
+def test_a_round_whose_survivors_have_signed_is_never_tried_again():
+    secure = Hides({2})
+    book = Book()
+    run = campaign(secret_spec(rounds=4), book=book)
+    run.secure = secure
+    verdict = run.run(start(run.spec))
+    assert verdict.outcome == "completed"
+    assert [(p.round, p.attempt) for p in secure.plans] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+    assert [e for e in book.events if e[0] == "committed"] == [("committed", n) for n in (1, 3, 4)]
+    assert secure.plans[2].model_sha256 == secure.plans[1].model_sha256  # nothing was learnt in round 2
+
+
+def test_rounds_that_keep_giving_nothing_end_the_run():
+    run = campaign(secret_spec(rounds=100))
+    run.secure = Hides(set(range(100)))
+    verdict = run.run(start(run.spec))
+    assert verdict.outcome == "failed"
+    assert "rounds in a row gave no sum" in verdict.reason
+    assert len(run.secure.plans) == run.spec.cohort.max_attempts
+
+
+def test_an_attempt_that_a_restart_cut_off_is_gone_on_with_and_not_planned_again():
+    spec = secret_spec(rounds=2)
+    plan = campaign(spec)._plan("train", 1, start(spec).on(attempt=3), FLEET, 5)
+    book = Book()
+    run = campaign(spec, book=book)
+    run.secure, run.unfinished = Hides(set()), plan
+    assert run.run(start(spec).on(attempt=3)).outcome == "completed"
+    assert run.secure.plans[0] == plan
+    assert [e[2:] for e in book.events if e[0] == "planned"] == [(2, 1)]
