@@ -163,7 +163,7 @@ class Lepton(Processes):
         """A join token."""
         return self.call("lepton", "token", "create", "-c", self.config, "--uses", uses)
 
-    def device(self, number: int, token: str) -> subprocess.Popen[bytes]:
+    def device(self, number: int, token: str, **environment: str) -> subprocess.Popen[bytes]:
         """Enrol a device and start it; it has a few rows of its own."""
         name, rng = f"device{number}", np.random.default_rng(number)
         rows = {"x": rng.standard_normal((8, 1000)), "y": rng.integers(0, 1000, 8)}
@@ -175,13 +175,20 @@ class Lepton(Processes):
             name,
             *("lepton", "client", "run", "--state-dir", state, "--task", "_million:task", "--data", source),
             LEPTON__LIMITS__NICE="0",  # as stock Flower's nodes run
+            **environment,
         )
 
-    def queue(self, devices: int, rounds: int) -> str:
-        """Queue a run of all devices without evaluation; its id."""
+    def queue(self, devices: int, rounds: int, more: str = "") -> str:
+        """Queue a run of all devices without evaluation; its id.
+
+        Args:
+            devices: in every round.
+            rounds: how many.
+            more: TOML, of the run.
+        """
         spec = self.folder / "run.toml"
         spec.write_text(
-            f'[run]\ntask = "_million:task"\nrounds = {rounds}\nevaluate_every = 0\n'
+            f'[run]\ntask = "_million:task"\nrounds = {rounds}\nevaluate_every = 0\n{more}'
             f"[run.local]\nmax_steps = 1\n"
             f"[run.cohort]\nsize = {devices}\nmin_reports = {devices}\nfill_wait_s = {START_S}\n"
             f"quorum_wait_s = {2 * START_S}\ndeadline_s = 300\nmax_attempts = 1\n"
