@@ -13,7 +13,16 @@ from lepton_fl.contribution import mean_losses
 from lepton_fl.errors import RunError
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, check_batch
-from lepton_fl.vector import GRID_LIMIT, Scaling, Vector, scaling, scaling_of, unclipped, whole_numbers
+from lepton_fl.vector import (
+    GRID_LIMIT,
+    Scaling,
+    Vector,
+    refusal,
+    scaling,
+    scaling_of,
+    unclipped,
+    whole_numbers,
+)
 from lepton_simulations.engines.contract import Trained, Unsupported
 from lepton_simulations.engines.library import library
 
@@ -37,21 +46,47 @@ def add_deltas(
         losses = mean_losses(trained.loss_sum, trained.seen)
         return accumulator.add_deltas(deltas, num_examples, trained.failures, losses)
     check_batch(plan, deltas, num_examples, np.float32)
-    if trained.norms is not None and trained.peaks is not None:
-        norms, peaks = trained.norms, trained.peaks
+    weights, total = accumulator.weights(num_examples), accumulator.subtotal().total
+    weights[list(trained.failures)] = 0
+    if trained.looked is None and not plan.clip_norm:
+        found = _add_looking(functions, deltas, plan.grid_step, weights, total)
     else:
-        norms, peaks = _look(functions, deltas)
-    found = _scaling(deltas, norms, peaks, plan.grid_step, plan.clip_norm)
-    weights = accumulator.weights(num_examples)
-    weights[[*trained.failures, *found.refused]] = 0
-    clipped, total = bool(plan.clip_norm), accumulator.subtotal().total
-    longest = _add(functions, deltas, found.factors, weights, total, squared=clipped)
-    # SLACK is far above what float64 rounds: should this ever fail, the bound is not kept.
-    if clipped and longest > (plan.clip_norm / plan.grid_step) ** 2:
-        raise RunError(f"An update is longer than clip_norm={plan.clip_norm:g} after clipping.")
+        norms, peaks = trained.looked or _look(functions, deltas)
+        found = _scaling(deltas, norms, peaks, plan.grid_step, plan.clip_norm)
+        weights[list(found.refused)] = 0
+        clipped = bool(plan.clip_norm)
+        longest = _add(functions, deltas, found.factors, weights, total, squared=clipped)
+        # SLACK is far above what float64 rounds: should this ever fail, the bound is not kept.
+        if clipped and longest > (plan.clip_norm / plan.grid_step) ** 2:
+            raise RunError(f"An update is longer than clip_norm={plan.clip_norm:g} after clipping.")
     accumulator.reports += int(np.count_nonzero(weights))
     accumulator.weight += int(weights.sum())
     return found
+
+
+def _add_looking(
+    functions: ctypes.CDLL,
+    deltas: Vector,
+    step: float,
+    weights: NDArray[np.int64],
+    total: NDArray[np.int64],
+) -> Scaling:
+    """Add without a bound, in one pass; sets the weights of those refused to zero."""
+    count, size = deltas.shape
+    asked = np.flatnonzero(weights)
+    functions.lepton_add_looking(
+        deltas.ctypes.data,
+        deltas.strides[0] // 4,
+        count,
+        size,
+        1 / step,
+        2.0**31 * step,
+        weights.ctypes.data,
+        total.ctypes.data,
+    )
+    found = unclipped(deltas, step)
+    refused = {int(row): refusal(deltas[row], step) for row in asked if not weights[row]}
+    return Scaling(found.factors, found.norms, refused)
 
 
 def _look(functions: ctypes.CDLL, deltas: Vector) -> tuple[NDArray[np.float64], Vector]:
@@ -119,4 +154,9 @@ def _same(functions: ctypes.CDLL, clip_norm: float) -> bool:
         theirs[part] = weights @ whole.astype(np.int64)
     alike = np.array_equal(found.factors, expected.factors)
     alike &= np.array_equal(found.norms, expected.norms, equal_nan=True)
-    return bool(alike and np.array_equal(ours, theirs) and longest > 0)
+    alike &= np.array_equal(ours, theirs) and longest > 0
+    if not clip_norm:
+        ours[:] = 0
+        _add_looking(functions, deltas, step, weights, ours)
+        alike &= np.array_equal(ours, theirs)
+    return bool(alike)

@@ -34,10 +34,8 @@ class Trained:
     seen: NDArray[np.int64]  # (K,) examples that went through the steps
     loss_sum: NDArray[np.float64]  # (K,) mean loss before each step times its examples
     failures: dict[int, UpdateRejected] = field(default_factory=dict)  # position -> why
-    norms: NDArray[np.float64] | None = (
-        None  # (K,) of the deltas, as lepton_fl.vector has them, if known, ...
-    )
-    peaks: Vector | None = None  # ... and (K,) their largest magnitudes, NaN where one is
+    # (K,) norms of the deltas, as lepton_fl.vector has them, and (K,) their peaks; None = not looked at.
+    looked: tuple[NDArray[np.float64], Vector] | None = None
 
     @classmethod
     def of(cls, deltas: Vector) -> "Trained":
@@ -52,8 +50,8 @@ class Trained:
         self.deltas[position] = 0
         self.steps[position] = self.seen[position] = 0
         self.loss_sum[position] = 0
-        if self.norms is not None and self.peaks is not None:
-            self.norms[position] = self.peaks[position] = 0
+        for found in self.looked or ():
+            found[position] = 0
 
 
 class Unsupported(Exception):

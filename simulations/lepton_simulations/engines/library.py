@@ -139,4 +139,6 @@ def _typed(found: ctypes.CDLL) -> ctypes.CDLL:
         found.lepton_look.restype = found.lepton_add.restype = None
         found.lepton_look.argtypes = [pointer, number, number, number, pointer, pointer]
         found.lepton_add.argtypes = [pointer, number, number, number, *[pointer] * 4]
+        found.lepton_add_looking.restype, real = None, ctypes.c_float
+        found.lepton_add_looking.argtypes = [pointer, *[number] * 3, real, real, pointer, pointer]
     return found

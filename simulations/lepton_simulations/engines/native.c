@@ -257,19 +257,27 @@ int64_t lepton_room(const Layer *layers, int64_t count, int64_t width) {
 enum { PIECE = 4096, NEAR_SUMS = 1024, SIDE = 32 }; /* PIECE as in lepton_fl.vector */
 
 #ifndef DOUBLE
+/* The bits of the largest magnitude: they sort like magnitudes do, and NaN above all. */
+static uint32_t highest(const float *delta, int64_t count) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, delta + i, sizeof bits);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    return top;
+}
+
 /* The squared L2 norm, added in the order of lepton_fl.vector, and the largest magnitude (NaN if one is NaN). */
 static double look(const float *delta, int64_t size, float *peak) {
     double lanes[PIECE] = {0};
-    uint32_t top = 0; /* magnitudes sort like the integers of their bits, and NaN above all */
+    uint32_t top = 0;
     for (int64_t near = 0; near < PIECE; near += NEAR_SUMS) {
         for (int64_t from = near; from < size; from += PIECE) {
             const int64_t count = size - from < NEAR_SUMS ? size - from : NEAR_SUMS;
-            for (int64_t i = 0; i < count; i++) {
-                uint32_t bits;
-                memcpy(&bits, delta + from + i, sizeof bits);
-                bits &= 0x7fffffff;
-                top = bits > top ? bits : top;
-            }
+            const uint32_t high = highest(delta + from, count);
+            top = high > top ? high : top;
             for (int64_t i = 0; i < count; i++) lanes[near + i] += (double)delta[from + i] * delta[from + i];
         }
     }
@@ -284,32 +292,51 @@ void lepton_look(const float *deltas, int64_t stride, int64_t count, int64_t siz
     for (int64_t k = 0; k < count; k++) squares[k] = look(deltas + k * stride, size, peaks + k);
 }
 
+static void add_piece(const float *delta, int64_t width, float factor, int64_t weight, int64_t *sum, double *square) {
+    int32_t whole[PIECE];
+    for (int64_t i = 0; i < width; i++) whole[i] = (int32_t)(delta[i] * factor);
+    if (weight == 1)
+        for (int64_t i = 0; i < width; i++) sum[i] += whole[i];
+    else
+        for (int64_t i = 0; i < width; i++) sum[i] += weight * whole[i];
+    if (!square) return;
+    double lanes[SIDE] = {0};
+    memset(whole + width, 0, (PIECE - width) * sizeof *whole);
+    for (int64_t i = 0; i < PIECE; i += SIDE)
+        for (int j = 0; j < SIDE; j++) lanes[j] += (double)whole[i + j] * whole[i + j];
+    for (int j = 0; j < SIDE; j++) *square += lanes[j];
+}
+
 /* sum += weight * trunc(factor * delta) of all updates whose weight is not 0; `squares` takes the squared norms of
    what was added, before the weight. Products must fit int32. */
 void lepton_add(const float *deltas, int64_t stride, int64_t count, int64_t size, const float *factors,
                 const int64_t *weights, int64_t *sum, double *squares) {
-    for (int64_t from = 0; from < size; from += PIECE) {
-        const int64_t width = size - from < PIECE ? size - from : PIECE;
+    for (int64_t from = 0; from < size; from += PIECE)
+        for (int64_t k = 0; k < count; k++)
+            if (weights[k])
+                add_piece(deltas + k * stride + from, least(size - from, PIECE), factors[k], weights[k], sum + from,
+                          squares ? squares + k : NULL);
+}
+
+/* The same of updates that nobody has looked at: one that holds a magnitude of `limit` or above, or NaN, is taken
+   back, and its weight set to 0. */
+void lepton_add_looking(const float *deltas, int64_t stride, int64_t count, int64_t size, float factor, float limit,
+                        int64_t *weights, int64_t *sum) {
+    uint32_t bound;
+    memcpy(&bound, &limit, sizeof bound);
+    for (int64_t from = 0; from < size; from += PIECE)
         for (int64_t k = 0; k < count; k++) {
             const float *delta = deltas + k * stride + from;
-            const float factor = factors[k];
-            const int64_t weight = weights[k];
-            int32_t whole[PIECE];
-            int64_t *to = sum + from;
-            if (!weight) continue;
-            for (int64_t i = 0; i < width; i++) whole[i] = (int32_t)(delta[i] * factor);
-            if (weight == 1)
-                for (int64_t i = 0; i < width; i++) to[i] += whole[i];
-            else
-                for (int64_t i = 0; i < width; i++) to[i] += weight * whole[i];
-            if (!squares) continue;
-            double lanes[SIDE] = {0};
-            memset(whole + width, 0, (PIECE - width) * sizeof *whole);
-            for (int64_t i = 0; i < PIECE; i += SIDE)
-                for (int j = 0; j < SIDE; j++) lanes[j] += (double)whole[i + j] * whole[i + j];
-            for (int j = 0; j < SIDE; j++) squares[k] += lanes[j];
+            const int64_t width = least(size - from, PIECE);
+            if (!weights[k]) continue;
+            if (highest(delta, width) < bound) {
+                add_piece(delta, width, factor, weights[k], sum + from, NULL);
+                continue;
+            }
+            for (int64_t at = 0; at < from; at += PIECE)
+                add_piece(deltas + k * stride + at, PIECE, factor, -weights[k], sum + at, NULL);
+            weights[k] = 0;
         }
-    }
 }
 #endif
 

@@ -92,7 +92,7 @@ class NativeEngine(ChainEngine):
             positions.append(position)
             plans.append(plan)
         if len(plans) == len(clients) and self._real == np.float32:
-            trained.norms, trained.peaks = np.zeros(len(plans)), np.zeros(len(plans), np.float32)
+            trained.looked = np.zeros(len(plans)), np.zeros(len(plans), np.float32)
         self._run(table[: len(plans)], plans, positions, rule, trained, should_stop)
         return trained
 
@@ -139,8 +139,9 @@ class NativeEngine(ChainEngine):
         loss = float(device["lost"])
         trained.steps[position], trained.seen[position] = plan.steps, plan.shape.examples
         trained.loss_sum[position] = loss
-        if trained.norms is not None and trained.peaks is not None:
-            trained.norms[position], trained.peaks[position] = sqrt(device["square"]), device["peak"]
+        if trained.looked is not None:
+            norms, peaks = trained.looked
+            norms[position], peaks[position] = sqrt(device["square"]), device["peak"]
         if not isfinite(loss):
             trained.fail(position, non_finite(loss, plan.steps))
 
