@@ -81,6 +81,10 @@ class Endpoint:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="predict")
         self._busy = 0
 
+    def close(self) -> None:
+        """End the pool."""
+        self._pool.shutdown()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
@@ -286,51 +290,59 @@ def serve(config: ClientConfig, stop: threading.Event, ready: Callable[[str], No
         ConnectionFailed: The port is taken.
         ReleaseRefused: The only release on this device ends this process, or was altered.
     """
-    state = StateDir(config.client.state_dir)
-    make_private_folder(state.delivery)
-    slots = Slots(state.delivery)
-    _wait_for_release(state.delivery, stop)
-    if stop.is_set():
-        return
-    probation = Probation(state.delivery)
-    chosen = probation.chosen(slots)
-    with (
-        Predictor(
-            config.client.state_dir, threads=config.limits.threads, loading=probation.loading, first=chosen
-        ) as predictor,
-        _listener(config) as (listener, address),
-    ):
-        app = Endpoint(predictor, config.serve)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                interface="asgi3",
-                loop="asyncio",
-                http="h11",
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=GRACE_S,
-                h11_max_incomplete_event_size=64 * 1024,
-            )
+    folder = StateDir(config.client.state_dir).delivery
+    make_private_folder(folder)
+    with _listener(config) as (listener, address):  # first: a socket that is taken says nothing of a release
+        _wait_for_release(folder, stop)
+        if stop.is_set():
+            return
+        probation = Probation(folder)
+        first = probation.chosen(Slots(folder))
+        with Predictor(
+            config.client.state_dir, threads=config.limits.threads, loading=probation.loading, first=first
+        ) as predictor:
+            endpoint = Endpoint(predictor, config.serve, threads=config.limits.threads)
+            _run(endpoint, listener, stop, lambda: ready(address), probation)
+        probation.settled()
+
+
+def _run(
+    endpoint: Endpoint,
+    listener: socket.socket,
+    stop: threading.Event,
+    ready: Callable[[], None],
+    probation: Probation,
+) -> None:
+    server = uvicorn.Server(
+        uvicorn.Config(
+            endpoint,
+            lifespan="off",
+            interface="asgi3",
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=GRACE_S,
+            h11_max_incomplete_event_size=64 * 1024,
         )
-        thread = threading.Thread(target=server.run, args=([listener],), name="lepton-serve", daemon=True)
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        ready(address)
-        settles = time.monotonic() + SETTLED_S
-        while thread.is_alive() and not stop.wait(0.5):
-            if time.monotonic() > settles:
-                probation.settled()
-                settles = float("inf")
-        server.should_exit = True
-        thread.join()
-    probation.settled()
+    )
+    thread = threading.Thread(target=server.run, args=([listener],), name="lepton-serve", daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    ready()
+    settles = time.monotonic() + SETTLED_S
+    while thread.is_alive() and not stop.wait(0.5):
+        if time.monotonic() > settles:
+            probation.settled()
+            settles = float("inf")
+    server.should_exit = True
+    thread.join()
+    endpoint.close()
 
 
 def _wait_for_release(folder: Path, stop: threading.Event) -> None:

@@ -11,6 +11,7 @@ It may lie on the coordinator, or on the machine of whoever signs; :meth:`Shelf.
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,15 @@ class Shelf:
         life: Mapping[str, float] = LIFE,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        make_private_folder(folder)
+        """Nothing is made before something is put there."""
         self.folder = folder
         self.repository = Repository(folder, life=life, now=now)
-        self.blobs = BlobStore(folder / "blobs")
+
+    @cached_property
+    def blobs(self) -> BlobStore:
+        """Chunks and manifests."""
+        make_private_folder(self.folder)
+        return BlobStore(self.folder / "blobs")
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of that name, signed or not; raises NotFound or StateCorrupt."""
@@ -94,6 +100,7 @@ class Shelf:
         for folder in folders:
             _check_gate(read_variant(folder), ungated)
         made: list[tuple[str, Manifest]] = []
+        make_private_folder(self.folder)
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             for number, folder in enumerate(folders):
                 base = self._latest(folder, Path(scratch, str(number)))

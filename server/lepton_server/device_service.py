@@ -44,7 +44,7 @@ from cryptography import x509
 from google.protobuf.message import DecodeError, Message
 
 from lepton_fl import crypto
-from lepton_fl.errors import ConfigError, ConnectionFailed, Fault, LeptonError, TrustError
+from lepton_fl.errors import ConfigError, ConnectionFailed, Fault, LeptonError, NotFound, TrustError
 from lepton_fl.plan import PROTOCOL_VERSION
 from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of
 from lepton_fl.wire.v1 import device_pb2 as pb
@@ -501,7 +501,10 @@ class DeviceService:
         request = _parse(pb.FetchMetadataRequest(), data)
         _check_protocol(request.protocol)
         assert self._downloads is not None, "the service is open"
-        return pb.FetchMetadataResponse(data=await self._downloads.metadata(request.name))
+        try:
+            return pb.FetchMetadataResponse(data=await self._downloads.metadata(request.name))
+        except NotFound as error:  # the usual answer to "is there a newer root?"
+            raise _Refusal(grpc.StatusCode.NOT_FOUND, error) from error
 
     async def _fetch_chunks(self, data: bytes, context: Context) -> None:
         device_id = self._identify(context).device_id

@@ -15,6 +15,7 @@ import pytest
 from cryptography import x509
 
 from lepton_fl import crypto
+from lepton_fl.delivery.shelf import Shelf
 from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError, TrustError
 from lepton_fl.wire.status import CODE_KEY, error_from
 from lepton_fl.wire.v1 import device_pb2 as pb
@@ -172,6 +173,7 @@ def settings():
 def world(tmp_path, settings):
     config = ServerConfig.model_validate(
         {
+            "server": {"state_dir": tmp_path / "state"},
             "listen": {
                 "host": "127.0.0.1",
                 "public_names": ["127.0.0.1"],
@@ -730,3 +732,45 @@ def test_certificate_times_follow_the_configuration(world, device):
     certificate = x509.load_pem_x509_certificate(device.certificate)
     left = certificate.not_valid_after_utc - dt.datetime.now(dt.UTC)
     assert dt.timedelta(days=29) < left <= dt.timedelta(days=30)
+
+
+# -- releases -------------------------------------------------------------------------------------------
+
+
+def test_what_a_device_serves_is_checked(world, device):
+    good = {"task": "digits", "profile": "gateway", "release": "a" * 64}
+    failed = pb.FailedRelease(release="b" * 64, fault="self-test", detail="differs", final=True)
+    device.check_in(serving=pb.Serving(**good, failed=[failed]))
+    assert world.fleet.releases() == {"a" * 64: 1}
+    for change in (
+        {"release": "a" * 63},
+        {"release": "Z" * 64},
+        {"profile": "x" * 51},
+        {"failed": [failed] * 10},
+        {"failed": [pb.FailedRelease(release="b" * 64, fault="because")]},
+        {"failed": [pb.FailedRelease(release="", fault="self-test")]},
+    ):
+        with pytest.raises(ConfigError):
+            device.check_in(serving=pb.Serving(**(good | change)))
+
+
+def test_chunks_and_metadata_are_for_enrolled_devices_at_the_device_port(world, device):
+    name = Shelf(world.config.release_dir).blobs.put(b"chunk")
+    chunks = pb.FetchChunksRequest(protocol=1, sha256=[bytes.fromhex(name)])
+    metadata = pb.FetchMetadataRequest(protocol=1, name="1.root.json")
+    stub = device.stub()
+    assert [c.data for c in stub.FetchChunks(chunks, timeout=PATIENCE)] == [b"chunk"]
+    with pytest.raises(LeptonError) as caught:
+        call(stub.FetchMetadata, metadata)
+    assert caught.value.status is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(LeptonError) as caught:
+        call(world.enrolment().FetchMetadata, metadata)
+    assert caught.value.status is grpc.StatusCode.UNIMPLEMENTED
+    refused_in_the_handshake(world, None, None)
+    world.store.record("device.revoked", {"device_id": device.device_id})
+    world.fleet.follow()
+    with pytest.raises(TrustError):
+        call(stub.FetchMetadata, metadata)
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.FetchChunks(chunks, timeout=PATIENCE))
+    assert raised.value.code() is grpc.StatusCode.PERMISSION_DENIED
