@@ -515,7 +515,10 @@ class DeviceService:
         sent = self._downloads.chunks(device_id, request.sha256, lambda: self._fleet.require(device_id))
         async with contextlib.aclosing(sent) as chunks:  # its turn ends here, however the call ends
             async for chunk in chunks:
-                await context.write(pb.Chunk(data=chunk))
+                try:
+                    await context.write(pb.Chunk(data=chunk))
+                except grpc.aio.InternalError:  # the device has hung up; it asks for the rest when it is back
+                    return
 
     async def _serve_stream(self, device_id: str, stream: "_Waiting", context: Context) -> None:
         end = stream.loop.time() + self._config.check_in.stream_s
