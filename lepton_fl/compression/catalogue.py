@@ -8,7 +8,6 @@
 Needs no torch.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -54,13 +53,12 @@ def read_report(folder: Path) -> tuple[Report, tuple[Card, ...]]:
     """
     path = folder / REPORT
     try:
-        body = json.loads(path.read_bytes())
-        report = Report.model_validate_json(json.dumps(body), strict=True)
+        report = Report.model_validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError as error:
         raise NotFound(
             f"There is no {path}.", hint="`lepton variants build` writes it when it is done; run it again."
         ) from error
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValidationError) as error:
         raise StateCorrupt(
             f"{path} cannot be read: {error}.", hint="Run `lepton variants build` again."
         ) from error
