@@ -30,6 +30,7 @@ ENERGY_MODEL: Final = (
 )
 _MAC_PJ: Final = {4: 0.3, 8: 0.3, 16: 1.5, 32: 4.6}
 _BYTE_PJ: Final = 160.0
+_ANY_SIZE: Final = 2**40
 
 
 def export(module: nn.Module, example: Array) -> onnx.ModelProto:
@@ -67,7 +68,18 @@ def export(module: nn.Module, example: Array) -> onnx.ModelProto:
         ) from error
     if program is None:
         raise TaskError("torch exported no ONNX program.")
-    return tidy(program.model_proto)
+    return tidy(_folded(program.model_proto))
+
+
+def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with everything computed that no input changes, however large.
+
+    torch reorders the gates of a recurrent layer by operators in the graph, and its optimiser folds small
+    constants only: no quantiser would find the weights, and a device would reorder them at each call.
+    """
+    from onnxscript import optimizer
+
+    return optimizer.optimize(model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
 
 
 @contextlib.contextmanager
