@@ -1,7 +1,7 @@
 """Many devices download one release at once: throughput, memory, fairness, resumption; and what deltas save.
 
-    python -m benchmarks delivery                       # 1,000 devices, 5 MB
-    python -m benchmarks delivery --devices 50 --megabytes 1
+    python benchmarks/delivery.py                       # 1,000 devices, 5 MB
+    python benchmarks/delivery.py --devices 50 --megabytes 1
 
 A server process with the real device service (mutual TLS), and ``--processes`` processes that hold the
 virtual devices: each with a key, a certificate and a connection of its own, each verifying every chunk. Their

@@ -3,8 +3,8 @@
 Rules:
 
 * A device has one download at a time: a newer call ends an older one, whose connection is probably dead.
-* A call gets at most ``MAX_CHUNKS`` chunks; then the device stands in line again. The line is first come,
-  first served, and ``max_downloads`` calls are served at once, so a fast device cannot push a slow one aside.
+* A turn is ``TURN`` chunks; then the device stands in line again. The line is first come, first served, and
+  ``max_downloads`` devices have their turn at once, so a fast device cannot push a slow one aside.
 * What is handed out was checked against its name; hot chunks are read once.
 * All of it runs on the event loop but reading a file, which a small pool does.
 """
@@ -23,6 +23,7 @@ from lepton_fl.errors import ConfigError
 from lepton_server.config import DeliverySection
 
 MAX_CHUNKS: Final = 32  # in one call
+TURN: Final = 4  # 1 MiB
 
 
 class Downloads:
@@ -70,23 +71,24 @@ class Downloads:
         """
         if not 1 <= len(names) <= MAX_CHUNKS or any(len(name) != 32 for name in names):
             raise ConfigError(f"Expected 1 to {MAX_CHUNKS} chunk names of 32 bytes, got {len(names)}.")
-        async with self._in_turn(device_id):
-            for name in names:
-                require()
-                data = await self._chunk(name.hex())
-                self.bytes_sent += len(data)
-                yield data
+        async with self._only_call(device_id):
+            for start in range(0, len(names), TURN):
+                async with self._turn:
+                    for name in names[start : start + TURN]:
+                        require()
+                        data = await self._chunk(name.hex())
+                        self.bytes_sent += len(data)
+                        yield data
 
     @contextlib.asynccontextmanager
-    async def _in_turn(self, device_id: str) -> AsyncIterator[None]:
+    async def _only_call(self, device_id: str) -> AsyncIterator[None]:
         task = asyncio.current_task()
         assert task is not None, "called from a task"
         if (older := self._active.get(device_id)) is not None:
             older.cancel()
         self._active[device_id] = task
         try:
-            async with self._turn:
-                yield
+            yield
         finally:
             if self._active.get(device_id) is task:
                 del self._active[device_id]
