@@ -275,6 +275,13 @@ class PrivatePart(Frozen):
     survivors: Annotated[int, Field(ge=0)] = 0  # it is made for at least so many: no smaller sum is signed
     asked: Annotated[int, Field(ge=0)] = 0  # the sum has room for so many
     limit: Annotated[int, Field(ge=0)] = 0  # 16 bits: largest magnitude of a rotated coordinate, ring steps
+    min_separation: Annotated[int, Field(ge=1)] = 1  # it takes part in no two rounds nearer than this
+    max_participations: Annotated[int, Field(ge=0)] = 0  # nor more often than this; 0 = as that allows
+
+    @property
+    def has_contract(self) -> bool:
+        """Whether how often a device may take part is limited."""
+        return self.min_separation > 1 or self.max_participations > 0
 
     @property
     def tail(self) -> int:
@@ -595,6 +602,11 @@ class RunSpec(Frozen):
         """Fewer reports than this and a round is abandoned: the cohort's bound, and that of the rule."""
         secure = self.secure.min_cohort if self.secure_aggregation == "required" else 1
         return max(self.cohort.min_reports, self.aggregation.least_reports, secure, self.noise_survivors)
+
+    @property
+    def has_contract(self) -> bool:
+        """Whether devices keep count of their rounds, so that they must know which have counted."""
+        return self.privacy is not None and self.privacy.unit == "device" and self.privacy.has_contract
 
     @property
     def noise_survivors(self) -> int:

@@ -27,6 +27,7 @@ import psutil
 from lepton_client.backoff import Backoff
 from lepton_client.clock import Clock, SystemClock, Watch
 from lepton_client.config import ClientConfig, TaskSection
+from lepton_client.contracts import Contracts
 from lepton_client.courier import Courier
 from lepton_client.desk import Office
 from lepton_client.diary import Diary
@@ -150,6 +151,7 @@ class Agent:
             self._seat.belongs_to(self._identity)
             apply_limits(self._config.limits)
             self._diary = Diary(self._state, self._clock, self._facts())
+            self._office.contracts = Contracts(self._state.contracts, self._broken_contract)
             self._worker = Worker(
                 self._new_node,
                 self._answer,
@@ -451,6 +453,8 @@ class Agent:
         """What an attempt left behind may become effective, or never will; called from both threads."""
         try:
             self._memory.settle(run_id, round_number, attempt, taken)
+            if self._office.contracts is not None:
+                self._office.contracts.settle(run_id, round_number, attempt, taken)
         except StateError as error:
             self._diary.hit(error)
 
@@ -458,6 +462,10 @@ class Agent:
         """A privacy budget has said no, or yes again; called from the worker's thread."""
         self._diary.say("budget", f"Nothing was trained: {why}" if why else "", logging.WARNING)
         self._diary.note(budget_refusal=why)
+
+    def _broken_contract(self, run_id: str, round_number: int, words: str) -> None:
+        """The coordinator asks more often than the run's contract allows: told to the owner, too."""
+        self._diary.verdict(run_id, round_number, False, "contract", words)
 
     def _participate(self, call: pb.Participate) -> None:
         reason = self._objection()

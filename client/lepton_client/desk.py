@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lepton_client.config import LimitsSection, TaskSection
+from lepton_client.contracts import Contracts
 from lepton_client.fingerprint import fingerprint
 from lepton_client.memory import FileMemory
 from lepton_client.spending import Spending
@@ -56,6 +57,7 @@ class Office:
         self._sections, self._limits, self._distrust = sections, limits, distrust
         self.memory = memory
         self._spending, self._refused = spending, refused
+        self.contracts: Contracts | None = None  # of private runs, once the state folder is ours
         self._trainers: dict[str, Trainer] = {}
         self._materials: dict[str, Material] = {}
 
@@ -67,6 +69,8 @@ class Office:
 
     def respond(self, records: "Records", should_stop: Callable[[], bool]) -> "Records":
         """The same, of a round that hides this device."""
+        if self.contracts is not None and (refusal := self.contracts.refusal(records)) is not None:
+            return refusal
         import torch
 
         torch.set_num_threads(self._limits.threads)

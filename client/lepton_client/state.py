@@ -53,6 +53,7 @@ class StateDir:
         self.folder = folder
         self.key = folder / "device.key"
         self.ledger = folder / "ledger.json"
+        self.contracts = folder / "contracts.json"
         self.memory = folder / "memory"
         self.signing_key = folder / "signing.key"
         self.signing = folder / "signing.json"  # the certificate of the signing key

@@ -460,7 +460,7 @@ def plan_round(
         secure=spec.secure if kind == "train" and spec.secure_aggregation == "required" else None,
         auxiliary=0 if control is None else len(control),
         auxiliary_sha256="" if control is None else vector_digest(control),
-        retried=state.retried if spec.local.keeps_state else (),
+        retried=state.retried if spec.local.keeps_state or spec.has_contract else (),
         nonce=nonce,
     )
 

@@ -241,12 +241,17 @@ class PrivateRounds:
     def shaped(self, plan: RoundPlan) -> RoundPlan:
         """The plan of an attempt, with the clip norm of its round and what devices do besides clipping."""
         shape = self._ready.shape(self._clip)
-        plain = not (shape.part.tail or shape.part.weight_cap or plan.secure)
+        contract = {
+            "min_separation": self._privacy.min_separation,
+            "max_participations": self._privacy.max_participations,
+        }
+        part = shape.part.model_copy(update=contract)
+        plain = not (part.tail or part.weight_cap or part.has_contract or plan.secure)
         return plan.model_copy(
             update={
                 "clip_norm": shape.clip_norm,
                 "grid_step": shape.grid_step,
-                "private": None if plain else shape.part,
+                "private": None if plain else part,
             }
         )
 
