@@ -271,7 +271,6 @@ class PrivateRounds:
 
     def reopened(self, plan: RoundPlan) -> None:
         """Go on with an attempt that was reserved before a restart, and whose release was not begun here."""
-        self.shaped(plan)
         doubts = self._ledger.in_doubt(self._run_id, plan.round) - 1
         event, again = self._mechanism.charge(plan.round), self._mechanism.charge(plan.round, repeat=True)
         self._pending = [e for e in (event, *[again] * doubts) if e is not None]
