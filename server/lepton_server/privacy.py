@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lepton_fl.crypto import PrivateKey, key_from_pem, key_to_pem, new_key, public_der
-from lepton_fl.errors import ConfigError, NotFound, StateConflict, StateCorrupt
+from lepton_fl.errors import ConfigError, NotFound, StateConflict, StateCorrupt, TrustError
 from lepton_fl.files import read_private, remove, write_private
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.privacy.budget import epsilon_of
@@ -121,6 +121,12 @@ def set_budget(change: Transaction, keys: PrivacyKeys, policy: Policy) -> Policy
         for b in change.budgets_over([policy.account], policy.unit)
         if (b.policy.account, b.policy.trust) == (policy.account, policy.trust)
     ]
+    for before in change.budgets_over(None, policy.unit):
+        if before.key != keys.public():  # the one that had signed is lost: nothing new is signed in its place
+            raise TrustError(
+                f"The budget {before.policy.account!r} is not signed by the budget key of this coordinator.",
+                hint="Restore the budget key (privacy.budget_key) from a copy.",
+            )
     for before in known:
         before.policy.check(before.signature, keys.public())
     signed = replace(policy, version=known[0].policy.version + 1 if known else 1)

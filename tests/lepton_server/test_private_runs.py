@@ -18,7 +18,7 @@ from lepton_fl.vector import to_grid
 from lepton_fl.wire.messages import Ticket, TrainReply
 from lepton_server import cli_privacy
 from lepton_server.config import PrivacySection
-from lepton_server.privacy import NOT_BEGUN, PrivacyKeys, guard_run, set_budget
+from lepton_server.privacy import NOT_BEGUN, Ledger, PrivacyKeys, guard_run, set_budget
 
 BANDED = {
     "mechanism": "banded",
@@ -242,6 +242,10 @@ def test_a_budget_that_somebody_else_has_signed_releases_nothing(crowd):
     assert run.state == "failed"
     assert "not signed by the budget key" in run.reason
     assert not crowd.exchange.asked
+    ledger = Ledger(crowd.store, "r1", RunSpec.model_validate(run.spec), keys(crowd).public())
+    ledger.reserve("r1", 1, 1, Gaussian(4.0))
+    with pytest.raises(TrustError, match="not signed"), crowd.store.transaction() as change:
+        ledger.write_reserved(change)
     with pytest.raises(TrustError, match="not signed"):
         cap(crowd, "fleet", 1.0)  # nor is it replaced in silence
 

@@ -147,8 +147,8 @@ class Transaction:
         row = self._connection.execute(_task_query(name, version)).mappings().first()
         return None if row is None else Task(**row)
 
-    def budgets_over(self, accounts: Sequence[str], unit: str) -> list[SignedBudget]:
-        """Return the budgets that a charge to these accounts falls under, as this transaction sees them."""
+    def budgets_over(self, accounts: Sequence[str] | None, unit: str) -> list[SignedBudget]:
+        """Return the budgets that a charge to these accounts falls under, all of them when None."""
         return ledger.budgets(self._connection, accounts, unit)
 
     def spent(self, policy: Policy) -> dict[PrivacyEvent, int]:
