@@ -19,7 +19,7 @@ from lepton_fl.wire.messages import Request, TrainReply
 from lepton_server.book import load_model
 from lepton_server.store import open_store
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]
 
 STAGES = [stage for stage in Stage if stage is not Stage.DONE]
 CLIENT = """
