@@ -9,9 +9,11 @@ Exit code 1 if a target is missed.
 """
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -100,6 +102,49 @@ def accounting_rows() -> list[Row]:
     ]
 
 
+def ledger_rows(entries: int = 100_000, samples: int = 300) -> list[Row]:
+    """A reservation in the coordinator's ledger, the slowest of a hundred, when it is long already."""
+    from sqlalchemy import insert
+
+    from lepton_fl.files import GENESIS
+    from lepton_fl.plan import RunSpec
+    from lepton_fl.privacy.record import FLEET, SUBJECT, Policy
+    from lepton_server.config import PrivacySection
+    from lepton_server.privacy import Ledger, PrivacyKeys, set_budget
+    from lepton_server.store import open_store, tables
+
+    privacy = {"mechanism": "independent", "noise_multiplier": 500.0, "delta": 1e-6}
+    spec = RunSpec.model_validate({"task": "a:b", "evaluate_every": 0, "privacy": privacy})
+    with tempfile.TemporaryDirectory() as folder, open_store(Path(folder) / "lepton.db") as store:
+        keys = PrivacyKeys(Path(folder), PrivacySection())
+        with store.transaction() as change:
+            for run_id in ("r", "old"):
+                change.record("run.queued", {"run_id": run_id, "name": run_id, "spec": spec.to_json()})
+            change.record("run.started", {"run_id": "r"})
+            for account in (FLEET, "task:a:b", "run:r"):
+                set_budget(change, keys, Policy(account, 1, 50.0, 1e-6))
+        start = store.head_seq()
+        names = ("state", "events", "extra", "accounts", "unit", "trust", "evidence", "reserved_at")
+        charge = dict(zip(names, ("committed", "[]", "[]", "[]", "device", "central", "", 0.0), strict=True))
+        event = {"time": 0.0, "kind": "privacy.voided", "subject": SUBJECT, "body": "{}", "prev": GENESIS}
+        with store._engine.begin() as connection:  # as many rows as a ledger of years has
+            rows = [charge | {"run_id": "old", "round": i, "attempt": 1} for i in range(1, entries + 1)]
+            connection.execute(insert(tables.CHARGE), rows)
+            events = [event | {"seq": start + i, "hash": f"{i:064x}"} for i in range(1, entries + 1)]
+            connection.execute(insert(tables.EVENT), events)
+            connection.execute(tables.HEAD.update().values(seq=start + entries, hash=f"{entries:064x}"))
+        ledger, times = Ledger(store, "r", spec, keys.public()), []
+        for number in range(1, samples + 1):
+            ledger.reserve("r", number, 1, Gaussian(500.0 + number % 50))
+            began = time.process_time()
+            with store.transaction() as change:
+                ledger.write_reserved(change)
+            times.append(1e3 * (time.process_time() - began))
+    times.sort()
+    title = f"reserve in the store, {entries:,} rows, 3 budgets"
+    return [Row(f"{title}: median", times[samples // 2]), Row(f"{title}: p99", times[int(0.99 * samples)], 5)]
+
+
 def planning_rows() -> list[Row]:
     """The best factorisations; the papers' library needs 30 to 50 s for the first."""
     return [
@@ -116,7 +161,7 @@ def planning_rows() -> list[Row]:
 
 def main() -> int:
     """The exit code."""
-    rows = [*sampler_rows(), *release_rows(), *accounting_rows(), *planning_rows()]
+    rows = [*sampler_rows(), *release_rows(), *accounting_rows(), *ledger_rows(), *planning_rows()]
     table = Table("figure", "ms", "target", "", title="Privacy, processor time, one thread")
     for row in rows:
         verdict = "" if not row.target else "met" if row.milliseconds <= row.target else "MISSED"

@@ -172,6 +172,7 @@ class PldReport(_Base):
 # ------------------------------------------------------------------------------------------ the mathematics
 
 
+@lru_cache(maxsize=4096)  # enclosing budgets ask for the same number
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     """The exact epsilon of one Gaussian release (Balle and Wang 2018)."""
     import dp_accounting

@@ -6,6 +6,7 @@ All functions take a connection in a transaction, so that a reservation is judge
 import base64
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Select, and_, func, or_, select
@@ -16,6 +17,7 @@ from lepton_fl.privacy.record import ANYBODY, SUBJECT, TRUSTS, Policy, reads
 from lepton_server.store.tables import BUDGET, CHARGE, EVENT, PARTICIPATION, ROUND, TOTAL
 from lepton_server.store.views import ChargeRecord, SignedBudget
 
+_event = lru_cache(maxsize=4096)(from_json)  # a reservation reads the same few again and again
 _PLACE = (BUDGET.c.account, BUDGET.c.unit, BUDGET.c.trust)
 
 
@@ -53,7 +55,7 @@ def counts(connection: Connection, policy: Policy) -> dict[Event, int]:
         )
         .group_by(TOTAL.c.event)
     )
-    return {from_json(event): int(count) for event, count in connection.execute(query) if count}
+    return {_event(event): int(count) for event, count in connection.execute(query) if count}
 
 
 def charges_query(run_id: str | None = None, states: Iterable[str] | None = None) -> Select[Any]:
