@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CALM_S: Final = 1.0  # between two looks for the next stage's message, which the coordinator announces
 GRACE: Final = 5.0  # seconds after a deadline in which an answer may still be taken
 
 
@@ -116,6 +117,7 @@ class Worker:
         """
         self._seat = seat
         self._nudged = False  # a message is there, or was a moment ago
+        self._pace_s = poll_s  # between two looks; longer where a message is announced
         self._node_factory, self._answer, self._ledger = node_factory, answer, ledger
         self._clock, self._poll_s = clock, poll_s
         self._changed, self._trouble, self._settle = changed, trouble, settle
@@ -157,6 +159,7 @@ class Worker:
                 return False
             self._left.discard(selection.key)
             self._open[selection.key] = selection
+            self._pace_s = self._poll_s
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="lepton-worker", daemon=True)
                 self._thread.start()
@@ -246,7 +249,7 @@ class Worker:
             log.warning("a message that cannot be read was put aside: %s", error)
             pulled = None
         if pulled is None:
-            self._pause(self._poll_s)
+            self._pause(self._pace_s)
         else:
             self._work(node, *pulled)
 
@@ -338,6 +341,7 @@ class Worker:
             return
         if not self._push(lambda: node.push(handle, answer), node, key):
             return  # too late for this stage; perhaps not for the round
+        self._pace_s = max(self._poll_s, CALM_S)
         if asked.stage is Stage.SHARES and self._seat is not None:
             log.info("train round %d of run %s begins", key[1], key[0])
             self._seat.train(asked, _name(key), lambda: self._gone(key))
