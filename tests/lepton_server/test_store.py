@@ -121,6 +121,24 @@ def refused(store, error, kind, body, match=None):
     assert everything(store) == before
 
 
+def moved(phase, stage=0, **more):
+    return {"rollout_id": "u1", "phase": phase, "stage": stage, **more}
+
+
+def a_rollout(store, releases=("phone",)):
+    plan = {"releases": dict.fromkeys(releases, "4" * 64), "stages": [{"share": 0.1}, {"share": 1.0}]}
+    store.record("rollout.planned", {"rollout_id": "u1", "task": "digits", "plan": plan})
+    store.record("rollout.moved", moved("running"))
+    told = {"device_id": "d1", "before": "5" * 64, "p95_ms": 1.5}
+    store.record("rollout.told", {"rollout_id": "u1", "stage": 0, "devices": [told]})
+    store.record("rollout.suspected", {"rollout_id": "u1", "cause": "1 of 2 predictions failed"})
+    store.record("rollout.moved", moved("running", 1))
+    told = {"device_id": "d2"}
+    store.record("rollout.told", {"rollout_id": "u1", "stage": 1, "devices": [told]})
+    store.record("rollout.moved", moved("rolling-back", 1, cause="enough", aborting=True))
+    store.record("rollout.reverted", {"rollout_id": "u1", "devices": ["d1"]})
+
+
 def a_whole_life(store):
     """Record at least one event of every kind."""
     store.record("server.started", "server", {"version": "0.1.0"})
@@ -141,6 +159,7 @@ def a_whole_life(store):
     signed = {"release": "4" * 64, "task": "digits", "variant": "int8", "sequence": 1}
     store.record("release.published", signed)
     store.record("release.withdrawn", {"release": "4" * 64})
+    a_rollout(store)
     store.record("device.revoked", "d3", {"device_id": "d3", "reason": "lost"})
     task = {"name": "digits", "reference": "lepton_fl.tasks:digits", "version": "1", "num_parameters": 10}
     store.record("task.registered", "digits", task | {"layout_digest": SHA["f"]})
@@ -755,3 +774,50 @@ def test_every_error_is_ours(store):
         connection.execute(text("DROP TABLE presence"))
     with pytest.raises(LeptonError):
         store.devices()
+
+
+class TestRollouts:
+    def test_the_tables_follow(self, store):
+        enrol(store, "d1", "d2")
+        a_rollout(store)
+        (found,) = store.rollouts()
+        assert (found.phase, found.stage, found.cause, found.aborting) == ("rolling-back", 1, "enough", True)
+        assert found.suspect == ""  # a new stage begins without suspicion
+        assert store.told("u1") == [("d2", 1, "", 0.0)]
+        assert store.told_in() == {"d2": "u1"}
+        refused(store, StateConflict, "rollout.moved", moved("aborted", 1), "still have releases")
+        store.record("rollout.reverted", {"rollout_id": "u1", "devices": ["d2"]})
+        store.record("rollout.moved", moved("aborted", 1))
+        assert store.told_in() == {}
+        assert store.rebuild().equal
+
+    def test_two_rollouts_cannot_fight_over_a_device(self, store):
+        enrol(store, "d1", "d2")
+        a_rollout(store, releases=("phone", "gateway"))
+        for other, profiles in (("u2", ["gateway"]), ("u3", ["server"])):
+            plan = {"releases": dict.fromkeys(profiles, "4" * 64), "stages": [{"share": 1.0}]}
+            store.record("rollout.planned", {"rollout_id": other, "task": "digits", "plan": plan})
+        other = moved("running") | {"rollout_id": "u2"}
+        refused(store, StateConflict, "rollout.moved", other, "u1 of digits is rolling-back for gateway")
+        store.record("rollout.moved", moved("running") | {"rollout_id": "u3"})
+        store.record("rollout.reverted", {"rollout_id": "u1", "devices": ["d2"]})
+        store.record("rollout.moved", moved("aborted", 1))
+        store.record("rollout.moved", other)
+
+    def test_what_does_not_follow_is_refused(self, store):
+        enrol(store, "d1", "d2")
+        told = {"rollout_id": "u1", "stage": 0, "devices": [{"device_id": "d1"}]}
+        refused(store, NotFound, "rollout.told", told, "no rollout u1")
+        plan = {"releases": {"phone": "4" * 64}, "stages": [{"share": 1.0}]}
+        store.record("rollout.planned", {"rollout_id": "u1", "task": "digits", "plan": plan})
+        refused(store, StateConflict, "rollout.told", told, "is planned")
+        refused(store, StateConflict, "rollout.moved", moved("done"), "planned and cannot be done")
+        store.record("rollout.moved", moved("running"))
+        refused(store, StateConflict, "rollout.moved", moved("running", 1), "at stage 0, not 1")
+        refused(store, NotFound, "rollout.told", told | {"devices": [{"device_id": "d9"}]}, "d9")
+        store.record("rollout.told", told)
+        refused(store, StateConflict, "rollout.told", told, "was told")
+        gone = {"rollout_id": "u1", "devices": ["d1"]}
+        refused(store, StateConflict, "rollout.reverted", gone, "nothing is taken back")
+        store.record("rollout.moved", moved("rolling-back"))
+        refused(store, StateConflict, "rollout.reverted", gone | {"devices": ["d1", "d2"]}, "Not all")

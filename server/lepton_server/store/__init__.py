@@ -16,11 +16,13 @@ from lepton_server.store.views import (
     Model,
     Part,
     RebuildReport,
+    Rollout,
     Round,
     Run,
     SignedBudget,
     Task,
     Token,
+    Told,
 )
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Part",
     "Participation",
     "RebuildReport",
+    "Rollout",
     "Round",
     "Run",
     "SignedBudget",
@@ -41,6 +44,7 @@ __all__ = [
     "Task",
     "TaskRegistered",
     "Token",
+    "Told",
     "Transaction",
     "open_store",
 ]

@@ -357,6 +357,55 @@ class ReleaseWithdrawn(Body):
     reason: Text = ""
 
 
+class _AboutRollout(Body):
+    subject_field: ClassVar[str] = "rollout_id"
+    rollout_id: Id
+
+
+class RolloutPlanned(_AboutRollout):
+    """A staged rollout was asked for; its decisions are frozen here."""
+
+    task: Label
+    plan: Json  # lepton_fl.delivery.rollout.RolloutPlan
+
+
+class ToldDevice(BaseModel):
+    """One device that a rollout gives a release to, and what it had before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    device_id: Id
+    before: Sha256 | Literal[""] = ""
+    p95_ms: Seconds = 0.0
+
+
+class RolloutTold(_AboutRollout):
+    """Devices of a stage are told of their release, in this very transaction."""
+
+    stage: Count
+    devices: list[ToldDevice] = Field(min_length=1, max_length=10_000)
+
+
+class RolloutReverted(_AboutRollout):
+    """Devices are told, in this very transaction, to have again what they had."""
+
+    devices: list[Id] = Field(min_length=1, max_length=10_000)
+
+
+class RolloutSuspected(_AboutRollout):
+    """Something looks bad; an empty cause: no more."""
+
+    cause: Text = ""
+
+
+class RolloutMoved(_AboutRollout):
+    """A rollout is in another phase or stage."""
+
+    phase: Literal["running", "paused", "rolling-back", "rolled-back", "aborted", "done"]
+    stage: Count
+    cause: Text = ""
+    aborting: bool = False  # an operator asked for the rollback
+
+
 class LedgerBody(Body):
     """A line of the privacy ledger; all of them have one subject, so that they can be read as a whole.
 
@@ -460,6 +509,11 @@ KINDS: Mapping[str, type[Body]] = {
     "model.created": ModelCreated,
     "release.published": ReleasePublished,
     "release.withdrawn": ReleaseWithdrawn,
+    "rollout.planned": RolloutPlanned,
+    "rollout.told": RolloutTold,
+    "rollout.reverted": RolloutReverted,
+    "rollout.suspected": RolloutSuspected,
+    "rollout.moved": RolloutMoved,
     "budget.set": BudgetSet,
     "privacy.reserved": PrivacyReserved,
     "privacy.releasing": PrivacyReleasing,

@@ -15,6 +15,9 @@ Rules:
                    └──> abandoned ──> planned again as the next attempt, unless the round is burnt
     charge: reserved ──> (releasing) ──> committed     counts as spent throughout
                 └──> voided                            with evidence that nothing was released
+    rollout: planned ──> running <──> paused           each may begin to roll back
+             running ──> done
+             rolling-back ──> rolled-back | aborted    when no device is left that was told
 """
 
 import json
@@ -22,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Table, and_, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, Table, and_, delete, func, insert, select, update
 
 from lepton_fl.errors import NotFound, StateConflict, TrustError
 from lepton_fl.files import canonical_json
@@ -33,11 +36,13 @@ from lepton_server.store.tables import (
     DEVICE,
     MODEL,
     PARTICIPATION,
+    ROLLOUT,
     ROUND,
     RUN,
     TASK,
     TOKEN,
     TOKEN_USE,
+    TOLD,
     TOTAL,
 )
 
@@ -231,6 +236,96 @@ def _device_reported(connection: Connection, when: When, body: ev.DeviceReported
 def _device_desired(connection: Connection, when: When, body: ev.DeviceDesired) -> None:
     _active(connection, body.device_id)
     _change(connection, DEVICE, {"id": body.device_id}, desired=_json(body.desired))
+
+
+# ------------------------------------------------------------------------------------------------ rollouts
+
+
+_MOVES = {  # from -> to
+    "planned": ("running", "aborted"),
+    "running": ("running", "paused", "rolling-back", "done"),
+    "paused": ("running", "rolling-back"),
+    "rolling-back": ("rolled-back", "aborted"),
+}
+
+
+def _rollout(connection: Connection, rollout_id: str) -> RowMapping:
+    found = _one(connection, ROLLOUT, id=rollout_id)
+    if found is None:
+        raise NotFound(f"There is no rollout {rollout_id}.", hint="`lepton rollout list` shows them.")
+    return found
+
+
+def _rollout_planned(connection: Connection, when: When, body: ev.RolloutPlanned) -> None:
+    if _one(connection, ROLLOUT, id=body.rollout_id):
+        raise StateConflict(f"There is a rollout {body.rollout_id} already.", hint="Give it another id.")
+    row = {"id": body.rollout_id, "task": body.task, "plan": _json(body.plan), "phase": "planned", "stage": 0}
+    row |= {"since": when.time, "cause": "", "suspect": "", "suspect_since": 0.0, "aborting": 0}
+    connection.execute(insert(ROLLOUT).values(**row, planned_at=when.time))
+
+
+def _rollout_moved(connection: Connection, when: When, body: ev.RolloutMoved) -> None:
+    was = _rollout(connection, body.rollout_id)
+    if body.phase not in _MOVES.get(was["phase"], ()):
+        raise StateConflict(f"Rollout {body.rollout_id} is {was['phase']} and cannot be {body.phase}.")
+    stages = len(json.loads(was["plan"]).get("stages", [None]))
+    onward = was["phase"] == body.phase == "running"
+    if body.stage != was["stage"] + onward or body.stage >= stages:
+        raise StateConflict(f"Rollout {body.rollout_id} is at stage {was['stage']}, not {body.stage}.")
+    if body.phase == "running" and was["phase"] == "planned":
+        _alone(connection, was)
+    if body.phase in ("rolled-back", "aborted") and _one(connection, TOLD, rollout_id=body.rollout_id):
+        raise StateConflict(f"Devices still have releases of rollout {body.rollout_id}.")
+    change: dict[str, object] = {"phase": body.phase, "stage": body.stage, "cause": body.cause}
+    if body.phase == "running":
+        change |= {"since": when.time, "suspect": "", "suspect_since": 0.0}
+    _change(
+        connection, ROLLOUT, {"id": body.rollout_id}, **change, aborting=int(body.aborting or was["aborting"])
+    )
+
+
+def _alone(connection: Connection, asked: RowMapping) -> None:
+    """No other open rollout gives releases to the same kind of device: two must not fight over one."""
+    profiles = set(json.loads(asked["plan"])["releases"])
+    is_open = ROLLOUT.c.phase.in_(("running", "paused", "rolling-back"))
+    for other in connection.execute(
+        select(ROLLOUT).where(is_open, ROLLOUT.c.task == asked["task"])
+    ).mappings():
+        if both := sorted(profiles & set(json.loads(other["plan"])["releases"])):
+            raise StateConflict(
+                f"Rollout {other['id']} of {asked['task']} is {other['phase']} for {', '.join(both)}.",
+                hint=f"Let it end, or `lepton rollout abort {other['id']}`.",
+            )
+
+
+def _rollout_told(connection: Connection, when: When, body: ev.RolloutTold) -> None:
+    was = _rollout(connection, body.rollout_id)
+    if (was["phase"], was["stage"]) != ("running", body.stage):
+        raise StateConflict(f"Rollout {body.rollout_id} is {was['phase']} at stage {was['stage']}.")
+    rows = [
+        {"rollout_id": body.rollout_id, "stage": body.stage, **told.model_dump()} for told in body.devices
+    ]
+    for told in body.devices:
+        _active(connection, told.device_id)
+        if _one(connection, TOLD, rollout_id=body.rollout_id, device_id=told.device_id):
+            raise StateConflict(f"Device {told.device_id} was told in rollout {body.rollout_id} already.")
+    connection.execute(insert(TOLD), rows)
+
+
+def _rollout_reverted(connection: Connection, when: When, body: ev.RolloutReverted) -> None:
+    was = _rollout(connection, body.rollout_id)
+    if was["phase"] != "rolling-back":
+        raise StateConflict(f"Rollout {body.rollout_id} is {was['phase']}, nothing is taken back.")
+    here = and_(TOLD.c.rollout_id == body.rollout_id, TOLD.c.device_id.in_(body.devices))
+    if connection.execute(delete(TOLD).where(here)).rowcount != len(set(body.devices)):
+        raise StateConflict(f"Not all of these devices were told in rollout {body.rollout_id}.")
+
+
+def _rollout_suspected(connection: Connection, when: When, body: ev.RolloutSuspected) -> None:
+    was = _rollout(connection, body.rollout_id)
+    if was["phase"] != "running":
+        raise StateConflict(f"Rollout {body.rollout_id} is {was['phase']}.")
+    _change(connection, ROLLOUT, {"id": body.rollout_id}, suspect=body.cause, suspect_since=when.time)
 
 
 # --------------------------------------------------------------------------------------------------- tasks
@@ -603,6 +698,11 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.ModelCreated: _model_created,
     ev.ReleasePublished: _nothing,
     ev.ReleaseWithdrawn: _nothing,
+    ev.RolloutPlanned: _rollout_planned,
+    ev.RolloutTold: _rollout_told,
+    ev.RolloutReverted: _rollout_reverted,
+    ev.RolloutSuspected: _rollout_suspected,
+    ev.RolloutMoved: _rollout_moved,
     ev.BudgetSet: _budget_set,
     ev.PrivacyReserved: _privacy_reserved,
     ev.PrivacyReleasing: _privacy_releasing,

@@ -46,11 +46,13 @@ from lepton_server.store.tables import (
     MODEL,
     PARTICIPATION,
     PRESENCE,
+    ROLLOUT,
     ROUND,
     RUN,
     TASK,
     TOKEN,
     TOKEN_USE,
+    TOLD,
 )
 from lepton_server.store.views import (
     ActiveDevice,
@@ -61,11 +63,13 @@ from lepton_server.store.views import (
     Model,
     Part,
     RebuildReport,
+    Rollout,
     Round,
     Run,
     SignedBudget,
     Task,
     Token,
+    Told,
 )
 
 _PAGE = 1000  # events that a follower reads at a time
@@ -426,6 +430,33 @@ class Store:
         """Return how many charges have this sealed memory of a mechanism."""
         return len(self._rows(select(CHARGE.c.run_id).where(CHARGE.c.state_sha256 == sha256)))
 
+    # ------------------------------------------------------------------------------------------ rollouts
+
+    def rollouts(self, *, phases: Iterable[str] | None = None) -> list[Rollout]:
+        """Return the rollouts, the oldest first."""
+        query = select(ROLLOUT).order_by(ROLLOUT.c.planned_at, ROLLOUT.c.id)
+        if phases is not None:
+            query = query.where(ROLLOUT.c.phase.in_(list(phases)))
+        return [_rollout(row) for row in self._rows(query)]
+
+    def rollout(self, rollout_id: str) -> Rollout:
+        """Return one rollout; raises NotFound."""
+        for row in self._rows(select(ROLLOUT).where(ROLLOUT.c.id == rollout_id)):
+            return _rollout(row)
+        raise NotFound(f"There is no rollout {rollout_id}.", hint="`lepton rollout list` shows them.")
+
+    def told(self, rollout_id: str) -> list[Told]:
+        """Return the devices that have a release of a rollout."""
+        columns = TOLD.c.device_id, TOLD.c.stage, TOLD.c.before, TOLD.c.p95_ms
+        query = select(*columns).where(TOLD.c.rollout_id == rollout_id).order_by(TOLD.c.device_id)
+        return [Told(**row) for row in self._rows(query)]
+
+    def told_in(self) -> dict[str, str]:
+        """Return device -> the open rollout that has told it."""
+        is_open = ROLLOUT.c.phase.in_(("running", "paused", "rolling-back"))
+        query = select(TOLD.c.device_id, TOLD.c.rollout_id).join(ROLLOUT, ROLLOUT.c.id == TOLD.c.rollout_id)
+        return {row["device_id"]: row["rollout_id"] for row in self._rows(query.where(is_open))}
+
     # ------------------------------------------------------------------------------------------- journal
 
     def events(
@@ -528,6 +559,10 @@ def _device(row: RowMapping) -> Device:
     values["public_key"] = base64.b64decode(values["public_key"])
     values["status"] = values["status"] or ""
     return Device(**values)
+
+
+def _rollout(row: RowMapping) -> Rollout:
+    return Rollout(**_decoded(row, "plan") | {"aborting": bool(row["aborting"])})
 
 
 def _token(row: RowMapping, used_by: Sequence[str]) -> Token:

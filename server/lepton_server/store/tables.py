@@ -263,6 +263,39 @@ class TotalRow(_Base, table=True):
     count: int = Field(sa_column=Column(BigInteger, nullable=False))
 
 
+class RolloutRow(_Base, table=True):
+    """A staged rollout and where it is."""
+
+    __tablename__ = "rollout"
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    task: str = Field(sa_column=_text())
+    plan: str = Field(sa_column=_text())  # JSON object
+    phase: str = Field(sa_column=_text())
+    stage: int = Field(sa_column=Column(Integer, nullable=False))
+    since: float = Field(sa_column=Column(Float(53), nullable=False))  # when the stage began
+    cause: str = Field(sa_column=_text())
+    suspect: str = Field(sa_column=_text())
+    suspect_since: float = Field(sa_column=Column(Float(53), nullable=False))
+    aborting: int = Field(sa_column=Column(Integer, nullable=False))  # 1: an operator asked for the rollback
+    planned_at: float = Field(sa_column=Column(Float(53), nullable=False))
+
+
+class ToldRow(_Base, table=True):
+    """A device that has a release of a rollout, until it is told otherwise."""
+
+    __tablename__ = "rollout_device"
+    __table_args__ = (
+        ForeignKeyConstraint(["rollout_id"], ["rollout.id"], name="told_rollout"),
+        ForeignKeyConstraint(["device_id"], ["device.id"], name="told_device"),
+        Index("rollout_device_device", "device_id"),
+    )
+    rollout_id: str = Field(sa_column=Column(Text, primary_key=True))
+    device_id: str = Field(sa_column=Column(Text, primary_key=True))
+    stage: int = Field(sa_column=Column(Integer, nullable=False))
+    before: str = Field(sa_column=_text())  # SHA-256 of a manifest; empty = none
+    p95_ms: float = Field(sa_column=Column(Float(53), nullable=False))  # before; 0 = not known
+
+
 class PresenceRow(_Base, table=True):
     """Soft state: when a device was last heard of. Not in the journal, lost without harm."""
 
@@ -293,6 +326,8 @@ PRESENCE = _table("presence")
 BUDGET = _table("privacy_budget")
 CHARGE = _table("privacy_charge")
 TOTAL = _table("privacy_total")
+ROLLOUT = _table("rollout")
+TOLD = _table("rollout_device")
 
 # In an order in which rows can be inserted without breaking a foreign key; deleted the other way round.
 PROJECTIONS: tuple[Table, ...] = (
@@ -307,4 +342,6 @@ PROJECTIONS: tuple[Table, ...] = (
     BUDGET,
     CHARGE,
     TOTAL,
+    ROLLOUT,
+    TOLD,
 )

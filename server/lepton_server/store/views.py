@@ -208,6 +208,32 @@ class ChargeRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Rollout:
+    """A staged rollout and where it is."""
+
+    id: str
+    task: str
+    plan: JsonObject  # lepton_fl.delivery.rollout.RolloutPlan
+    phase: str
+    stage: int
+    since: float
+    cause: str
+    suspect: str
+    suspect_since: float
+    aborting: bool
+    planned_at: float
+
+
+class Told(NamedTuple):
+    """A device that has a release of a rollout."""
+
+    device_id: str
+    stage: int
+    before: str
+    p95_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class RebuildReport:
     """How a replay of the journal compares with the tables.
 
