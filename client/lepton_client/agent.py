@@ -267,6 +267,7 @@ class Agent:
             advert_session=self._seat.session,
             desired_digest=self._courier.acknowledged,
             serving=self._courier.report(),
+            service=self._courier.service(),
         )
 
     def _status(self) -> tuple[pb.Status, str]:

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 MAX_DESIRED: Final = 64 * 1024  # bytes of a desired state
 RETRY_MAX_S: Final = 3600.0  # between two tries of a delivery that may still succeed
 SELF_TEST_S: Final = 300.0  # patience with a self-test
+COUNTED: Final = "service.json"  # written by the serving process
 STOP_S: Final = 5.0  # patience with a child that was asked to end
 
 Outcomes = dict[str, Any]
@@ -126,6 +127,18 @@ class Courier:
             )
         return pb.Serving(
             task=self._task, profile=self._config.delivery.profile, release=self.serving, failed=failed
+        )
+
+    def service(self) -> pb.Service:
+        """What the serving process counted for the release in service."""
+        told = _read_json(self._folder / COUNTED)
+        if not self._task or not told or told.get("release") != self.serving:
+            return pb.Service()
+        return pb.Service(
+            release=told["release"],
+            requests=told["requests"],
+            errors=told["errors"],
+            p95_ms=told["p95_ms"],
         )
 
     def status(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import socket
 import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,7 @@ import numpy as np
 import uvicorn
 
 from lepton_client.config import ClientConfig, ServeSection
+from lepton_client.courier import COUNTED
 from lepton_client.predictor import Array, Model, Predictor, describe
 from lepton_client.state import StateDir
 from lepton_fl.delivery.slots import Slots, served
@@ -52,6 +54,8 @@ log = logging.getLogger("lepton_client")
 
 STARTS: Final = 2  # of a release that ends this process
 SETTLED_S: Final = 60.0  # alive for so long: what is served is good
+TELL_S: Final = 5.0  # between two writes of what was counted
+LATEST: Final = 1000  # requests whose latency is remembered
 WAIT_S: Final = 1.0  # between two looks for a first release
 GRACE_S: Final = 5  # for requests under way at a shutdown
 MAX_PATH: Final = 107  # bytes of a Unix socket's path
@@ -72,12 +76,52 @@ class _Refusal(Exception):
         self.status, self.error = status, error
 
 
+class _BadAnswer(DataError):
+    """The model's fault, not the caller's."""
+
+
+class Counted:
+    """What the release in service has done: sums for the coordinator, nothing of any one request."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._release, self._requests, self._errors = "", 0, 0
+        self._latest: deque[float] = deque(maxlen=LATEST)  # ms
+        self._saved = 0
+
+    def note(self, release: str, ms: float | None) -> None:
+        """One request was answered in ``ms``, or the model failed (None)."""
+        with self._lock:
+            if release != self._release:
+                self._release, self._requests, self._errors, self._saved = release, 0, 0, 0
+                self._latest.clear()
+            self._requests += 1
+            if ms is None:
+                self._errors += 1
+            else:
+                self._latest.append(ms)
+
+    def save(self, folder: Path) -> None:
+        """Write the sums where the agent looks, if there is something new; a full disk costs nothing else."""
+        with self._lock:
+            if self._requests == self._saved:
+                return
+            p95 = round(float(np.percentile(self._latest, 95)), 3) if self._latest else 0.0
+            told = {"release": self._release, "requests": self._requests, "errors": self._errors}
+            self._saved = self._requests
+        try:
+            write_private(folder / COUNTED, canonical_json(told | {"p95_ms": p95}))
+        except LeptonError as error:
+            log.warning("the counters of predictions could not be kept: %s", error)
+
+
 class Endpoint:
     """The ASGI application."""
 
     def __init__(self, predictor: Predictor, limits: ServeSection, *, threads: int = 1) -> None:
         """Answer with ``predictor``; ``threads`` predictions run at once."""
         self._predictor, self._limits = predictor, limits
+        self.counted = Counted()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="predict")
         self._busy = 0
 
@@ -130,11 +174,22 @@ class Endpoint:
         try:
             body = await _body(headers, receive, self._limits.max_body_bytes)
             loop = asyncio.get_running_loop()
-            return 200, kind, await loop.run_in_executor(self._pool, work, body)
+            return 200, kind, await loop.run_in_executor(self._pool, self._timed, work, body)
         except DataError as error:
             raise _Refusal(400, error) from error
         finally:
             self._busy -= 1
+
+    def _timed(self, work: Callable[[bytes], bytes], body: bytes) -> bytes:
+        release, began = self._predictor.model.release, time.perf_counter()
+        try:
+            answer = work(body)
+        except Exception as error:
+            if not isinstance(error, DataError) or isinstance(error, _BadAnswer):
+                self.counted.note(release, None)
+            raise
+        self.counted.note(release, 1000 * (time.perf_counter() - began))
+        return answer
 
     def _from_json(self, body: bytes) -> bytes:
         model = self._predictor.model
@@ -151,7 +206,7 @@ class Endpoint:
         try:
             return json.dumps(answer | {"release": model.release}, allow_nan=False).encode()
         except ValueError as error:
-            raise DataError("The model answers with NaN or infinity, which JSON cannot say.") from error
+            raise _BadAnswer("The model answers with NaN or infinity, which JSON cannot say.") from error
 
     def _from_tensors(self, body: bytes) -> bytes:
         from safetensors import SafetensorError
@@ -302,7 +357,7 @@ def serve(config: ClientConfig, stop: threading.Event, ready: Callable[[str], No
             config.client.state_dir, threads=config.limits.threads, loading=probation.loading, first=first
         ) as predictor:
             endpoint = Endpoint(predictor, config.serve, threads=config.limits.threads)
-            _run(endpoint, listener, stop, lambda: ready(address), probation)
+            _run(endpoint, listener, stop, lambda: ready(address), probation, folder)
         probation.settled()
 
 
@@ -312,6 +367,7 @@ def _run(
     stop: threading.Event,
     ready: Callable[[], None],
     probation: Probation,
+    folder: Path,
 ) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
@@ -335,14 +391,18 @@ def _run(
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     ready()
-    settles = time.monotonic() + SETTLED_S
+    settles, tells = time.monotonic() + SETTLED_S, 0.0
     while thread.is_alive() and not stop.wait(0.5):
+        if time.monotonic() > tells:
+            endpoint.counted.save(folder)
+            tells = time.monotonic() + TELL_S
         if time.monotonic() > settles:
             probation.settled()
             settles = float("inf")
     server.should_exit = True
     thread.join()
     endpoint.close()
+    endpoint.counted.save(folder)
 
 
 def _wait_for_release(folder: Path, stop: threading.Event) -> None:

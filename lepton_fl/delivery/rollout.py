@@ -35,6 +35,7 @@ from lepton_fl.plan import Frozen
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Label = Annotated[str, Field(min_length=1, max_length=50)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=90 * 86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
@@ -96,20 +97,19 @@ class Health(Frozen):
 DEFAULT_STAGES: Final = tuple(Stage(share=share) for share in (0.01, 0.1, 0.5, 1.0))
 
 
-class RolloutPlan(Frozen):
-    """What an operator asks for; frozen and journalled before a device hears of it.
+class Wish(Frozen):
+    """What an operator asks for, as read from a file.
 
     Attributes:
         id: Names the rollout, and is what devices are drawn with.
-        task: ``package.module:attribute``; devices that take releases of another one are left alone.
-        releases: The release (SHA-256 of its manifest) for each device profile.
+        releases: The release for each device profile; a plan has the SHA-256 of its manifest, a file may have
+            any name that says which.
         stages: In order; shares rise.
         health: What decides.
     """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    task: Annotated[str, Field(min_length=1, max_length=200)]
-    releases: dict[Label, Sha256] = Field(min_length=1, max_length=50)
+    releases: Annotated[dict[Label, Name], Field(min_length=1, max_length=50)]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=20)] = DEFAULT_STAGES
     health: Health = Health()
 
@@ -119,6 +119,17 @@ class RolloutPlan(Frozen):
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"the shares of the stages must rise, got {shares}")
         return self
+
+
+class RolloutPlan(Wish):
+    """A checked wish; frozen and journalled before a device hears of it.
+
+    Attributes:
+        task: ``package.module:attribute``; devices that take releases of another one are left alone.
+    """
+
+    task: Annotated[str, Field(min_length=1, max_length=200)]
+    releases: Annotated[dict[Label, Sha256], Field(min_length=1, max_length=50)]
 
 
 @dataclass(frozen=True, slots=True)

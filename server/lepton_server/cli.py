@@ -20,6 +20,7 @@ from lepton_fl.cli.output import Format, FormatOption, print_data, say
 from lepton_fl.errors import ConfigError, NotFound, RunError
 from lepton_server import cli_privacy  # noqa: F401 - its commands join `lepton privacy`
 from lepton_server.cli_releases import keys_app, release_app
+from lepton_server.cli_rollout import app as rollout_app
 from lepton_server.commands import ConfigOption, StateOption, find_device, load, opened
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app.add_typer(devices_app, name="devices")
 app.add_typer(token_app, name="token")
 app.add_typer(keys_app, name="keys")
 app.add_typer(release_app, name="release")
+app.add_typer(rollout_app, name="rollout")
 app.add_typer(authority_app, name="authority")
 
 RunArgument = Annotated[str, typer.Argument(help="Run id, a unique beginning of it, or 'last'.")]

@@ -411,6 +411,7 @@ def _assign(
     format: Format,
 ) -> None:
     from lepton_server.releases import assign
+    from lepton_server.rollouts import check_free
 
     if not devices and not groups:
         raise ConfigError("No device was named.", hint="Give --device or --group.")
@@ -420,6 +421,7 @@ def _assign(
         members = {d.id for d in store.devices() if d.state == "active" and wanted & set(d.groups)}
         if groups and not members:
             raise NotFound(f"No enrolled device has the label {' or '.join(sorted(wanted))}.")
+        check_free(store, chosen | members)
         count = assign(store, sorted(chosen | members), name)
     print_data({"release": name, "devices": count}, format=format)
 

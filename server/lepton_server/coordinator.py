@@ -32,6 +32,7 @@ from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.ops import Meters, ops_app
 from lepton_server.privacy import PrivacyKeys
 from lepton_server.releases import ListKeeper, online_keys, shelf_of
+from lepton_server.rollouts import RolloutKeeper
 from lepton_server.runs import RunDriver
 from lepton_server.signing import Signing
 from lepton_server.store import Store, open_store
@@ -135,6 +136,9 @@ class Coordinator:
         keeper = ListKeeper(shelf_of(config), online_keys(config))
         keeper.start()
         stack.callback(keeper.close)
+        rollouts = RolloutKeeper(store, fleet.service)
+        rollouts.start()
+        stack.callback(rollouts.close)
         self._driver = RunDriver(
             config.rounds,
             store,

@@ -44,6 +44,7 @@ from cryptography import x509
 from google.protobuf.message import DecodeError, Message
 
 from lepton_fl import crypto
+from lepton_fl.delivery.rollout import Service
 from lepton_fl.errors import ConfigError, ConnectionFailed, Fault, LeptonError, NotFound, TrustError
 from lepton_fl.plan import PROTOCOL_VERSION
 from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of
@@ -432,6 +433,7 @@ class DeviceService:
         if (desired := request.desired_digest) and len(desired) != 64:
             raise ConfigError(f"Expected desired_digest of 64 characters, got {len(desired)}.")
         secrecy = _secrecy(request)
+        serves, service = _service(request.service)
         answer = self._fleet.check_in(
             identity.device_id,
             self._report(request),  # consumes the request
@@ -440,6 +442,8 @@ class DeviceService:
             device_time=device_time,
             desired_digest=desired,
             secrecy=secrecy,
+            serves=serves,
+            service=service,
         )
         wall = self._wall()
         return pb.CheckInResponse(
@@ -885,6 +889,15 @@ def _secrecy(request: pb.CheckInRequest) -> Secrecy:
     if request.credential_ends > 1e11:
         raise ConfigError(f"Expected credential_ends in seconds since 1970, got {request.credential_ends}.")
     return Secrecy(float(request.credential_ends), tuple(request.adverts), request.advert_session)
+
+
+def _service(told: pb.Service) -> tuple[str, Service]:
+    release = _digest("service.release", told.release, empty=True)
+    if told.errors > told.requests or told.requests > 2**53:
+        raise ConfigError(f"Expected errors within requests, got {told.errors} of {told.requests}.")
+    if not 0 <= told.p95_ms <= 1e9:  # NaN is not
+        raise ConfigError(f"Expected service.p95_ms from 0 to 1e9, got {told.p95_ms}.")
+    return release, Service(told.requests, told.errors, told.p95_ms)
 
 
 def _task_state(task: pb.TaskReport) -> TaskState:

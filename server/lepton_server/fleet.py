@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
+from lepton_fl.delivery.rollout import Service
 from lepton_fl.errors import ConnectionFailed, LeptonError, NotFound, TrustError
 from lepton_fl.files import canonical_json
 from lepton_fl.rounds.cohort import Candidate
@@ -126,6 +127,7 @@ class Report:
 
 
 _NO_REPORT = Report((), "", ())
+_NO_SERVICE = Service()
 
 
 @dataclass(slots=True)
@@ -159,6 +161,8 @@ class _Device:
     credential_ends: float = 0.0  # UTC, s: of the one that the device says it has
     adverts: tuple[bytes, ...] = ()  # made ahead, each to be given out once
     advert_session: bytes = b""  # of the process that has their secrets
+    serves: str = ""  # the release that ``service`` is about
+    service: Service = _NO_SERVICE  # soft: what the device counted, as of its last check-in
     stream: "Stream | None" = None
     pending: list[_Pending] | None = None
 
@@ -426,6 +430,8 @@ class Fleet:
         device_time: float = 0.0,
         desired_digest: str = "",
         secrecy: Secrecy = _NO_SECRECY,
+        serves: str = "",
+        service: Service = _NO_SERVICE,
     ) -> Answer:
         """Note that a device is there, and say what it should do.
 
@@ -437,6 +443,8 @@ class Fleet:
             device_time: Its clock, UTC seconds; 0 = it did not say.
             desired_digest: SHA-256 (hex) of the desired state that it acted upon last.
             secrecy: What it brings to secure rounds.
+            serves: The release that ``service`` is about; empty = none.
+            service: What it counted of its predictions.
 
         Raises:
             TrustError: It is not enrolled, or revoked.
@@ -451,6 +459,7 @@ class Fleet:
             if device.stream is None:
                 device.due = now + next_s * self._config.offline_after
             self._note_clock(device, device_time - wall if device_time else 0.0)
+            device.serves, device.service = serves, service
             self._batch.presence[device_id] = (wall, status)
             instructions = self._take(device, now) if device.pending else ()
             desired = device.desired if device.desired_digest != desired_digest else ""
@@ -746,6 +755,11 @@ class Fleet:
             devices = list(self._devices.values())
         served = (d.report.serving.release for d in devices if d.report.serving and not d.revoked)
         return dict(Counter(name for name in served if name))
+
+    def service(self, device_id: str) -> tuple[str, Service]:
+        """The release that a device counted for, and what; empty where it said nothing to this process."""
+        device = self._devices.get(device_id)
+        return (device.serves, device.service) if device is not None else ("", _NO_SERVICE)
 
     def counts(self) -> FleetCounts:
         """Count the fleet."""

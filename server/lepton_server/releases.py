@@ -18,7 +18,7 @@ from lepton_server.config import ServerConfig
 
 if TYPE_CHECKING:
     from lepton_fl.delivery.repository import Signers
-    from lepton_server.store import Store
+    from lepton_server.store import Device, Store, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,17 @@ def assign(store: "Store", device_ids: Iterable[str], release: str | None) -> in
     devices = [store.device(device_id) for device_id in device_ids]
     with store.transaction() as change:
         for device in devices:
-            desired = {key: value for key, value in device.desired.items() if key != "release"}
-            serial = int((device.desired.get("release") or {}).get("serial", 0)) + 1
-            if release is not None or "release" in device.desired:
-                desired["release"] = {"manifest": release or "", "serial": serial}
-            change.record("device.desired", device.id, {"device_id": device.id, "desired": desired})
+            wish(change, device, release)
     return len(devices)
+
+
+def wish(change: "Transaction", device: "Device", release: str | None) -> None:
+    """Record what one device should serve; see :func:`assign`."""
+    desired = {key: value for key, value in device.desired.items() if key != "release"}
+    serial = int((device.desired.get("release") or {}).get("serial", 0)) + 1
+    if release is not None or "release" in device.desired:
+        desired["release"] = {"manifest": release or "", "serial": serial}
+    change.record("device.desired", device.id, {"device_id": device.id, "desired": desired})
 
 
 def shelf_of(config: ServerConfig) -> Shelf:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -214,6 +214,7 @@ def test_a_clock_that_is_set_back_does_not_hold_a_stage_for_ever() -> None:
     assert world.standing.stage == 1
 
 
+@settings(deadline=None)  # a fleet is walked through; the machine may be busy
 @given(
     fleet=st.integers(1, 60),
     awake=st.lists(st.sets(st.integers(0, 59)), min_size=1, max_size=12),

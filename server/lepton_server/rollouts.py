@@ -1,0 +1,284 @@
+"""The coordinator's side of staged rollouts: it looks, decides, and does, one transaction an act.
+
+``lepton_fl.delivery.rollout`` decides; here the decision meets the journal. An act and its consequence for
+the devices are one transaction, so that a coordinator killed at any moment goes on where it was. A command
+given meanwhile is heard: an act that does not follow any more is refused by the journal and decided anew.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from lepton_fl.delivery.rollout import (
+    Act,
+    Known,
+    RolloutPlan,
+    Service,
+    Standing,
+    Told,
+    Wish,
+    decide,
+    members,
+)
+from lepton_fl.errors import ConfigError, LeptonError, NotFound, StateConflict
+from lepton_server.releases import assigned_release, wish
+
+if TYPE_CHECKING:
+    from lepton_fl.delivery.shelf import Shelf
+    from lepton_server.store import Device, Rollout, Store, Transaction
+
+log = logging.getLogger(__name__)
+
+LOOK_S: Final = 2.0  # between two looks
+AT_ONCE: Final = 1000  # devices in one event
+STEPS: Final = 100  # acts of one look
+
+Services = Callable[[str], tuple[str, Service]]  # device id -> the release it serves, and its counters
+
+
+def _no_services(device_id: str) -> tuple[str, Service]:
+    return "", Service()
+
+
+def known(device: "Device", services: Services = _no_services) -> Known:
+    """A device as a rollout sees it: its last report, and what the operator wants of it."""
+    told = device.reported.get("serving") or {}
+    serving = str(told.get("release", ""))
+    release, service = services(device.id)
+    return Known(
+        id=device.id,
+        profile=str(told.get("profile", "")),
+        groups=device.groups,
+        wanted=assigned_release(device.desired) or "",
+        serving=serving,
+        failed={f["release"]: f["fault"] for f in told.get("failed", []) if f.get("final")},
+        service=service if release == serving else Service(),
+    )
+
+
+def plan_of(row: "Rollout") -> RolloutPlan:
+    """The frozen plan of a rollout."""
+    return RolloutPlan.model_validate({**row.plan, "id": row.id, "task": row.task})
+
+
+def standing_of(store: "Store", row: "Rollout") -> Standing:
+    """Where a rollout is."""
+    told = {t.device_id: Told(t.stage, t.before, t.p95_ms) for t in store.told(row.id)}
+    return Standing(
+        phase=row.phase,  # type: ignore[arg-type]  # the journal knows no other
+        stage=row.stage,
+        since=row.since,
+        told=told,
+        suspect=row.suspect,
+        suspect_since=row.suspect_since,
+        aborting=row.aborting,
+    )
+
+
+def candidates(store: "Store", row: "Rollout", told: Mapping[str, Told], services: Services) -> list[Known]:
+    """The devices that a rollout may decide about: of its task, in no other rollout; and all it has told."""
+    elsewhere = {device for device, other in store.told_in().items() if other != row.id}
+    return [
+        known(device, services)
+        for device in store.devices()
+        if device.id not in elsewhere
+        and (device.id in told or (device.state == "active" and _task_of(device) == row.task))
+    ]
+
+
+def _task_of(device: "Device") -> str:
+    return str((device.reported.get("serving") or {}).get("task", ""))
+
+
+# --- commands ---------------------------------------------------------------------------------------
+
+
+def create(store: "Store", shelf: "Shelf", wish: Wish) -> RolloutPlan:
+    """Check and journal a wish; no device hears of it yet.
+
+    Args:
+        store: The coordinator's state.
+        shelf: The signed releases.
+        wish: What the operator wants.
+
+    Raises:
+        ConfigError: The releases are of several tasks, or one did not pass the gate of its profile.
+        NotFound: There is no such release.
+    """
+    full = {profile: shelf.find(name) for profile, name in wish.releases.items()}
+    manifests = {profile: shelf.manifest(name) for profile, name in full.items()}
+    tasks = sorted({manifest.task for manifest in manifests.values()})
+    if len(tasks) > 1:
+        raise ConfigError(f"A rollout is for one task, these releases are of {', '.join(tasks)}.")
+    for profile, manifest in manifests.items():
+        if manifest.profiles and profile not in manifest.profiles:
+            raise ConfigError(
+                f"{manifest.variant}@{manifest.sequence} did not pass the gate of {profile}, "
+                f"only of {', '.join(manifest.profiles)}.",
+                hint="`lepton variants compare` shows why; choose another variant for this profile.",
+            )
+    made = RolloutPlan(id=wish.id, task=tasks[0], releases=full, stages=wish.stages, health=wish.health)
+    store.record("rollout.planned", {"rollout_id": made.id, "task": made.task, "plan": made.to_json()})
+    return made
+
+
+def move(store: "Store", rollout_id: str, phase: str, cause: str = "", *, aborting: bool = False) -> None:
+    """An operator's word: another phase, the stage stays; raises StateConflict where it does not follow."""
+    row = store.rollout(rollout_id)
+    body = {"rollout_id": rollout_id, "phase": phase, "stage": row.stage, "cause": cause}
+    store.record("rollout.moved", body | {"aborting": aborting})
+
+
+def look_at(store: "Store", rollout_id: str, services: Services, now: float) -> tuple[Act, list[Known]]:
+    """What a rollout would do now, and the devices it is decided by."""
+    row = store.rollout(rollout_id)
+    standing = standing_of(store, row)
+    devices = candidates(store, row, standing.told, services)
+    return decide(plan_of(row), standing, devices, now), devices
+
+
+def progress(store: "Store", row: "Rollout", services: Services = _no_services) -> list[dict[str, Any]]:
+    """A line for each stage: how many devices it has, how many were told, serve, and gave up."""
+    plan, told = plan_of(row), {t.device_id: t for t in store.told(row.id)}
+    devices = candidates(store, row, {name: Told(0, "") for name in told}, services)
+    lines, before = [], set[str]()
+    for index, stage in enumerate(plan.stages):
+        stage_ids = {d.id for d in members(plan, index, devices)}
+        mine = [d for d in devices if d.id in stage_ids - before]
+        before |= stage_ids
+        lines.append(
+            {
+                "stage": str(stage),
+                "devices": len(mine),
+                "told": sum(d.id in told for d in mine),
+                "serving": sum(d.serving == plan.releases.get(d.profile) for d in mine),
+                "gave up": sum(plan.releases.get(d.profile, "") in d.failed for d in mine),
+            }
+        )
+    return lines
+
+
+# --- the thread -------------------------------------------------------------------------------------
+
+
+class RolloutKeeper:
+    """Carries the open rollouts on."""
+
+    def __init__(
+        self, store: "Store", services: Services = _no_services, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store, self._services, self._clock = store, services, clock
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rollout-keeper", daemon=True)
+        self._seen: tuple[int, float] = (-1, 0.0)  # journal's head, and when to look again in any case
+
+    def start(self) -> None:
+        """Begin; what an earlier coordinator began goes on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End; rollouts stay where they are."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(LOOK_S):
+            try:
+                self.look()
+            except LeptonError as error:  # a locked database, a full disk: the next look may be luckier
+                log.error("the rollouts cannot be looked at: %s %s", error, error.hint)
+            except Exception:  # this thread guards devices against a bad release: it must not die
+                log.exception("the rollouts cannot be looked at")
+
+    def look(self) -> None:
+        """Once: every open rollout does all it can do now."""
+        for row in self._store.rollouts(phases=("running", "rolling-back")):
+            for _ in range(STEPS):
+                if self._stop.is_set() or not self._step(row.id):
+                    break
+
+    def _step(self, rollout_id: str) -> bool:
+        """One act; False = there is nothing to do now."""
+        act, devices = look_at(self._store, rollout_id, self._services, self._clock())
+        if act.kind == "wait":
+            return False
+        row = self._store.rollout(rollout_id)
+        try:
+            with self._store.transaction() as change:
+                self._carry_out(change, row, act, {d.id: d for d in devices})
+        except StateConflict as error:  # somebody gave a command meanwhile, or a device was revoked
+            log.info("rollout %s is looked at again: %s", rollout_id, error)
+            return False
+        _tell(row, act)
+        return True
+
+    def _carry_out(
+        self, change: "Transaction", row: "Rollout", act: Act, devices: Mapping[str, Known]
+    ) -> None:
+        body: dict[str, Any] = {"rollout_id": row.id}
+        if act.kind == "tell":
+            self._tell_devices(change, row, [devices[name] for name in act.devices[:AT_ONCE]])
+        elif act.kind == "revert":
+            names = act.devices[:AT_ONCE]
+            self._take_back(change, row, names)
+            change.record("rollout.reverted", body | {"devices": list(names)})
+        elif act.kind == "suspect":
+            change.record("rollout.suspected", body | {"cause": act.cause})
+        else:
+            ends = "aborted" if row.aborting else "rolled-back"
+            phase = {
+                "breach": "rolling-back",
+                "promote": "running",
+                "finish": ends if row.phase == "rolling-back" else "done",
+            }[act.kind]
+            stage = row.stage + (act.kind == "promote")
+            cause = row.cause if row.phase == "rolling-back" else act.cause  # why it was taken back stays
+            change.record("rollout.moved", body | {"phase": phase, "stage": stage, "cause": cause})
+
+    def _tell_devices(self, change: "Transaction", row: "Rollout", chosen: list[Known]) -> None:
+        releases = plan_of(row).releases
+        told = [
+            {"device_id": d.id, "before": d.wanted or d.serving, "p95_ms": d.service.p95_ms} for d in chosen
+        ]
+        change.record("rollout.told", {"rollout_id": row.id, "stage": row.stage, "devices": told})
+        for device in chosen:
+            wish(change, self._store.device(device.id), releases[device.profile])
+
+    def _take_back(self, change: "Transaction", row: "Rollout", names: tuple[str, ...]) -> None:
+        before = {t.device_id: t.before for t in self._store.told(row.id)}
+        for name in names:
+            device = self._store.device(name)
+            if device.state == "active":
+                wish(change, device, before[name] or None)
+
+
+def _tell(row: "Rollout", act: Act) -> None:
+    where = {"event": f"rollout.{act.kind}", "rollout": row.id, "cause": act.cause}
+    if act.kind == "breach":
+        log.error("rollout %s is taken back: %s", row.id, act.cause, extra=where)
+    elif act.kind in ("promote", "finish"):
+        log.info("rollout %s: stage %d is left: %s", row.id, row.stage + 1, act.cause, extra=where)
+    else:
+        log.info("rollout %s: %s %d devices %s", row.id, act.kind, len(act.devices), act.cause, extra=where)
+
+
+def check_free(store: "Store", device_ids: set[str]) -> None:
+    """Raise StateConflict if an open rollout has told one of these devices."""
+    for device_id, rollout in store.told_in().items():
+        if device_id in device_ids:
+            raise StateConflict(
+                f"Device {device_id} has its release from rollout {rollout}.",
+                hint=f"Let it end, or `lepton rollout abort {rollout}`.",
+            )
+
+
+def find(store: "Store", wanted: str) -> "Rollout":
+    """The rollout of that id, or the only one that is open when ``wanted`` is empty; raises NotFound."""
+    if wanted:
+        return store.rollout(wanted)
+    rows = store.rollouts(phases=("planned", "running", "paused", "rolling-back"))
+    if len(rows) != 1:
+        raise NotFound(f"{len(rows)} rollouts are open.", hint="Name one; `lepton rollout list` shows them.")
+    return rows[0]
