@@ -185,15 +185,14 @@ def _line(row: "Rollout") -> dict[str, Any]:
 
 
 def _status(store: "Store", row: "Rollout") -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from lepton_fl.delivery.rollout import Service
     from lepton_server.rollouts import look_at, progress
 
     found = _line(row)
     if row.suspect:
         found["suspect"] = row.suspect
     if row.phase in ("running", "rolling-back"):
-        # Counters of predictions are with the coordinator's process; what it made of them is in ``suspect``.
-        act, _ = look_at(store, row.id, lambda _: ("", Service()), time.time())
+        # The newest reports are in the coordinator's memory; here the journal's are told.
+        act, _ = look_at(store, row.id, time.time())
         if act.kind == "wait":
             found["waiting"] = act.cause
             if act.until:

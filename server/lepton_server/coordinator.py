@@ -136,7 +136,7 @@ class Coordinator:
         keeper = ListKeeper(shelf_of(config), online_keys(config))
         keeper.start()
         stack.callback(keeper.close)
-        rollouts = RolloutKeeper(store, fleet.service)
+        rollouts = RolloutKeeper(store, fleet.heard)
         rollouts.start()
         stack.callback(rollouts.close)
         self._driver = RunDriver(

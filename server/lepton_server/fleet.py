@@ -756,10 +756,13 @@ class Fleet:
         served = (d.report.serving.release for d in devices if d.report.serving and not d.revoked)
         return dict(Counter(name for name in served if name))
 
-    def service(self, device_id: str) -> tuple[str, Service]:
-        """The release that a device counted for, and what; empty where it said nothing to this process."""
+    def heard(self, device_id: str) -> tuple[dict[str, Any] | None, str, Service]:
+        """What a device said last of releases (None = nothing yet), and what it counted for which one."""
         device = self._devices.get(device_id)
-        return (device.serves, device.service) if device is not None else ("", _NO_SERVICE)
+        if device is None:
+            return None, "", _NO_SERVICE
+        told = device.report.serving
+        return told.to_json() if told else None, device.serves, device.service
 
     def counts(self) -> FleetCounts:
         """Count the fleet."""

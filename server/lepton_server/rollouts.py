@@ -35,18 +35,20 @@ LOOK_S: Final = 2.0  # between two looks
 AT_ONCE: Final = 1000  # devices in one event
 STEPS: Final = 100  # acts of one look
 
-Services = Callable[[str], tuple[str, Service]]  # device id -> the release it serves, and its counters
+Heard = tuple[Mapping[str, Any] | None, str, Service]
+Hearing = Callable[[str], Heard]  # device id -> its last report of releases, the one it counted for, and what
 
 
-def _no_services(device_id: str) -> tuple[str, Service]:
-    return "", Service()
+def _from_the_journal(device_id: str) -> Heard:
+    """Nothing newer than the journal: where there is no coordinator's memory to ask."""
+    return None, "", Service()
 
 
-def known(device: "Device", services: Services = _no_services) -> Known:
+def known(device: "Device", hearing: Hearing = _from_the_journal) -> Known:
     """A device as a rollout sees it: its last report, and what the operator wants of it."""
-    told = device.reported.get("serving") or {}
+    newest, release, service = hearing(device.id)
+    told = newest or device.reported.get("serving") or {}
     serving = str(told.get("release", ""))
-    release, service = services(device.id)
     return Known(
         id=device.id,
         profile=str(told.get("profile", "")),
@@ -77,11 +79,11 @@ def standing_of(store: "Store", row: "Rollout") -> Standing:
     )
 
 
-def candidates(store: "Store", row: "Rollout", told: Mapping[str, Told], services: Services) -> list[Known]:
+def candidates(store: "Store", row: "Rollout", told: Mapping[str, Told], hearing: Hearing) -> list[Known]:
     """The devices that a rollout may decide about: of its task, in no other rollout; and all it has told."""
     elsewhere = {device for device, other in store.told_in().items() if other != row.id}
     return [
-        known(device, services)
+        known(device, hearing)
         for device in store.devices()
         if device.id not in elsewhere
         and (device.id in told or (device.state == "active" and _task_of(device) == row.task))
@@ -131,18 +133,20 @@ def move(store: "Store", rollout_id: str, phase: str, cause: str = "", *, aborti
     store.record("rollout.moved", body | {"aborting": aborting})
 
 
-def look_at(store: "Store", rollout_id: str, services: Services, now: float) -> tuple[Act, list[Known]]:
+def look_at(
+    store: "Store", rollout_id: str, now: float, hearing: Hearing = _from_the_journal
+) -> tuple[Act, list[Known]]:
     """What a rollout would do now, and the devices it is decided by."""
     row = store.rollout(rollout_id)
     standing = standing_of(store, row)
-    devices = candidates(store, row, standing.told, services)
+    devices = candidates(store, row, standing.told, hearing)
     return decide(plan_of(row), standing, devices, now), devices
 
 
-def progress(store: "Store", row: "Rollout", services: Services = _no_services) -> list[dict[str, Any]]:
+def progress(store: "Store", row: "Rollout", hearing: Hearing = _from_the_journal) -> list[dict[str, Any]]:
     """A line for each stage: how many devices it has, how many were told, serve, and gave up."""
     plan, told = plan_of(row), {t.device_id: t for t in store.told(row.id)}
-    devices = candidates(store, row, {name: Told(0, "") for name in told}, services)
+    devices = candidates(store, row, {name: Told(0, "") for name in told}, hearing)
     lines, before = [], set[str]()
     for index, stage in enumerate(plan.stages):
         stage_ids = {d.id for d in members(plan, index, devices)}
@@ -167,9 +171,9 @@ class RolloutKeeper:
     """Carries the open rollouts on."""
 
     def __init__(
-        self, store: "Store", services: Services = _no_services, clock: Callable[[], float] = time.time
+        self, store: "Store", hearing: Hearing = _from_the_journal, clock: Callable[[], float] = time.time
     ) -> None:
-        self._store, self._services, self._clock = store, services, clock
+        self._store, self._hearing, self._clock = store, hearing, clock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollout-keeper", daemon=True)
         self._seen: tuple[int, float] = (-1, 0.0)  # journal's head, and when to look again in any case
@@ -201,7 +205,7 @@ class RolloutKeeper:
 
     def _step(self, rollout_id: str) -> bool:
         """One act; False = there is nothing to do now."""
-        act, devices = look_at(self._store, rollout_id, self._services, self._clock())
+        act, devices = look_at(self._store, rollout_id, self._clock(), self._hearing)
         if act.kind == "wait":
             return False
         row = self._store.rollout(rollout_id)
