@@ -360,6 +360,8 @@ class TestRebuild:
         a_whole_life(store)
         with store._engine.begin() as connection:
             for name in (
+                "rollout_device",
+                "rollout",
                 "privacy_total",
                 "privacy_charge",
                 "participation",
