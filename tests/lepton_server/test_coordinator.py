@@ -14,7 +14,7 @@ import pytest
 from lepton_fl.cli.doctor import examine
 from lepton_fl.errors import ConnectionFailed, Rejection, StateLocked
 from lepton_server.authority import Authority
-from lepton_server.cli import _load
+from lepton_server.commands import load
 from lepton_server.coordinator import Coordinator, _bind
 from lepton_server.store import open_store
 
@@ -46,7 +46,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def coordinator(path):
-    with Coordinator(_load(path, {})) as made:
+    with Coordinator(load(path, {})) as made:
         yield made
 
 
@@ -105,15 +105,15 @@ def test_the_fleet_port_serves_a_renewed_certificate_without_a_restart(coordinat
 
 
 def test_a_folder_in_use_and_a_port_in_use_are_named_and_nothing_is_left_open(path, tmp_path):
-    with Coordinator(_load(path, {})) as first:
+    with Coordinator(load(path, {})) as first:
         with pytest.raises(StateLocked, match=f"process {os.getpid()}"):
-            Coordinator(_load(path, {})).start()
+            Coordinator(load(path, {})).start()
         (other := tmp_path / "other").mkdir()
         for name in PORTS:
             taken = config_file(other, **{name: first.ops_port})
             with pytest.raises(ConnectionFailed, match=name.partition("_")[0]):
-                Coordinator(_load(taken, {})).start()
-        with Coordinator(_load(config_file(other), {})):  # nothing of the failed starts is in the way
+                Coordinator(load(taken, {})).start()
+        with Coordinator(load(config_file(other), {})):  # nothing of the failed starts is in the way
             pass
     with open_store(tmp_path / "state" / "lepton.db") as store:
         assert [e.kind for e in store.events()] == ["server.started", "server.stopped"]
@@ -121,7 +121,7 @@ def test_a_folder_in_use_and_a_port_in_use_are_named_and_nothing_is_left_open(pa
 
 
 def test_it_ends_within_seconds_though_somebody_holds_a_connection(path):
-    with Coordinator(_load(path, {})) as made:
+    with Coordinator(load(path, {})) as made:
         held = socket.create_connection(("127.0.0.1", made.ops_port))
         held.sendall(b"GET /healthz HTTP/1.1\r\n")  # never finishes
         time.sleep(0.1)
@@ -147,7 +147,7 @@ def test_doctor_knows_a_coordinator_that_runs(tmp_path):
     path = config_file(tmp_path, **ports)
     assert failed(examine("server", path)) == {}
     assert not (tmp_path / "state").exists()  # it looks and changes nothing
-    with Coordinator(_load(path, {})):
+    with Coordinator(load(path, {})):
         checks = {check.name: check for check in examine("server", path, rebuild=True)}
         assert failed(checks.values()) == {}
         assert checks["coordinator"].detail == f"running, process {os.getpid()}"
@@ -160,7 +160,7 @@ def test_doctor_knows_a_coordinator_that_runs(tmp_path):
 def test_doctor_finds_what_was_altered(path, tmp_path):
     import sqlite3
 
-    with Coordinator(_load(path, {})):
+    with Coordinator(load(path, {})):
         pass
     database = tmp_path / "state" / "lepton.db"
     with open_store(database) as store:
