@@ -799,9 +799,10 @@ def _end_of(plan: RoundPlan, group: Sequence[str], collected: Collected, left: M
     n = len(there)
     if n < rules.min_cohort:
         return Stage.ADVERTS
+    survivors = max(rules.least_survivors(n), plan.private.survivors if plan.private else 0)
     needed = {
-        Stage.SHARES: rules.least_survivors(n),
-        Stage.UPLOADS: rules.least_survivors(n),
+        Stage.SHARES: survivors,
+        Stage.UPLOADS: survivors,
         Stage.CONSENTS: rules.quorum(n),
         Stage.REVEALS: rules.threshold(n),
     }
