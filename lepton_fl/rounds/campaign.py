@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, Rejection, RunError
 from lepton_fl.plan import MAX_RETRIED, RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
-from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_evaluation, collect_training
+from lepton_fl.rounds.collect import TRAINING, Collected, collect_evaluation, collect_training
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
@@ -292,7 +292,9 @@ class Campaign:
             collected, mean = collect_training(plan, state.model, self.exchange, control, self.clock, finish)
         if self.private:
             redact(collected)
-            if mean is None:
+            if mean is None and collected.burnt:
+                self.private.left_out(plan, collected.accepted)
+            elif mean is None:
                 self.private.void(plan, f"Nothing was added up: {collected.summary()}.")
         return collected, mean
 
@@ -302,8 +304,8 @@ class Campaign:
             if self.spec.privacy is not None:
                 return after, example_metrics(self.spec.privacy)
             return after, TRAINING.summarise(collected.sums)
-        accepted = [d for d, entry in collected.participation.items() if entry.outcome == ACCEPTED]
-        return after.on(private=self.private.commit(collected.plan, accepted)), self.private.metrics()
+        private = self.private.commit(collected.plan, collected.accepted)
+        return after.on(private=private), self.private.metrics()
 
     def _candidates(self) -> Sequence[Candidate]:
         found = self.roster.candidates()

@@ -65,6 +65,11 @@ class Collected:
         """Whether the attempt counts."""
         return self.reports >= self.plan.min_reports
 
+    @property
+    def accepted(self) -> list[str]:
+        """Devices whose updates have come."""
+        return [d for d, entry in self.participation.items() if entry.outcome == ACCEPTED]
+
     def summary(self) -> str:
         """As in '3 of 5 reports: 1 offline, 1 non-finite'."""
         others: dict[str, int] = {}

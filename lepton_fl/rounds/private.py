@@ -280,6 +280,16 @@ class PrivateRounds:
         self._ledger.void(self._run_id, plan.round, plan.attempt, evidence)
         self._pending = []
 
+    def left_out(self, plan: RoundPlan, accepted: Iterable[str]) -> None:
+        """Leave charged what was set aside for a burnt round, which is not tried again.
+
+        Devices have agreed on a sum. Under distributed trust the coordinator may have learnt it, if only to
+        find that it is of too few; and a charge for the whole run, made in its first round, is made once.
+        """
+        self._ledger.releasing(self._run_id, plan.round, plan.attempt)
+        self._state = self._spent(self._seen(self._state, plan.round, sorted(accepted)))
+        self._round = plan.round
+
     # --- the release --------------------------------------------------------------------------------
 
     def release(self, plan: RoundPlan, aggregator: Aggregator) -> NDArray[np.float64]:
@@ -331,16 +341,20 @@ class PrivateRounds:
         self._ledger.commit(self._run_id, plan.round, plan.attempt)
         self._mechanism, self._round, self._clip = self._following, plan.round, self._next_clip
         before = self._state
-        seen = self._seen(before, plan.round, sorted(accepted))
-        for event in self._pending:
-            seen = _charged(seen, event)
+        seen = self._spent(self._seen(before, plan.round, sorted(accepted)))
         if (extra := self._violation(before, seen)) is not None:
             self._ledger.record(self._run_id, plan.round, plan.attempt, extra)
             seen = _charged(seen, extra)
-        self._pending = []
         clip = self._clip.clip_norm if self._clip else 0.0
         self._state = replace(seen, noise=self._sealed(plan.round), clip=clip)
         return self._state
+
+    def _spent(self, state: PrivateState) -> PrivateState:
+        """With the costs of the attempt in hand, which is over."""
+        for event in self._pending:
+            state = _charged(state, event)
+        self._pending = []
+        return state
 
     def _sealed(self, round_number: int) -> bytes:
         if not isinstance(self._mechanism, Correlated):

@@ -143,6 +143,27 @@ def test_what_was_void_is_not_charged():
     assert result.rows[-1].epsilon <= 30.0
 
 
+@pytest.mark.parametrize("contract", [{}, {"max_participations": 8}])
+@pytest.mark.parametrize("privacy", [CENTRAL, SKELLAM])
+def test_a_burnt_round_counts_as_spent(privacy, contract):
+    """Its sum may have been learnt; and what the first round pays for the whole run is paid, too."""
+    burning, attempts = {"drop_consents": 0.35}, {"size": 20, "max_attempts": 5}
+    whole = run({**privacy, **contract}, evaluate_every=0)
+    burnt = run({**privacy, **contract}, evaluate_every=0, faults=burning, cohort=attempts)
+    assert burnt.verdict.outcome == "completed"
+    assert [row.round for row in burnt.rows] == [2]
+    assert burnt.rows[-1].epsilon == pytest.approx(whole.rows[-1].epsilon)
+
+
+def test_a_sum_of_too_few_for_the_round_is_paid_for():
+    """Noise is made for fourteen, so the sum of seventeen is unmasked; the round wanted nineteen."""
+    cohort = {"size": 20, "min_reports": 19, "max_attempts": 5}
+    result = run(SKELLAM, how="full", rounds=6, faults={"drop_upload": 0.1}, cohort=cohort)
+    assert result.verdict.outcome == "completed"
+    assert len(result.rows) < 6
+    assert result.rows[-1].epsilon == run(SKELLAM, rounds=6).rows[-1].epsilon
+
+
 # --- what is told ---------------------------------------------------------------------------------------
 
 
