@@ -18,8 +18,7 @@ from lepton_fl.errors import BudgetRefused, DataError, LeptonError, Rejection, T
 
 if TYPE_CHECKING:
     from lepton_client.material import Material
-    from lepton_fl.privacy.example import Charge
-    from lepton_fl.privacy.noise import Keystream
+    from lepton_fl.privacy.example import Spent
     from lepton_fl.tasks.data import Dataset
     from lepton_fl.training.trainer import Trainer
     from lepton_fl.wire.messages import Request, Ticket
@@ -108,19 +107,19 @@ class Office:
             )
         return known.evaluate
 
-    def spend(self, request: "Request", charge: "Charge | None") -> "Keystream | None":
-        """Charge the rows of a task, or refuse what they must not pay.
+    def spend(self, request: "Request", rows: int | None) -> "Spent | None":
+        """Charge the rows of a task, or refuse what they must not pay; the owner hears why.
 
         Raises:
-            BudgetRefused: the owner's budget, or the run's, does not allow it.
+            BudgetRefused: the owner's budget, the run's, or the number of rows does not allow it.
             StateError: it could not be written down.
         """
         section = self._section(request.task)
         try:
-            if charge is not None:
-                stream = self._charge(section, request, charge)
+            if rows is not None:
+                spent = self._charge(section, request, rows)
                 self._refused("")
-                return stream
+                return spent
             if section.privacy is not None:
                 raise BudgetRefused(
                     f"The owner of this device allows {section.reference} only with example-level privacy, "
@@ -132,10 +131,13 @@ class Office:
             raise
         return None
 
-    def _charge(self, section: TaskSection, request: "Request", charge: "Charge") -> "Keystream":
+    def _charge(self, section: TaskSection, request: "Request", rows: int) -> "Spent":
+        from lepton_fl.privacy.example import Spent, charge_of
+
         if self._spending is None:
             raise BudgetRefused("This device keeps no privacy budget.")
-        return self._spending.charge(section.reference, request.ticket, charge)
+        charge = charge_of(request.local, rows)
+        return Spent(charge, self._spending.charge(section.reference, request.ticket, charge))
 
     def _section(self, name: str) -> TaskSection:
         from lepton_client.material import name_of
@@ -174,8 +176,8 @@ class _Desk:
     def memory(self) -> FileMemory | None:
         return self._office.memory
 
-    def spend(self, request: "Request", charge: "Charge | None") -> "Keystream | None":
-        return self._office.spend(request, charge)
+    def spend(self, request: "Request", rows: int | None) -> "Spent | None":
+        return self._office.spend(request, rows)
 
     def seed(self, ticket: "Ticket") -> int:
         """Nobody may predict the order of the batches: part of what hides a single row."""

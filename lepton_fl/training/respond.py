@@ -24,8 +24,7 @@ from lepton_fl.errors import (
     TaskError,
     UpdateRejected,
 )
-from lepton_fl.privacy.example import Charge, Spent, charge_of
-from lepton_fl.privacy.noise import Keystream
+from lepton_fl.privacy.example import Spent
 from lepton_fl.tasks.data import Dataset
 from lepton_fl.training.local import LocalState
 from lepton_fl.training.memory import Memory
@@ -56,18 +55,18 @@ class Desk(Protocol):
         """What this device remembers of its runs; None = it cannot, and sits out rounds that need it."""
         ...
 
-    def spend(self, request: Request, charge: Charge | None) -> Keystream | None:
+    def spend(self, request: Request, rows: int | None) -> Spent | None:
         """Charge the device's own budget before its rows are touched.
 
         Args:
             request: what is asked.
-            charge: what it costs each row; None = the answer protects no single row.
+            rows: each of which pays ``charge_of(request.local, rows)``; None = the answer protects none.
 
         Returns:
-            The coins and the noise of this training, to be used once; None where nothing is charged.
+            The charge with its coins and noise, to be used once; None where nothing is charged.
 
         Raises:
-            BudgetRefused: the budget, or the device's owner, does not allow it.
+            BudgetRefused: the budget, the number of rows, or the device's owner does not allow it.
             StateError: it could not be written down, so nothing may be spent.
         """
         ...
@@ -200,9 +199,7 @@ def _spent(request: Request, trainer: Trainer, data: Dataset, desk: Desk) -> Spe
         desk.spend(request, None)
         return None
     trainer.refuse_private(data)
-    charge = charge_of(request.local, len(data))
-    stream = desk.spend(request, charge)
-    return None if stream is None else Spent(charge, stream)
+    return desk.spend(request, len(data))
 
 
 def _evaluate(request: Request, desk: Desk) -> EvaluateReply:

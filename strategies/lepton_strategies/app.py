@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
 
-    from lepton_fl.privacy.example import Charge
     from lepton_fl.training.trainer import Trainer
 
 DataFor = Callable[["Context", str], DeviceData]  # (context, task reference) -> the node's prepared rows
@@ -104,8 +103,8 @@ class _Desk:
     def memory(self) -> ContextMemory:
         return ContextMemory(self.context)
 
-    def spend(self, request: Request, charge: "Charge | None") -> None:
-        if charge is not None:
+    def spend(self, request: Request, rows: int | None) -> None:
+        if rows is not None:
             raise BudgetRefused(
                 "A node of a stock Flower deployment keeps no privacy budget of its own.",
                 hint="Example-level privacy works with `lepton client`, and in `lepton simulate`.",

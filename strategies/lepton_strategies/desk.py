@@ -17,7 +17,7 @@ from lepton_fl.training.memory import Memory
 from lepton_fl.wire.messages import Request, Ticket
 
 if TYPE_CHECKING:
-    from lepton_fl.privacy.example import Charge
+    from lepton_fl.privacy.example import Spent
     from lepton_fl.privacy.noise import Keystream
     from lepton_fl.training.trainer import Trainer
 
@@ -74,9 +74,13 @@ class PartitionDesk:
         """The same for the same device, round and attempt, wherever it runs."""
         return batch_seed(self._seed, self._device_id, ticket.round, ticket.attempt)
 
-    def spend(self, request: Request, charge: "Charge | None") -> "Keystream | None":
+    def spend(self, request: Request, rows: int | None) -> "Spent | None":
         """Randomness from the seed, so that a run can be repeated: it protects nobody, and costs nothing."""
-        return None if charge is None else batch_stream(self.seed(request.ticket))
+        if rows is None:
+            return None
+        from lepton_fl.privacy.example import Spent, charge_of
+
+        return Spent(charge_of(request.local, rows), batch_stream(self.seed(request.ticket)))
 
     def memory(self) -> Memory | None:
         """What the device remembers of its runs."""

@@ -286,11 +286,12 @@ def test_without_a_cap_charges_are_kept_and_plain_rounds_are_answered(tmp_path):
 
 
 def test_nothing_is_charged_for_what_cannot_be_trained(tmp_path):
-    office, _ = owned(tmp_path)
+    office, told = owned(tmp_path)
     plan, asked = request(office, privacy=EXAMPLE | {"delta": 0.01})
     with pytest.raises(UpdateRejected, match="above 1/1148") as caught:
         TrainReply.read(office(asked.to_records(), lambda: False), plan)
     assert caught.value.reason is Rejection.BUDGET
+    assert "above 1/1148" in told[-1]  # for ``lepton client status``
     assert not (tmp_path / "budget.jsonl").exists()
 
 

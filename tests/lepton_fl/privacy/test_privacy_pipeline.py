@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import LocalPlan, PrivacySpec, RoundPlan
 from lepton_fl.privacy.audit import noise_interval
+from lepton_fl.privacy.mechanisms import Independent
 from lepton_fl.privacy.noise import Keystream, simulation_key
 from lepton_fl.privacy.planning import prepare
 from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
@@ -90,6 +91,36 @@ def test_the_exact_check_forgives_nothing(update, step, clip):
         with pytest.raises(UpdateRejected) as refused:
             check_norm(update, step, clip)
         assert refused.value.reason is Rejection.OUT_OF_RANGE
+
+
+def finer(values, step):
+    """How many are no multiples of a step: what an attacker looks for in the last bits of a release."""
+    return np.count_nonzero(np.mod(np.asarray(values, np.float64), step))
+
+
+def test_the_attack_on_floating_point_noise_finds_nothing():
+    """Haney et al. 2022: a sum in floating point shows in its last bits whether there was something to add.
+
+    The attack is tried on float32 noise first, where one coordinate gives a device away; then on a release.
+    """
+    draws = 400_000
+    noise = np.random.default_rng(0).normal(0, 1, draws).astype(np.float32)
+    absent, present = (finer(np.float32(value) + noise, 2.0**-24) for value in (0, 1))
+    assert absent > 0.15 * draws
+    assert present == 0
+
+    step, clip = 2.0**-24, 1.0
+    lowest = []
+    for name, value in enumerate((0.0, clip)):
+        encoded = encode(np.array([[value]], np.float32), step, clip)
+        total = np.full(draws, encoded.updates[0, 0], np.int64)
+        Independent(1.0, clip / step).release(total, 1, Keystream(simulation_key("attack", name)))
+        assert finer(total * step, step) == 0
+        lowest.append(total & -total)  # the lowest bit that is set
+    for exponent in range(12):
+        counts = np.array([np.count_nonzero(found == 1 << exponent) for found in lowest])
+        expected = draws / 2 ** (exponent + 1)
+        assert np.abs(counts - expected).max() < 5 * np.sqrt(expected), exponent
 
 
 def test_from_updates_to_a_private_mean():
