@@ -34,7 +34,7 @@ _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _CHUNK = 1 << 20  # bytes read at a time when hashing
 _STALE = 24 * 3600.0  # seconds after which an abandoned temporary blob is removed
 GENESIS = "0" * 64  # what the first event of a journal names as its predecessor
-_JOURNAL = "lepton journal v1"
+JOURNAL = "lepton journal v1"  # what every event's line begins with
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _GONE = ".gone-"  # a folder on its way out
 
@@ -80,8 +80,8 @@ def _check_keys(obj: object) -> None:
             waiting += [value for value in item if isinstance(value, _CONTAINERS)]
 
 
-def event_hash(prev: str, seq: int, time: float, kind: str, subject: str, body: str) -> str:
-    """Return the hash that chains an event to all before it: SHA-256 over a canonical JSON array.
+def event_line(prev: str, seq: int, time: float, kind: str, subject: str, body: str) -> bytes:
+    """Return an event as the canonical JSON array whose SHA-256 is its hash; a journal's export has it.
 
     Args:
         prev: Hash of the event before, or :data:`GENESIS`.
@@ -90,10 +90,16 @@ def event_hash(prev: str, seq: int, time: float, kind: str, subject: str, body: 
         kind: What happened.
         subject: To what.
         body: Canonical JSON text.
+
+    Raises:
+        ValueError: Text that is not Unicode.
     """
-    return hashlib.sha256(
-        canonical_json([_JOURNAL, prev, seq, float(time).hex(), kind, subject, body])
-    ).hexdigest()
+    return canonical_json([JOURNAL, prev, seq, float(time).hex(), kind, subject, body])
+
+
+def event_hash(prev: str, seq: int, time: float, kind: str, subject: str, body: str) -> str:
+    """Return the hash that chains an event to all before it: SHA-256 over its :func:`event_line`."""
+    return sha256_hex(event_line(prev, seq, time, kind, subject, body))
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o644) -> None:

@@ -1,4 +1,4 @@
-"""``lepton server``, ``run``, ``devices``, ``token``, ``keys``, ``release``: what an operator types.
+"""``lepton server``, ``run``, ``devices``, ``token``, ``keys``, ``release``, ``audit``: operators' commands.
 
 All but ``server`` work on the coordinator's database, found through the same configuration: they need no port
 and no login, and they work while the coordinator is down. Importing this module imports none of its weight.
@@ -19,9 +19,10 @@ import typer
 from lepton_fl.cli.output import Format, FormatOption, print_data, say
 from lepton_fl.errors import ConfigError, NotFound, RunError
 from lepton_server import cli_privacy  # noqa: F401 - its commands join `lepton privacy`
+from lepton_server.cli_audit import app as audit_app
 from lepton_server.cli_releases import keys_app, release_app
 from lepton_server.cli_rollout import app as rollout_app
-from lepton_server.commands import ConfigOption, StateOption, find_device, load, opened
+from lepton_server.commands import ConfigOption, StateOption, find_device, find_run, load, opened
 
 if TYPE_CHECKING:
     from lepton_server.store import Run, Store
@@ -35,6 +36,7 @@ authority_app = typer.Typer(
 )
 token_app = typer.Typer(help="One-time tokens that let devices join.", no_args_is_help=True)
 app.add_typer(run_app, name="run")
+app.add_typer(audit_app, name="audit")
 app.add_typer(devices_app, name="devices")
 app.add_typer(token_app, name="token")
 app.add_typer(keys_app, name="keys")
@@ -314,7 +316,7 @@ def run_show(
 ) -> None:
     """One run: state, what the coordinator sees of its devices, every round, each device in the last one."""
     with opened(load(config, {"server.state_dir": state_dir})) as store:
-        found = _find_run(store, run)
+        found = find_run(store, run)
         rounds = [_round_row(r) for r in store.rounds(found.id)]
         newest = max((int(r["round"]) for r in rounds), default=0)
         parts = [_plain(p) for p in store.participation(found.id, newest)] if newest else []
@@ -353,7 +355,7 @@ def run_stop(
 ) -> None:
     """Stop a run: the round in hand gets ten seconds for the answers on their way. Its models stay."""
     with opened(load(config, {"server.state_dir": state_dir})) as store:
-        found = _find_run(store, run)
+        found = find_run(store, run)
         store.record("run.stopping", found.id, {"run_id": found.id, "reason": reason})
     print_data({"id": found.id, "state": "stopping"}, format=format)
 
@@ -367,7 +369,7 @@ def run_resume(
 ) -> None:
     """Queue an exhausted run again, after `lepton privacy budget` has raised what refused it."""
     with opened(load(config, {"server.state_dir": state_dir})) as store:
-        found = _find_run(store, run)
+        found = find_run(store, run)
         store.record("run.resumed", found.id, {"run_id": found.id})
     print_data({"id": found.id, "state": "queued"}, format=format)
 
@@ -383,7 +385,7 @@ def run_watch(
     """Print each round as it is committed, until the run ends; exits 8 unless it completed."""
     ends = time.monotonic() + timeout if timeout else float("inf")
     with opened(load(config, {"server.state_dir": state_dir})) as store:
-        run_id = _find_run(store, run).id
+        run_id = find_run(store, run).id
         for line in _follow(store, run_id, ends):
             typer.echo(json.dumps(line) if format == Format.JSON else _sentence(line))
         found = store.run(run_id)
@@ -408,7 +410,7 @@ def run_export(
 
     settings = load(config, {"server.state_dir": state_dir})
     with opened(settings) as store:
-        found = _find_run(store, run)
+        found = find_run(store, run)
         sha256 = found.best_sha256 if best else found.model_sha256
         if sha256 is None:
             raise NotFound(f"Run {found.id} has no {'evaluated ' if best else ''}model yet.")
@@ -429,7 +431,7 @@ def run_journal(
     from lepton_server.requests import journal_lines
 
     with opened(load(config, {"server.state_dir": state_dir})) as store:
-        lines = journal_lines(store, _find_run(store, run))
+        lines = journal_lines(store, find_run(store, run))
         if output is not None:
             write_atomic(output, b"".join(lines))
             return
@@ -501,19 +503,6 @@ def _round_row(record: Any) -> dict[str, Any]:  # noqa: ANN401 - store.Round, im
         "seconds": record.seconds,
         "cause": record.cause,
     }
-
-
-def _find_run(store: "Store", wanted: str) -> "Run":
-    runs = store.runs()
-    if wanted == "last":
-        found = runs[-1:]
-    else:
-        found = [r for r in runs if r.id == wanted] or [r for r in runs if r.id.startswith(wanted)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise NotFound(f"There is no run {wanted!r}.", hint="`lepton run list` shows them.")
-    raise NotFound(f"{len(found)} runs begin with {wanted!r}.", hint="Give more of the id.")
 
 
 _SHOWN = (

@@ -1,4 +1,4 @@
-"""What the operator's commands share: options, configuration, the store, and names of devices."""
+"""What the operator's commands share: options, configuration, the store, names of devices and runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from lepton_fl.errors import NotFound
 
 if TYPE_CHECKING:
     from lepton_server.config import ServerConfig
-    from lepton_server.store import Device, Store
+    from lepton_server.store import Device, Run, Store
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="The coordinator's TOML file; see server/server.toml.")
@@ -56,3 +56,17 @@ def find_device(store: "Store", wanted: str) -> "Device":
         return found[0]
     problem = f"{len(found)} devices are named" if found else "There is no device"
     raise NotFound(f"{problem} {wanted!r}.", hint="`lepton devices list` shows their ids.")
+
+
+def find_run(store: "Store", wanted: str) -> "Run":
+    """The run of that id, of that unique beginning of an id, or the last one; raises NotFound."""
+    runs = store.runs()
+    if wanted == "last":
+        found = runs[-1:]
+    else:
+        found = [r for r in runs if r.id == wanted] or [r for r in runs if r.id.startswith(wanted)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise NotFound(f"There is no run {wanted!r}.", hint="`lepton run list` shows them.")
+    raise NotFound(f"{len(found)} runs begin with {wanted!r}.", hint="Give more of the id.")

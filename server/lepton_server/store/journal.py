@@ -7,7 +7,7 @@ from sqlalchemy import Connection, RowMapping, Table, create_engine, delete, ins
 from sqlalchemy.pool import StaticPool
 
 from lepton_fl.errors import LeptonError, StateCorrupt
-from lepton_fl.files import GENESIS, event_hash
+from lepton_fl.files import GENESIS, event_hash, event_line
 from lepton_server.store.events import decode_body
 from lepton_server.store.projection import When, apply
 from lepton_server.store.tables import EVENT, HEAD, PROJECTIONS
@@ -85,6 +85,12 @@ def verify(connection: Connection, expected: Head | None) -> Head:
     if not met and expected is not None:
         raise _damaged(expected.seq, "is not the one that was noted earlier")
     return last
+
+
+def lines(connection: Connection) -> Iterator[bytes]:
+    """Yield every checked event as the bytes that its hash is of; see ``Store.journal``."""
+    for row in checked(connection):
+        yield event_line(row["prev"], row["seq"], row["time"], row["kind"], row["subject"], row["body"])
 
 
 def rebuild(connection: Connection, *, replace: bool) -> RebuildReport:

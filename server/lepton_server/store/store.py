@@ -523,6 +523,18 @@ class Store:
         with reading(self._engine) as connection:
             return journal.verify(connection, expected)
 
+    @contextlib.contextmanager
+    def journal(self) -> Iterator[tuple[Head, Iterator[bytes]]]:
+        """Open the whole journal as of now: its head, and each event's ``lepton_fl.files.event_line``.
+
+        The chain is checked as it is read; others may go on writing.
+
+        Raises:
+            StateCorrupt: While reading: names the first event that is missing, altered or out of place.
+        """
+        with reading(self._engine) as connection:
+            yield journal.head(connection), journal.lines(connection)
+
     def rebuild(self, check_only: bool = True) -> RebuildReport:
         """Replay the journal into fresh tables and compare them with the live ones, row by row.
 
