@@ -227,6 +227,7 @@ def _draw_losses(axes: "Axes", rows: Rows, x: Sequence[float], *, first: bool) -
     axes.set_ylim(bottom=0)
     if first:
         axes.set_ylabel("Loss", color=INK)
+    if first and axes.get_lines():  # a private run tells no losses
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
     _style(axes)
 

@@ -132,6 +132,11 @@ def test_a_plot_of_many_rounds_without_a_score(tmp_path):
         assert path.stat().st_size > 10_000
 
 
+def test_rounds_that_tell_no_losses_are_drawn(tmp_path):
+    plot_rows([row(1, train_loss=None), row(2, train_loss=None)], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(ConfigError, match="no round was committed"):
         plot_rows([], tmp_path / "a.png")
