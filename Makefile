@@ -38,12 +38,12 @@ docs: $(VENV)/.dev
 	$(BIN)/python .ci/reference_docs.py
 
 bench: $(VENV)/.dev
-	@$(BIN)/python -m benchmarks $(ARGS)
+	@$(BIN)/python benchmarks $(ARGS)
 
 nightly: $(VENV)/.dev
-	@$(BIN)/python -m benchmarks one_run_audit
-	@$(BIN)/python -m benchmarks dp_sgd $(if $(LEPTON_DATA),--data "$(LEPTON_DATA)" --seeds 5,--only speed)
-	@$(if $(LEPTON_DATA),$(BIN)/python -m benchmarks private_accuracy --data "$(LEPTON_DATA)")
+	@$(BIN)/python benchmarks one_run_audit
+	@$(BIN)/python benchmarks dp_sgd $(if $(LEPTON_DATA),--data "$(LEPTON_DATA)" --seeds 5,--only speed)
+	@$(if $(LEPTON_DATA),$(BIN)/python benchmarks private_accuracy --data "$(LEPTON_DATA)")
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

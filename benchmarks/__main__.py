@@ -1,4 +1,6 @@
-"""Run measurements: ``python -m benchmarks [--list | NAME ARGUMENTS...]``.
+"""Run measurements: ``python benchmarks [--list | NAME ARGUMENTS...]``.
+
+By path, as ``-m benchmarks`` may find the package of that name that opacus installs.
 
 Without a name all of them run, one after the other. Those that need real data take the folder from
 ``LEPTON_DATA`` and are left out, by name, when it is not set.

@@ -14,6 +14,7 @@ disks are left out: what comes is hashed and dropped. Every tenth device hangs u
 
 import argparse
 import asyncio
+import bisect
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ from lepton_server.store import open_store
 
 METHOD = "/lepton.v1.DeviceService/FetchChunks"
 RETRY_S = 1.0  # after a call that failed
+TRIES = 30  # of one device; a server that is gone ends the measurement
 TICK_S = 0.25  # between two notes of who has how much
 Result = dict[str, Any]
 
@@ -102,7 +104,7 @@ class Devices:
     async def download(self, index: int, breaks: bool) -> None:
         """All chunks, each once; a device that breaks hangs up in the middle of a chunk's call."""
         began, missing = time.perf_counter(), list(self.chunks)
-        half = len(missing) // 2
+        half, tries = len(missing) // 2, 0
         while missing:
             stop_at = half if breaks else -1
             try:
@@ -112,6 +114,9 @@ class Devices:
                         await self._batch(channel, index, batch, missing, stop_at)
             except grpc.aio.AioRpcError as error:  # as a device does: it goes on where it stopped
                 self.failures.append(f"{error.code().name}: {error.details()}")
+                tries += 1
+                if tries == TRIES:
+                    raise SystemExit(f"a device gave up; at last: {self.failures[-1]}") from error
                 await asyncio.sleep(RETRY_S)
                 continue
             breaks = False
@@ -172,7 +177,10 @@ def measure(folder: Path, devices: int, megabytes: float, processes: int) -> Res
     hello = json.loads(server.stdout.readline())
     share = ["--folder", str(folder), "--port", str(hello["port"]), "--processes", str(processes)]
     parts = [_start("--role", "devices", "--first", str(i), *share) for i in range(processes)]
-    results = [json.loads(part.communicate()[0]) for part in parts]
+    outputs = [part.communicate()[0] for part in parts]
+    if not all(outputs):
+        raise SystemExit("devices gave up; what they said is above")
+    results = [json.loads(output) for output in outputs]
     told = json.loads(server.communicate()[0].splitlines()[-1])
     return _figures(results, hello, told, devices, len(data))
 
@@ -216,9 +224,14 @@ def _jain(results: list[Result], half: float) -> float:
 
 
 def _together(results: list[Result]) -> Iterator[list[np.ndarray]]:
-    count = max(len(result["notes"]) for result in results)
-    for tick in range(count):
-        yield [np.array(r["notes"][min(tick, len(r["notes"]) - 1)][1]) for r in results]
+    """What all devices had, process by process, at each moment at which one of the processes took a note."""
+    for moment in sorted(at for result in results for at, _ in result["notes"]):
+        yield [_had(result, moment) for result in results]
+
+
+def _had(result: Result, moment: float) -> np.ndarray:
+    count = bisect.bisect_right(result["notes"], moment, key=lambda note: note[0])
+    return np.array(result["notes"][count - 1][1]) if count else np.zeros(len(result["seconds"]))
 
 
 def deltas() -> list[Result]:

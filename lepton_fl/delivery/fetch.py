@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from lepton_fl.delivery.manifest import File, Manifest, Pack
 from lepton_fl.delivery.packs import unpack
-from lepton_fl.delivery.trust import Source
 from lepton_fl.errors import ConnectionFailed, Fault, ReleaseRefused
 from lepton_fl.files import make_private_folder, remove, sha256_hex, sync_tree, translated
+
+if TYPE_CHECKING:  # it loads cryptography, 7 MB that a process which only serves does not need
+    from lepton_fl.delivery.trust import Source
 
 AT_ONCE: Final = 32  # chunks asked for together
 PACKED: Final = ".pack"  # a pack's file on its way
@@ -64,7 +66,7 @@ class Tally:
 def fetch(
     manifest: Manifest,
     staging: Path,
-    source: Source,
+    source: "Source",
     limits: Limits,
     *,
     have: Path | None = None,
@@ -126,7 +128,7 @@ def _taken(folder: Path) -> int:
 
 
 def _get(
-    file: File, chunk: int, staging: Path, source: Source, limits: Limits, have: Path | None, tally: Tally
+    file: File, chunk: int, staging: Path, source: "Source", limits: Limits, have: Path | None, tally: Tally
 ) -> None:
     target = staging / file.name
     old = have / file.name if have is not None else None
@@ -154,7 +156,7 @@ def _unpacked(
     file: File,
     chunk: int,
     target: Path,
-    source: Source,
+    source: "Source",
     limits: Limits,
     old: Path | None,
     tally: Tally,
@@ -173,7 +175,7 @@ def _unpacked(
     return good
 
 
-def _fill(path: Path, part: File | Pack, chunk: int, source: Source, limits: Limits, tally: Tally) -> None:
+def _fill(path: Path, part: File | Pack, chunk: int, source: "Source", limits: Limits, tally: Tally) -> None:
     """Fetch the chunks that are not in place."""
     with open(path, "r+b" if path.exists() else "x+b") as out:
         out.truncate(part.bytes)
@@ -196,7 +198,7 @@ def _missing(out: BinaryIO, part: File | Pack, chunk: int) -> Iterator[tuple[str
 
 
 def _take(
-    out: BinaryIO, batch: Sequence[tuple[str, int, int]], source: Source, limits: Limits, tally: Tally
+    out: BinaryIO, batch: Sequence[tuple[str, int, int]], source: "Source", limits: Limits, tally: Tally
 ) -> None:
     answers = iter(source.chunks([name for name, _, _ in batch]))
     for name, place, size in batch:

@@ -1,5 +1,6 @@
 """From a signed variant to answers on a device: real processes, a link that breaks, releases that are bad."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -37,7 +38,27 @@ class Caller(threading.Thread):
         connection.close()
 
 
-def test_a_release_reaches_a_device_and_a_bad_one_does_not(real_fleet, make_variant):
+LEAN = """import sys
+sys.modules.update(dict.fromkeys(["torch", "flwr", "sklearn", "scipy", "pyarrow", "onnx", "opacus", "PIL"]))
+"""  # a device that only serves has none of them
+
+
+@pytest.fixture
+def lean(tmp_path, monkeypatch):
+    """Processes started within it cannot import what ``.[serve]`` does not install."""
+    (tmp_path / "lean").mkdir()
+    (tmp_path / "lean" / "sitecustomize.py").write_text(LEAN)
+
+    @contextlib.contextmanager
+    def within():
+        with monkeypatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(tmp_path / "lean"))
+            yield
+
+    return within
+
+
+def test_a_release_reaches_a_device_and_a_bad_one_does_not(real_fleet, make_variant, lean):
     fleet, width = real_fleet, 3000
     keys = str(fleet.folder / "disk")
     fleet.lepton("keys", "init", "--keys", keys, "--no-passphrase")
@@ -49,8 +70,9 @@ def test_a_release_reaches_a_device_and_a_bad_one_does_not(real_fleet, make_vari
         '[connection]\nbackoff_max_s = 2.0\n[delivery]\ntask = "digits"\nretry_min_s = 1.0\n'
         "bytes_per_s = 60000\n"
     )
-    fleet.start("gate", "client", "run", "--config", str(config))
-    fleet.start("serve", "client", "serve", "--config", str(config))
+    with lean():
+        fleet.start("gate", "client", "run", "--config", str(config))
+        fleet.start("serve", "client", "serve", "--config", str(config))
 
     def publish(number, **changes):
         folder = make_variant(fleet.folder / f"v{number}", seed=number, round=number, width=width, **changes)

@@ -4,6 +4,8 @@ import http.client
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +132,29 @@ def test_it_follows_the_device_and_keeps_the_old_one_if_the_new_one_does_not_loa
         place.switch(first)
         assert predictor.refresh()
     assert bad not in (first, second)
+
+
+def test_a_device_that_only_serves_needs_neither_torch_nor_flower(place):
+    name = place.install()
+    absent = "torch flwr sklearn scipy pyarrow pandas onnx opacus PIL threadpoolctl sqlmodel dp_accounting"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent.split()}))  # importing one of them fails
+import lepton_client.serve
+from lepton_client.predictor import Predictor
+import numpy
+with Predictor({str(place.folder)!r}, follow=False) as predictor:
+    predictor.predict(numpy.zeros((1, 64), numpy.float32))
+    assert predictor.release == {name!r}
+assert not {{"cryptography", "tuf", "grpc"}} & set(sys.modules)  # nor what only the agent uses
+import lepton_client.agent, lepton_client.enrol
+import lepton_fl.delivery.deliver, lepton_fl.delivery.trust, tuf.ngclient
+from lepton_client.courier import self_test
+from lepton_fl.delivery.slots import Slots
+self_test(Slots(predictor._slots.folder).path({name!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # --- the self-test ------------------------------------------------------------------------------------
