@@ -32,7 +32,7 @@ from lepton_client.clock import Clock
 from lepton_client.config import ClientConfig
 from lepton_client.eligibility import in_window
 from lepton_client.link import Link
-from lepton_client.state import StateDir
+from lepton_client.state import COUNTED, StateDir
 from lepton_fl.errors import LeptonError
 from lepton_fl.files import make_private_folder, write_private
 from lepton_fl.wire.v1 import device_pb2 as pb
@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 MAX_DESIRED: Final = 64 * 1024  # bytes of a desired state
 RETRY_MAX_S: Final = 3600.0  # between two tries of a delivery that may still succeed
 SELF_TEST_S: Final = 300.0  # patience with a self-test
-COUNTED: Final = "service.json"  # written by the serving process
 STOP_S: Final = 5.0  # patience with a child that was asked to end
 
 Outcomes = dict[str, Any]

@@ -34,9 +34,8 @@ import numpy as np
 import uvicorn
 
 from lepton_client.config import ClientConfig, ServeSection
-from lepton_client.courier import COUNTED
 from lepton_client.predictor import Array, Model, Predictor, describe
-from lepton_client.state import StateDir
+from lepton_client.state import COUNTED, StateDir
 from lepton_fl.delivery.slots import Slots, served
 from lepton_fl.errors import (
     ConfigError,

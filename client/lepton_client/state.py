@@ -22,6 +22,7 @@ from lepton_fl.files import canonical_json, make_private_folder, read_private, w
 
 FORMAT: Final = 1  # of the files in the folder
 MAX_FILE_BYTES: Final = 2**22  # none of ours is larger
+COUNTED: Final = "service.json"  # in the delivery folder: the serving process writes it, the agent reports it
 
 
 @dataclass(frozen=True)
