@@ -6,6 +6,7 @@ import random
 import re
 import stat
 
+import numpy as np
 import pytest
 
 from lepton_fl.cli import app
@@ -14,6 +15,8 @@ from lepton_fl.delivery.shelf import Shelf
 from lepton_fl.errors import ConfigError, NotFound, StateCorrupt, TrustError
 from lepton_fl.files import GENESIS, BlobStore, canonical_json, event_line, sha256_hex
 from lepton_fl.privacy.record import Policy
+from lepton_fl.vector import to_grid
+from lepton_fl.wire.messages import Ticket, TrainReply
 from lepton_server.audit import (
     FORMAT,
     Auditor,
@@ -218,6 +221,15 @@ def test_what_is_no_head_is_refused(text):
     assert parse_head(f"5:{SHA}\n") == Head(5, SHA)
 
 
+def test_a_number_has_one_spelling(small):
+    head, data = small
+    spelt = data.replace(b'"events":%d,' % head.seq, b'"events":%d.0,' % head.seq)
+    with pytest.raises(StateCorrupt, match="begins with format"):
+        check(spelt)
+    with pytest.raises(StateCorrupt, match="first line"):
+        check(data.replace(b'"events":', b'"events": ', 1))
+
+
 def test_an_empty_journal_is_true(tmp_path):
     with open_store(tmp_path / "lepton.db") as store, store.journal() as (head, lines):
         data = b"".join(export_lines(head, lines))
@@ -345,3 +357,34 @@ def test_an_auditor_takes_a_journal_as_it_comes(done):
         for line in lines:
             auditor.take(line)
     assert auditor.report().head == head
+
+
+def test_the_card_of_a_private_run_has_its_guarantee(works, capsys, tmp_path):
+    works.exchange.script = _clipped
+    privacy = {"mechanism": "independent", "clip_norm": 1.0, "noise_multiplier": 4.0, "delta": 1e-3}
+    cohort = {"size": 2, "min_reports": 2}
+    works.queue("r1", rounds=2, evaluate_every=0, privacy=privacy, cohort=cohort)
+    works.driver()._drive("r1")
+    assert works.store.run("r1").state == "completed"
+    state = ["--state-dir", str(works.folder)]
+    assert app.run(["audit", "export", str(tmp_path / "evidence"), "--run", "r1", *state]) == 0
+    assert app.run(["audit", "verify", "--deep", *state]) == 0
+    assert app.run(["audit", "verify", str(tmp_path / "evidence" / "journal.jsonl")]) == 0
+    assert "Traceback" not in "".join(capsys.readouterr())
+    promise = json.loads((tmp_path / "evidence" / "model_card.json").read_text())["privacy"]
+    (budget,) = promise["budgets"]
+    assert (budget["budget"], budget["unit"], budget["trust"], budget["delta"]) == (
+        "run:r1",
+        "device",
+        "central",
+        1e-3,
+    )
+    assert 0 < promise["spent"] == budget["spent"] <= budget["epsilon"] * (1 + 1e-9)
+    words = (tmp_path / "evidence" / "model_card.md").read_text()
+    assert "| run:r1 |" in words
+
+
+def _clipped(device_id, plan, request):
+    update = to_grid(np.full(plan.update_size, 1e-4, np.float32), plan.grid_step, plan.clip_norm)
+    sums = {"loss_sum": np.array([7.25]), "examples": np.array([4242])}
+    return TrainReply(Ticket.of(plan), plan.task_version, 4242, update, sums, 0.125).to_records()
