@@ -203,7 +203,7 @@ def verify_export(file: BinaryIO, published: Head | None = None, *, deep: bool =
     try:
         header = json.loads(file.readline(1000))
         events, last = header["events"], header["head"]
-        known = header["format"] == FORMAT and type(events) is int and type(last) is str  # 1 is not 1.0
+        known = header["format"] == FORMAT and type(events) is int and _is_digest(last)  # 1 is not 1.0
     except (ValueError, TypeError, KeyError, RecursionError):
         known = False
     if not known:
@@ -240,8 +240,8 @@ def parse_head(text: str) -> Head:
     )
 
 
-def _is_digest(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+def _is_digest(text: object) -> bool:
+    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def _header(events: int, head: str) -> bytes:

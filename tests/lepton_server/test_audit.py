@@ -228,6 +228,8 @@ def test_a_number_has_one_spelling(small):
         check(spelt)
     with pytest.raises(StateCorrupt, match="first line"):
         check(data.replace(b'"events":', b'"events": ', 1))
+    with pytest.raises(StateCorrupt, match="begins with format"):
+        check(data.replace(b'"head":"', b'"head":"\\ud800', 1))
 
 
 def test_an_empty_journal_is_true(tmp_path):

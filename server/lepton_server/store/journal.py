@@ -7,7 +7,7 @@ from sqlalchemy import Connection, RowMapping, Table, create_engine, delete, ins
 from sqlalchemy.pool import StaticPool
 
 from lepton_fl.errors import LeptonError, StateCorrupt
-from lepton_fl.files import GENESIS, event_hash, event_line
+from lepton_fl.files import GENESIS, event_line, sha256_hex
 from lepton_server.store.events import decode_body
 from lepton_server.store.projection import When, apply
 from lepton_server.store.tables import EVENT, HEAD, PROJECTIONS
@@ -36,16 +36,22 @@ def checked(connection: Connection) -> Iterator[RowMapping]:
     Raises:
         StateCorrupt: Names the first event that is missing, altered or out of place, or the missing tail.
     """
+    for row, _ in _linked(connection):
+        yield row
+
+
+def _linked(connection: Connection) -> Iterator[tuple[RowMapping, bytes]]:
     last = _EMPTY
     for row in _all_events(connection):
         if row["seq"] != last.seq + 1:
             raise _damaged(last.seq + 1, f"is missing (the next is {row['seq']})")
         if row["prev"] != last.hash:
             raise _damaged(row["seq"], "does not continue the event before it")
-        if _hash(row) != row["hash"]:
+        line = _line(row)
+        if line is None or sha256_hex(line) != row["hash"]:
             raise _damaged(row["seq"], f"({row['kind']}) was altered: its hash does not match")
         last = Head(row["seq"], row["hash"])
-        yield row
+        yield row, line
     noted = head(connection)
     if last != noted:
         raise _damaged(min(last.seq, noted.seq) + 1, f"is not where the journal's head ({noted.seq}) has it")
@@ -65,9 +71,9 @@ def _all_events(connection: Connection) -> Iterator[RowMapping]:
         after = rows[-1]["seq"]
 
 
-def _hash(row: RowMapping) -> str | None:
+def _line(row: RowMapping) -> bytes | None:
     try:
-        return event_hash(row["prev"], row["seq"], row["time"], row["kind"], row["subject"], row["body"])
+        return event_line(row["prev"], row["seq"], row["time"], row["kind"], row["subject"], row["body"])
     except (TypeError, ValueError, OverflowError):  # a column of another type: SQLite lets anything in
         return None
 
@@ -89,8 +95,8 @@ def verify(connection: Connection, expected: Head | None) -> Head:
 
 def lines(connection: Connection) -> Iterator[bytes]:
     """Yield every checked event as the bytes that its hash is of; see ``Store.journal``."""
-    for row in checked(connection):
-        yield event_line(row["prev"], row["seq"], row["time"], row["kind"], row["subject"], row["body"])
+    for _, line in _linked(connection):
+        yield line
 
 
 def rebuild(connection: Connection, *, replace: bool) -> RebuildReport:
