@@ -132,10 +132,13 @@ class Beside:
 
     def call(self, what: str, name: str, *parts: bytes | memoryview) -> list[bytes | memoryview]:
         """See ``Keeper``."""
-        with self._connection(start=what == "advert") as link:
-            link.settimeout(CALL_S)
-            _send(link, {"what": what, "name": name}, parts)
-            head, found = _receive(link)
+        try:
+            with self._connection(start=what == "advert") as link:
+                link.settimeout(CALL_S)
+                _send(link, {"what": what, "name": name}, parts)
+                head, found = _receive(link)
+        except ConnectionError as error:  # it was just ending
+            raise _gone() from error
         if "refused" in head:
             raise _refusal(head)
         return found
@@ -154,10 +157,7 @@ class Beside:
             return self._connect()
         except OSError as error:
             if not start:
-                raise TrustError(
-                    "This node's keys of the round are gone: the process that kept them has ended.",
-                    hint="The node takes part in the next round again.",
-                ) from error
+                raise _gone() from error
         self._start()
         end = time.monotonic() + START_S
         while True:
@@ -237,6 +237,13 @@ def _read(link: socket.socket, size: int) -> memoryview:
             raise ConnectionResetError("The other side has gone.")
         have += got
     return data
+
+
+def _gone() -> TrustError:
+    return TrustError(
+        "This node's keys of the round are gone: the process that kept them has ended.",
+        hint="The node takes part in the next round again.",
+    )
 
 
 def _refusal(head: dict[str, Any]) -> LeptonError:
