@@ -188,7 +188,7 @@ def test_killed_in_mid_training_it_does_not_train_twice(coordinator, background,
     assert state.holder() == 0  # the lock ended with the process
 
     background([sys.executable, "-c", FOLDER_AGENT, str(tmp_path)])
-    until_gone(lambda: not refused.exists(), "the message was answered")
+    until_gone(lambda: not (refused.exists() and refused.read_text()), "the message was answered")
     assert "works once" in refused.read_text()
     coordinator.heard(is_idle, timeout=30)
     assert trained.read_text() == "once "

@@ -22,7 +22,8 @@ def classes(cls=LeptonError):
     ]
 
 
-@pytest.mark.parametrize("cls", classes())
+# A device refuses releases by itself and reports the fault in words of its own; the error stays there.
+@pytest.mark.parametrize("cls", [cls for cls in classes() if cls is not errors.ReleaseRefused])
 def test_every_error_of_ours_survives_the_way(cls):
     if cls is UpdateRejected:
         error = UpdateRejected(Rejection.MALFORMED, "a message", hint="ein Rat: ü")
