@@ -80,13 +80,14 @@ def standing_of(store: "Store", row: "Rollout") -> Standing:
 
 
 def candidates(store: "Store", row: "Rollout", told: Mapping[str, Told], hearing: Hearing) -> list[Known]:
-    """The devices that a rollout may decide about: of its task, in no other rollout; and all it has told."""
+    """The enrolled devices that a rollout decides by: of its task and in no other one, or told by it."""
     elsewhere = {device for device, other in store.told_in().items() if other != row.id}
     return [
         known(device, hearing)
         for device in store.devices()
-        if device.id not in elsewhere
-        and (device.id in told or (device.state == "active" and _task_of(device) == row.task))
+        if device.state == "active"  # one that is revoked answers no more: nothing waits for it
+        and device.id not in elsewhere
+        and (device.id in told or _task_of(device) == row.task)
     ]
 
 

@@ -1,0 +1,178 @@
+"""The coordinator carries rollouts on: in the journal, act by act, whoever speaks meanwhile."""
+
+import pytest
+
+from lepton_fl.delivery.rollout import Health, RolloutPlan, Service, Stage
+from lepton_fl.errors import StateConflict
+from lepton_server.fleet import Failed, Report, Serving
+from lepton_server.releases import assign, assigned_release
+from lepton_server.rollouts import RolloutKeeper, check_free, find, move, progress
+
+OLD, NEW = "a" * 64, "b" * 64
+HEALTH = Health(window_s=0, min_devices=1, min_share=1.0, settle_s=0, min_requests=10)
+STAGES = (Stage(share=0.001), Stage(share=1.0))
+
+
+class Fleet:
+    """Three devices that check in when they are asked to."""
+
+    def __init__(self, works):
+        self.store, self.fleet, self.ids = works.store, works.fleet, list(works.ids)
+        self.keeper = RolloutKeeper(self.store, self.fleet.heard)
+        assign(self.store, self.ids, OLD)
+        for device in self.ids:
+            self.says(device, OLD)
+        self.fleet.flush(everything=True)
+
+    def says(self, device, release, failed=(), service=None):
+        told = Serving("digits", "phone", release, tuple(Failed(f, "self-test", "", True) for f in failed))
+        counted = service or Service()
+        self.fleet.check_in(device, Report((), "0.1", (), told), serves=release, service=counted)
+
+    def plan(self, name="r1", **fields):
+        plan = RolloutPlan(
+            id=name, task="digits", releases={"phone": NEW}, stages=STAGES, health=HEALTH, **fields
+        )
+        self.store.record("rollout.planned", {"rollout_id": name, "task": "digits", "plan": plan.to_json()})
+        move(self.store, name, "running")
+
+    @property
+    def wanted(self):
+        return {d.id: assigned_release(d.desired) for d in self.store.devices()}
+
+    @property
+    def told(self):
+        return [device for device, release in self.wanted.items() if release == NEW]
+
+    @property
+    def phase(self):
+        return self.store.rollouts()[-1].phase
+
+
+@pytest.fixture
+def fleet(works):
+    return Fleet(works)
+
+
+def test_a_good_release_reaches_all(fleet):
+    fleet.plan()
+    fleet.keeper.look()
+    (canary,) = fleet.told
+    fleet.keeper.look()
+    assert fleet.told == [canary]  # it does not serve it yet
+    fleet.says(canary, NEW)
+    fleet.keeper.look()
+    assert len(fleet.told) == 3
+    for device in fleet.told:
+        fleet.says(device, NEW)
+    fleet.keeper.look()
+    assert fleet.phase == "done"
+    assert fleet.store.told_in() == {}
+    assert fleet.store.rebuild().equal
+
+
+def test_a_bad_release_stays_with_the_canary(fleet):
+    fleet.plan()
+    fleet.keeper.look()
+    (canary,) = fleet.told
+    fleet.says(canary, OLD, failed=[NEW])
+    fleet.keeper.look()
+    assert fleet.phase == "rolled-back"
+    assert set(fleet.wanted.values()) == {OLD}
+    assert "self-test" in fleet.store.rollout("r1").cause
+
+
+def test_another_coordinator_goes_on_after_any_act(fleet):
+    fleet.plan()
+    seen = []
+    while fleet.phase == "running":
+        RolloutKeeper(fleet.store, fleet.fleet.heard)._step("r1")  # each knows only the journal
+        seen.append(len(fleet.told))
+        for device in fleet.told:
+            fleet.says(device, NEW)
+    assert fleet.phase == "done"
+    assert seen == sorted(seen)
+
+
+def test_errors_of_predictions_take_it_back(fleet):
+    fleet.plan()
+    fleet.keeper.look()
+    (canary,) = fleet.told
+    fleet.says(canary, NEW, service=Service(requests=100, errors=50))
+    fleet.keeper.look()
+    assert fleet.phase == "rolled-back"
+    assert "50 of 100" in fleet.store.rollout("r1").cause
+    assert set(fleet.wanted.values()) == {OLD}
+
+
+def test_counters_of_another_release_say_nothing(fleet):
+    fleet.plan()
+    fleet.keeper.look()
+    (canary,) = fleet.told
+    told = Serving("digits", "phone", NEW, ())
+    report = Report((), "0.1", (), told)
+    fleet.fleet.check_in(canary, report, serves=OLD, service=Service(requests=100, errors=100))
+    fleet.keeper.look()
+    assert fleet.phase == "running"
+
+
+def test_a_revoked_device_holds_nothing_up(fleet):
+    fleet.plan()
+    fleet.keeper.look()
+    (canary,) = fleet.told
+    fleet.says(canary, NEW)
+    fleet.keeper.look()
+    gone = next(device for device in fleet.ids if device != canary)
+    fleet.store.record("device.revoked", {"device_id": gone})
+    for device in fleet.ids:
+        if device != gone:
+            fleet.says(device, NEW)
+    fleet.keeper.look()
+    assert fleet.phase == "done"
+
+
+def test_an_abort_takes_it_back_also_with_a_revoked_device(fleet):
+    fleet.plan()
+    fleet.keeper.look()
+    (canary,) = fleet.told
+    fleet.store.record("device.revoked", {"device_id": canary})
+    move(fleet.store, "r1", "rolling-back", "enough", aborting=True)
+    fleet.keeper.look()
+    assert fleet.phase == "aborted"
+    assert fleet.store.rollout("r1").cause == "enough"
+
+
+def test_a_pause_stands_still(fleet):
+    fleet.plan()
+    move(fleet.store, "r1", "paused")
+    fleet.keeper.look()
+    assert fleet.told == []
+    move(fleet.store, "r1", "running")
+    fleet.keeper.look()
+    assert len(fleet.told) == 1
+
+
+def test_a_device_of_a_rollout_is_not_assigned_by_hand(fleet):
+    fleet.plan()
+    fleet.keeper.look()
+    (canary,) = fleet.told
+    with pytest.raises(StateConflict, match="rollout r1"):
+        check_free(fleet.store, {canary})
+    check_free(fleet.store, set(fleet.ids) - {canary})
+    assert find(fleet.store, "").id == "r1"
+
+
+def test_a_second_rollout_for_the_same_devices_waits(fleet):
+    fleet.plan()
+    with pytest.raises(StateConflict, match="r1 of digits is running for phone"):
+        fleet.plan("r2")
+
+
+def test_progress_counts_each_device_once(fleet):
+    fleet.plan()
+    fleet.keeper.look()
+    lines = progress(fleet.store, fleet.store.rollout("r1"))
+    assert [(line["stage"], line["devices"], line["told"]) for line in lines] == [
+        ("0.1 %", 1, 1),
+        ("100 %", 2, 0),
+    ]
