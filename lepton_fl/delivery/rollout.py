@@ -196,7 +196,6 @@ class Standing:
         told: The devices that were told, and not taken back.
         suspect: What looks bad; empty = nothing.
         suspect_since: Wall clock s.
-        aborting: Whether an operator asked for the rollback.
     """
 
     phase: Phase = "planned"
@@ -205,7 +204,6 @@ class Standing:
     told: Mapping[str, Told] = field(default_factory=dict)
     suspect: str = ""
     suspect_since: float = 0.0
-    aborting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from lepton_fl.delivery.rollout import (
+    OPEN,
     Act,
     Known,
     RolloutPlan,
@@ -75,7 +76,6 @@ def standing_of(store: "Store", row: "Rollout") -> Standing:
         told=told,
         suspect=row.suspect,
         suspect_since=row.suspect_since,
-        aborting=row.aborting,
     )
 
 
@@ -177,7 +177,6 @@ class RolloutKeeper:
         self._store, self._hearing, self._clock = store, hearing, clock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollout-keeper", daemon=True)
-        self._seen: tuple[int, float] = (-1, 0.0)  # journal's head, and when to look again in any case
 
     def start(self) -> None:
         """Begin; what an earlier coordinator began goes on."""
@@ -283,7 +282,7 @@ def find(store: "Store", wanted: str) -> "Rollout":
     """The rollout of that id, or the only one that is open when ``wanted`` is empty; raises NotFound."""
     if wanted:
         return store.rollout(wanted)
-    rows = store.rollouts(phases=("planned", "running", "paused", "rolling-back"))
+    rows = store.rollouts(phases=OPEN)
     if len(rows) != 1:
         raise NotFound(f"{len(rows)} rollouts are open.", hint="Name one; `lepton rollout list` shows them.")
     return rows[0]
