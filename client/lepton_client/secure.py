@@ -219,7 +219,7 @@ class Seat:
 
     def train(self, asked: "StageRequest", name: str, should_stop: Callable[[], bool]) -> None:
         """Train on what came with the roster, once; what comes of it, or why nothing does, is kept."""
-        from lepton_fl.rounds.secure import encode_answer
+        from lepton_fl.rounds.secure_sum import encode_answer
 
         work = self._work(name)
         if work.vector is not None or work.failure is not None:

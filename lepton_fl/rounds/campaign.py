@@ -27,7 +27,8 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, example_metrics, redact
-from lepton_fl.rounds.secure import SecureRounds, prove_fits
+from lepton_fl.rounds.secure import SecureRounds
+from lepton_fl.rounds.secure_sum import prove_fits
 from lepton_fl.tasks.metrics import Metrics, Sums
 from lepton_fl.vector import Layout, Vector, vector_digest
 from lepton_fl.wire.messages import Request

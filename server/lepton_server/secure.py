@@ -28,8 +28,9 @@ from lepton_fl.files import make_private_folder
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.collect import Clock, Collected, Finish, Participation
 from lepton_fl.rounds.exchange import Exchange
-from lepton_fl.rounds.secure import Told, collect_secure, context_of, groups_of, must_be_synced
+from lepton_fl.rounds.secure import Told, collect_secure, must_be_synced
 from lepton_fl.rounds.secure_device import Offer
+from lepton_fl.rounds.secure_sum import context_of, groups_of
 from lepton_fl.rounds.secure_wire import StageAnswer, StageRequest
 from lepton_fl.rounds.spool import FolderSpool
 from lepton_fl.secagg.server import Stage

@@ -17,7 +17,7 @@ import numpy as np
 from lepton_fl.errors import UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.exchange import AddedUp, Answer, Report
-from lepton_fl.rounds.secure import rounded_loss
+from lepton_fl.rounds.secure_sum import rounded_loss
 from lepton_fl.tasks.metrics import Sums
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records

@@ -25,17 +25,9 @@ from lepton_fl.plan import RoundPlan
 from lepton_fl.privacy.noise import Keystream, simulation_key
 from lepton_fl.rounds.collect import Clock, Collected, Finish
 from lepton_fl.rounds.exchange import Exchange
-from lepton_fl.rounds.secure import (
-    IdealRounds,
-    SecureRounds,
-    Told,
-    collect_secure,
-    context_of,
-    encode_reply,
-    encoding_of,
-    groups_of,
-    read_reply,
-)
+from lepton_fl.rounds.secure import SecureRounds, Told, collect_secure
+from lepton_fl.rounds.secure_ideal import IdealRounds, read_reply
+from lepton_fl.rounds.secure_sum import context_of, encode_reply, encoding_of, groups_of
 from lepton_fl.secagg.client import ClientSession, MemoryLedger, Policy
 from lepton_fl.secagg.context import LEAST_COHORT
 from lepton_fl.secagg.field import Random

@@ -26,16 +26,9 @@ from flwr.serverapp.strategy import Strategy
 
 from lepton_fl.errors import ConfigError, QuorumError, Rejection, UpdateRejected
 from lepton_fl.plan import LEAST_STEPS, RunSpec, SecureSpec
-from lepton_fl.rounds.secure import (
-    Party,
-    Told,
-    collect_secure,
-    context_of,
-    groups_of,
-    lead,
-    rules_of,
-)
+from lepton_fl.rounds.secure import Party, Told, collect_secure, lead
 from lepton_fl.rounds.secure_device import Offer
+from lepton_fl.rounds.secure_sum import context_of, groups_of, rules_of
 from lepton_fl.rounds.spool import FolderSpool
 from lepton_fl.secagg.cohorts import add_sums, split
 from lepton_fl.secagg.context import MOST_COHORT, RoundContext

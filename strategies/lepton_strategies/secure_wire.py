@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, UpdateRejected
-from lepton_fl.rounds.secure import encode_answer
+from lepton_fl.rounds.secure_sum import encode_answer
 from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, limit_update
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.masks import Ring

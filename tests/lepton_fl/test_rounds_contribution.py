@@ -22,7 +22,13 @@ from lepton_fl.rounds.campaign import RunState, Work, plan_round
 from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.ledger import MemoryLedger
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, budget_of, prepared, refuse_run
-from lepton_fl.rounds.secure import encode_answer, encode_reply, encoding_of, least_multiplier, noise_share
+from lepton_fl.rounds.secure_sum import (
+    encode_answer,
+    encode_reply,
+    encoding_of,
+    least_multiplier,
+    noise_share,
+)
 from lepton_fl.secagg.encoding import Rotated
 from lepton_fl.tasks.metrics import TrainingLoss
 from lepton_fl.vector import vector_digest

@@ -16,19 +16,9 @@ from lepton_fl.rounds.campaign import Campaign, RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, collect_training
 from lepton_fl.rounds.exchange import Answer
-from lepton_fl.rounds.secure import (
-    Party,
-    Told,
-    collect_secure,
-    context_of,
-    encode_reply,
-    encoding_of,
-    groups_of,
-    lead,
-    prove_fits,
-    rules_of,
-)
+from lepton_fl.rounds.secure import Party, Told, collect_secure, lead
 from lepton_fl.rounds.secure_device import Offer, SecureMember, check_request
+from lepton_fl.rounds.secure_sum import context_of, encode_reply, encoding_of, groups_of, prove_fits, rules_of
 from lepton_fl.rounds.spool import FolderSpool
 from lepton_fl.secagg.client import MemoryLedger, Policy
 from lepton_fl.secagg.context import COMPLETE, Rules, hidden_odds, hidden_rules
