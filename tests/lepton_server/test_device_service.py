@@ -556,7 +556,9 @@ def raw(world, port, method, data, key=None, certificate=None):
 
 
 @pytest.mark.parametrize(
-    "data", [b"\xff" * 40, check_in_request().SerializeToString()[:-3], b"\x0a\xff\xff\xff"]
+    "data",
+    [b"\xff" * 40, check_in_request().SerializeToString()[:-3], b"\x0a\xff\xff\xff"],
+    ids=["noise", "cut short", "a length beyond the end"],
 )
 def test_malformed_bytes(world, device, data):
     with pytest.raises(ConfigError, match="are no CheckInRequest") as caught:
