@@ -24,7 +24,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -372,7 +372,7 @@ class BlobStore:
         make_private_folder(self._temporary)
         self._sweep()
 
-    def put(self, data: bytes | Iterable[bytes]) -> str:
+    def put(self, data: bytes | memoryview | Iterable[bytes]) -> str:
         """Store bytes, or the concatenation of chunks, and return their digest (64 hexadecimal digits).
 
         Raises:
@@ -415,6 +415,13 @@ class BlobStore:
     def has(self, digest: str) -> bool:
         """Return whether a blob of that name is there (its content is checked when it is read)."""
         return self.path(digest).is_file()
+
+    def size(self, digest: str) -> int:
+        """Return how many bytes a blob has; 0 where there is none."""
+        try:
+            return self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def open(self, digest: str) -> BinaryIO:
         """Open a blob for reading, from its start, after checking all of it against ``digest``.
@@ -481,6 +488,17 @@ class BlobStore:
         except OSError as error:
             _raise_translated(error, target)
         return True
+
+    def keep_only(self, named: Collection[str]) -> None:
+        """Remove every blob but these, for a folder in which nobody else writes at the moment.
+
+        Raises:
+            StateError: One may not be removed.
+        """
+        for folder in list(self.folder.glob("[0-9a-f][0-9a-f]")):
+            for blob in list(folder.iterdir()):
+                if (digest := folder.name + blob.name) not in named:
+                    self.delete(digest)
 
     def _sweep(self) -> None:
         """Remove what a killed process left half-written, long enough ago that nobody still writes it."""

@@ -302,11 +302,6 @@ class ServerConfig(_Section):
         return bool(self.authority.public_key or self.authority.key_file)
 
     @property
-    def secure_dir(self) -> Path:
-        """The folder of secure rounds under way: masked vectors and the protocol's records."""
-        return self.server.state_dir / "secure"
-
-    @property
     def store_url(self) -> str:
         """The database URL, with the default filled in."""
         return self.store.url or f"sqlite:///{self.database_file}"
@@ -320,6 +315,11 @@ class ServerConfig(_Section):
     def blob_dir(self) -> Path:
         """The folder of blobs, with the default filled in."""
         return self.store.blobs or self.server.state_dir / "blobs"
+
+    @property
+    def spool_dir(self) -> Path:
+        """The folder of files that came in open attempts; with the blobs, so that it moves with them."""
+        return self.blob_dir / "spool"
 
     @property
     def release_dir(self) -> Path:

@@ -23,6 +23,7 @@ from lepton_fl import __version__
 from lepton_fl.errors import ConnectionFailed, LeptonError, StateLocked
 from lepton_fl.files import BlobStore, make_private_folder
 from lepton_fl.secagg.identity import deployment_of
+from lepton_server.attempts import sweep_spools
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
 from lepton_server.device_service import DeviceService, Endpoints, hosts_of
@@ -114,6 +115,7 @@ class Coordinator:
         stack.enter_context(_claim(folder))
         store = stack.enter_context(open_store(config.store_url))
         blobs = BlobStore(config.blob_dir)
+        sweep_spools(store, config.spool_dir)
         authority = Authority.open(folder / "keys", hosts_of(config.listen))
         link = FlowerLink(
             Limits(max_reply_bytes=config.limits.max_body_bytes),
@@ -148,7 +150,7 @@ class Coordinator:
             self.meters,
             keys=PrivacyKeys(folder / "keys", config.privacy),
             signing=signing,
-            secure_dir=config.secure_dir,
+            spool_dir=config.spool_dir,
         )
         fleet.on_revoked(self._driver.expel)
         self._serve_ops(stack)

@@ -7,7 +7,6 @@ left as it is, to be continued.
 
 import json
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.tasks import load_task, resolve
 from lepton_fl.vector import Vector
+from lepton_server.attempts import forget_spool
 from lepton_server.book import Checkpoints, RunBook, load_model, load_server_state, progress_of, save_model
 from lepton_server.config import RoundsSection
 from lepton_server.exchange import FleetExchange
@@ -39,7 +39,7 @@ from lepton_server.privacy import (
     void_unbegun,
 )
 from lepton_server.requests import refuse_unknown
-from lepton_server.secure import SecureFleet, records_of
+from lepton_server.secure import SecureFleet
 from lepton_server.signing import Signing
 from lepton_server.store import Store, TaskRegistered
 from lepton_server.workshop import Workshop
@@ -95,7 +95,7 @@ class RunDriver:
         rng: Random | None = None,
         exchange: Callable[[str], Exchange] | None = None,
         signing: Signing | None = None,
-        secure_dir: Path | None = None,
+        spool_dir: Path | None = None,
     ) -> None:
         """Prepare; nothing happens before :meth:`start`.
 
@@ -110,9 +110,9 @@ class RunDriver:
             rng: draws cohorts and nonces; None = the operating system's, as nobody must foresee them.
             exchange: run id -> its way to the devices; None = the real one.
             signing: the way to the enrolment authority; None = there is none, and no secure runs.
-            secure_dir: where secure rounds keep what comes.
+            spool_dir: where files wait that have come in an open attempt.
         """
-        self._signing, self._secure_dir = signing, secure_dir
+        self._signing, self._spool_dir = signing, spool_dir
         self._config, self._store, self._blobs, self._fleet = config, store, blobs, fleet
         self._link, self._meters, self._privacy_keys = link, meters, keys
         self._rng, self._exchange = rng or SystemRandom(), exchange or self._fleet_exchange
@@ -238,7 +238,7 @@ class RunDriver:
         guard = self._guard(run_id, spec, work, start[0].round, patience)
         ledger = guard.ledger if guard else None
         book = RunBook(self._checkpoints, run_id, spec, self._meters, patience, ledger)
-        secure = self._secure(run_id, spec, book, patience)
+        secure = self._secure(run_id, spec, book, patience, unfinished)
         log.info("run %s: %s from round %d", run_id, work.task, start[0].round + 1)
         campaign = Campaign(
             spec=spec,
@@ -259,18 +259,22 @@ class RunDriver:
             start.pop(), self._is_stopping(run_id)
         )  # no name here keeps the first model alive
 
-    def _secure(self, run_id: str, spec: RunSpec, book: RunBook, patience: Patience) -> SecureFleet | None:
+    def _secure(
+        self, run_id: str, spec: RunSpec, book: RunBook, patience: Patience, unfinished: RoundPlan | None
+    ) -> SecureFleet | None:
         """How the rounds of a run that must not see single updates are collected."""
-        if spec.secure_aggregation == "off" or self._signing is None or self._secure_dir is None:
+        if spec.secure_aggregation == "off" or self._signing is None or self._spool_dir is None:
             return None
         return SecureFleet(
             self._fleet_exchange(run_id),
             self._fleet,
             self._signing,
-            self._secure_dir / run_id,
+            self._store,
+            self._spool_dir,
             stage_s=self._config.stage_s,
             show=book.stage,
             insist=patience.insist,
+            unfinished=unfinished,
             name_of=lambda device_id: self._store.device(device_id).name,
         )
 
@@ -280,8 +284,6 @@ class RunDriver:
         if not planned:
             return None
         plan = RoundPlan.model_validate_json(json.dumps(dict(planned[-1].plan)))
-        if self._secure_dir is None or not records_of(self._secure_dir / run_id, plan).exists():
-            return None
         if not may_go_on(self._store, plan):
             return None
         log.info("run %s goes on with round %d, attempt %d", run_id, plan.round, plan.attempt)
@@ -424,6 +426,15 @@ class RunDriver:
             except LeptonError as error:  # a sealed file too many is no reason to lose a verdict
                 log.warning("run %s: the memory of its noise stays: %s", run_id, error)
 
+    def _forget_spool(self, run_id: str) -> None:
+        """Nothing that came in its attempts is needed any more."""
+        if self._spool_dir is None:
+            return
+        try:
+            forget_spool(self._spool_dir, run_id)
+        except LeptonError as error:  # the next start of a coordinator tries again
+            log.warning("run %s: files that it has spooled stay: %s", run_id, error)
+
     def _record_verdict(self, run_id: str, verdict: Verdict) -> None:
         run = self._store.run(run_id)
         body = {
@@ -438,7 +449,6 @@ class RunDriver:
             change.record("run.finished", run_id, body)
         if verdict.outcome != "exhausted":  # that one may be resumed
             self._forget_noise(run_id)
-        if self._secure_dir is not None:  # nothing of its rounds is needed any more
-            shutil.rmtree(self._secure_dir / run_id, ignore_errors=True)
+        self._forget_spool(run_id)
         self._meters.waiting.labels(run_id).set(0)
         log.info("run %s %s: %s", run_id, verdict.outcome, verdict.reason)

@@ -1,30 +1,26 @@
 """Secure aggregation on the real fleet: the stages of ``flsa/1`` between this process and the devices.
 
-Everything that the protocol's session has heard and decided is written ahead, in a folder of the attempt:
-``records`` (one after the other, a decision synced before anybody hears of it) and ``uploads`` (masked
-vectors, one file per device, synced). None of it is secret. A restarted coordinator reads it and goes on at
-the stage where it was; devices give the same answers again. It asks for no other survivor set: that decision
-is in the records before it is sent.
+Everything that the protocol's session has heard and decided is written ahead (``attempts``): records in the
+store, a decision synced before anybody hears of it, and masked vectors as files. None of it is secret. A
+coordinator that is started again, here or on another host, goes on at the stage where it was; devices give
+the same answers again. It asks for no other survivor set: that decision is recorded before it is sent.
+Messages of devices are not synced one by one: a power cut that takes the last of them makes the devices give
+them again.
 
-    rounds = SecureFleet(exchange, fleet, signing, folder, ...)
+    rounds = SecureFleet(exchange, fleet, signing, store, folder, ...)
     collected, mean = rounds.collect(plan, request, exchange, time.monotonic)
 """
 
-import errno
-import hashlib
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import DiskFull, Rejection, StateCorrupt, StateError, UpdateRejected
-from lepton_fl.files import make_private_folder
+from lepton_fl.errors import Rejection, StateCorrupt, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.collect import Clock, Collected, Finish, Participation
 from lepton_fl.rounds.exchange import Exchange
@@ -32,21 +28,20 @@ from lepton_fl.rounds.secure import Told, collect_secure, must_be_synced
 from lepton_fl.rounds.secure_device import Offer
 from lepton_fl.rounds.secure_sum import context_of, groups_of
 from lepton_fl.rounds.secure_wire import StageAnswer, StageRequest
-from lepton_fl.rounds.spool import FolderSpool
 from lepton_fl.secagg.server import Stage
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
+from lepton_server.attempts import AttemptLog
 from lepton_server.exchange import FleetExchange, Stages
 from lepton_server.fleet import Fleet
 from lepton_server.signing import Signing
+from lepton_server.store import Attempt, Store
 
 log = logging.getLogger(__name__)
 
 STAGES: Final = 4  # besides training
 SHOW_AFTER_S: Final = 5.0  # a stage that takes longer is shown in `lepton run show`
 SHOW_EVERY_S: Final = 20.0
-_CHECK: Final = 8  # bytes of SHA-256 after every record
-_MOST_RECORD: Final = 2**24
 
 _WORDS: Final = {
     Stage.ADVERTS: "collecting keys",
@@ -65,11 +60,13 @@ class SecureFleet:
         exchange: FleetExchange,
         fleet: Fleet,
         signing: Signing,
+        store: Store,
         folder: Path,
         *,
         stage_s: float,
         show: Callable[[str, float], None],
         insist: Callable[[Callable[[], object]], None],
+        unfinished: RoundPlan | None = None,
         name_of: Callable[[str], str] = lambda device_id: device_id,
     ) -> None:
         """Prepare.
@@ -78,15 +75,18 @@ class SecureFleet:
             exchange: the way to the devices.
             fleet: has the keys that they have made ahead.
             signing: says whose signing keys are whose.
-            folder: of this run's secure rounds; made when it is needed.
+            store: keeps what has come.
+            folder: of spooled files, of all runs.
             stage_s: patience with each stage but training.
             show: told, now and then, at which stage a round is and whom it waits for, and for how long yet.
             insist: calls until it works, whatever the disk says (``Patience.insist``).
+            unfinished: an attempt that a coordinator before this one has begun.
             name_of: what people call a device.
         """
         self._exchange, self._fleet, self._signing = exchange, fleet, signing
-        self._folder, self._stage_s = folder, stage_s
+        self._store, self._folder, self._stage_s = store, folder, stage_s
         self._show, self._insist, self._name_of = show, insist, name_of
+        self._begun = unfinished and attempt_of(unfinished)
 
     def collect(
         self,
@@ -111,14 +111,12 @@ class SecureFleet:
     def _collect(
         self, plan: RoundPlan, request: Request, clock: Clock, finish: Finish | None
     ) -> tuple[Collected, NDArray[np.float64] | None]:
-        folder = records_of(self._folder, plan).parent
-        self._keep_only(folder)
-        uploads = folder / "uploads"
-        make_private_folder(uploads)
         try:
-            with SessionLog(folder / "records") as records:
-                devices = _Devices(self, plan, request, resumed=bool(records.found))
-                return self._lead(plan, request, clock, finish, devices, records, uploads)
+            attempt = attempt_of(plan)
+            kept, resumed = AttemptLog(self._store, self._folder, attempt), attempt == self._begun
+            self._begun = attempt
+            devices = _Devices(self, plan, request, resumed)
+            return self._lead(plan, request, clock, finish, devices, kept)
         except StateCorrupt as error:
             # Whether a survivor set had gone out can no longer be told, so none may go out now.
             log.error("round %d: %s; it is given up", plan.round, error)
@@ -131,8 +129,7 @@ class SecureFleet:
         clock: Clock,
         finish: Finish | None,
         devices: "_Devices",
-        records: "SessionLog",
-        uploads: Path,
+        kept: AttemptLog,
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         try:
             return collect_secure(
@@ -142,21 +139,14 @@ class SecureFleet:
                 self._signing.trust,
                 self._signing.deployment,
                 clock=clock,
-                spool=FolderSpool(uploads, durable=True),
-                journal=records.append,
-                records=records.found,
+                spool=kept.spool,
+                journal=lambda record: kept.append(record, durable=must_be_synced(record)),
+                records=kept.found,
                 tell=lambda device, refusal: self._exchange.tell(plan, device, refusal),
                 finish=finish,
             )
         finally:
             devices.close()
-
-    def _keep_only(self, folder: Path) -> None:
-        """Remove earlier attempts: they were committed or given up."""
-        if self._folder.is_dir():
-            for other in self._folder.iterdir():
-                if other != folder:
-                    shutil.rmtree(other, ignore_errors=True)
 
     # --- for the devices of an attempt ----------------------------------------------------------------
 
@@ -276,88 +266,11 @@ class _Messages(Mapping[str, Records]):
         return len(self._devices)
 
 
-def records_of(folder: Path, plan: RoundPlan) -> Path:
-    """The file of an attempt's records: if it is there, the attempt can go on after a restart.
-
-    Args:
-        folder: of the run's secure rounds.
-        plan: of the attempt.
-    """
-    return folder / f"{plan.round}-{plan.attempt}" / "records"
+def attempt_of(plan: RoundPlan) -> Attempt:
+    """The name of a plan's attempt."""
+    return Attempt(plan.run_id, plan.round, plan.attempt)
 
 
 def _given_up(plan: RoundPlan, why: str) -> Collected:
     nobody = {d: Participation(d, Rejection.OFFLINE.value, why) for d in plan.cohort}
     return Collected(plan, nobody, burnt=True)
-
-
-class SessionLog:
-    """The records of one session in a file that only grows; used as a context manager.
-
-    A decision is on the disk, with all that it follows from, when ``append`` returns: what it decides may
-    then be sent. Messages of devices need not be: a power cut that takes the last of them makes the devices
-    give them again. A record that was cut short is dropped; one that is damaged further up is an error.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Read what is there.
-
-        Raises:
-            StateCorrupt: it is damaged.
-            StateError: it cannot be read or made.
-        """
-        self._path = path
-        try:
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
-        except OSError as error:
-            raise StateError(f"The records {path} cannot be opened: {error.strerror}.") from error
-        try:
-            self.found = self._read()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
-
-    def append(self, record: bytes) -> None:
-        """Write one record.
-
-        Raises:
-            DiskFull, StateError: it could not be written; the file is as it was.
-        """
-        have = self._file.seek(0, os.SEEK_END)
-        try:
-            framed = len(record).to_bytes(4, "big") + record + _check(record)
-            if self._file.write(framed) != len(framed):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if must_be_synced(record):
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            self._file.truncate(have)
-            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StateError
-            raise kind(f"The records {self._path} cannot be written: {error.strerror}.") from error
-
-    def _read(self) -> tuple[bytes, ...]:
-        records, good = [], 0
-        self._file.seek(0)
-        data = self._file.read()
-        while good < len(data):
-            length = int.from_bytes(data[good : good + 4], "big")
-            end = good + 4 + length + _CHECK
-            if end > len(data) and len(data) - good <= _MOST_RECORD:
-                break  # the last one was cut short
-            record = data[good + 4 : end - _CHECK]
-            if length > _MOST_RECORD or data[end - _CHECK : end] != _check(record):
-                raise StateCorrupt(f"The records {self._path} are damaged at byte {good}.")
-            records.append(record)
-            good = end
-        self._file.truncate(good)
-        return tuple(records)
-
-
-def _check(record: bytes) -> bytes:
-    return hashlib.sha256(record).digest()[:_CHECK]

@@ -17,7 +17,7 @@ from lepton_fl.tasks.metrics import TrainingLoss
 from lepton_fl.vector import vector_digest
 from lepton_fl.wire.messages import Request, TrainReply
 from lepton_server.book import load_model
-from lepton_server.store import open_store
+from lepton_server.store import Attempt, open_store
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]
 
@@ -127,7 +127,7 @@ def test_a_fleet_trains_and_the_sums_are_those_of_plain_rounds(real_fleet, same_
     assert any("cannot see any single device's update" in sentence for sentence in shown["seen"])
     assert all(p["examples"] == 0 for p in shown["participation"])
     assert len(check_sums(fleet, run_id, data)) == 2
-    assert not (fleet.folder / "server" / "secure" / run_id).exists()
+    assert not (fleet.folder / "server" / "blobs" / "spool" / run_id).exists()
 
 
 # --- kills ------------------------------------------------------------------------------------------
@@ -135,13 +135,11 @@ def test_a_fleet_trains_and_the_sums_are_those_of_plain_rounds(real_fleet, same_
 
 def stage_of(fleet, run_id):
     """At which attempt and stage the coordinator is, by what it has written ahead."""
-    for path in (fleet.folder / "server" / "secure" / run_id).glob("*/records"):
-        data, place, closed = path.read_bytes(), 0, 0
-        while place + 4 <= len(data):
-            length = int.from_bytes(data[place : place + 4], "big")
-            closed += data[place + 6 : place + 7] == b"\2"  # after the number of the cohort: a decision
-            place += 4 + length + 8
-        return path.parent.name, STAGES[min(closed, 4)]
+    with open_store(fleet.folder / "server" / "lepton.db") as store:
+        for row in (r for r in store.rounds(run_id) if r.state == "planned"):
+            kept = store.kept(Attempt(run_id, row.round, row.attempt))
+            closed = sum(k.body[2:3] == b"\2" for k in kept)  # after the number of the cohort: a decision
+            return f"{row.round}-{row.attempt}", STAGES[min(closed, 4)]
     return "", None
 
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import update
 
 from lepton_client.config import ClientSection
 from lepton_client.secure import Seat, deployment, signing_key
 from lepton_client.state import Identity, StateDir
 from lepton_fl import crypto
-from lepton_fl.errors import DiskFull, Rejection, StateCorrupt, TrustError, UpdateRejected
+from lepton_fl.errors import DiskFull, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
@@ -22,8 +23,11 @@ from lepton_fl.secagg.server import Stage
 from lepton_fl.tasks.metrics import TrainingLoss
 from lepton_fl.wire.messages import Request, TrainReply
 from lepton_server import secure as module
+from lepton_server.attempts import AttemptLog
 from lepton_server.authority import Authority
-from lepton_server.secure import SecureFleet, SessionLog
+from lepton_server.secure import SecureFleet, attempt_of
+from lepton_server.store import open_store
+from lepton_server.store.tables import ATTEMPT_RECORD
 
 N, SIZE = 7, 33
 STAGES = [s for s in Stage if s is not Stage.DONE]
@@ -105,10 +109,11 @@ class Wire:
 
 @pytest.fixture
 def fleet(tmp_path):
-    return make_fleet(tmp_path)
+    with open_store(tmp_path / "lepton.db") as store:
+        yield make_fleet(tmp_path, store)
 
 
-def make_fleet(folder):
+def make_fleet(folder, store):
     authority, ca = Ed25519PrivateKey.generate(), Authority.open(folder / "keys")
     public = authority.public_key().public_bytes_raw()
     seats, identity = {}, None
@@ -133,22 +138,24 @@ def make_fleet(folder):
         write_private(state.signing, canonical_json(paper))
         seats[device] = Seat(state, ClientSection(least_cohort=4), Trains(number))
         seats[device].belongs_to(identity)
-    return Works(folder, seats, Certified([public]), deployment(identity))
+    return Works(folder, store, seats, Certified([public]), deployment(identity))
 
 
 class Works:
-    def __init__(self, folder, seats, trust, name):
+    def __init__(self, folder, store, seats, trust, name):
         self.folder, self.seats, self.trust, self.deployment = folder, seats, trust, name
+        self.store, self.spool = store, folder / "blobs" / "spool"
         self.wire, self.stock = Wire(seats), Stock()
         self.shown = []
 
     def rounds(self):
-        """As after a restart of the coordinator: nothing is left but the files."""
+        """As after a restart of the coordinator: nothing is left but the store and the files."""
         return SecureFleet(
             self.wire,
             self.stock,
             self,
-            self.folder / "secure" / "r1",
+            self.store,
+            self.spool,
             stage_s=1.0,
             show=lambda words, seconds: self.shown.append(words),
             insist=lambda work: work(),
@@ -180,6 +187,9 @@ class Works:
     def run(self, plan, request):
         return self.rounds().collect(plan, request, None, lambda: 0.0)
 
+    def files(self):
+        return sorted(p for p in self.spool.glob("r1/??/*") if p.parent.name != "tmp")
+
     def check(self, plan, request, collected, mean):
         counted = [d for d, e in collected.participation.items() if e.outcome == "accepted"]
         assert np.array_equal(mean, self.expected(plan, request, counted))
@@ -194,7 +204,7 @@ def test_the_sum_is_that_of_a_plain_round_and_keys_are_made_ahead(fleet):
     plan, request = fleet.plan(number=2)
     assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N
     assert Stage.ADVERTS not in {s for s, _ in fleet.wire.asked}  # one exchange less to wait for
-    assert not (fleet.folder / "secure" / "r1" / "1-1").exists()  # only the attempt in hand is kept
+    assert len(fleet.files()) == N  # only the attempt in hand is kept
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.name.lower())
@@ -233,13 +243,13 @@ def test_a_coordinator_that_is_killed_after_any_record_goes_on_and_asks_for_no_o
     """Every record is the last one before a crash, in one long round of crashes; the sum is right."""
     plan, request = fleet.plan()
     fleet.wire.silent[Stage.UPLOADS] = {next(iter(fleet.seats))}
-    append, certified = SessionLog.append, set()
+    append, certified = AttemptLog.append, set()
 
-    def dying(log, record):
-        append(log, record)
+    def dying(log, record, *, durable):
+        append(log, record, durable=durable)
         raise Crash
 
-    monkeypatch.setattr(SessionLog, "append", dying)
+    monkeypatch.setattr(AttemptLog, "append", dying)
     crashes = 0
     while True:
         try:
@@ -309,11 +319,12 @@ def test_a_device_with_bad_shares_is_named_before_anybody_signs_and_the_round_go
 def test_damaged_records_give_the_round_up_rather_than_ask_again(fleet, monkeypatch):
     plan, request = fleet.plan()
     fleet.wire.silent[Stage.REVEALS] = set(fleet.seats)
-    records = module.records_of(fleet.folder / "secure" / "r1", plan)
     fleet.run(plan, request)
-    data = bytearray(records.read_bytes())
-    data[40] ^= 1
-    records.write_bytes(data)
+    with fleet.store._engine.begin() as connection:
+        body = fleet.store.kept(attempt_of(plan))[1].body
+        damaged = body[:40] + bytes([body[40] ^ 1]) + body[41:]
+        table = ATTEMPT_RECORD
+        connection.execute(update(table).where(table.c.number == 2).values(body=damaged))
     collected, mean = fleet.run(plan, request)
     assert mean is None
     assert collected.burnt
@@ -324,8 +335,7 @@ def test_a_vector_that_was_lost_with_the_power_is_no_part_of_a_sum(fleet):
     plan, request = fleet.plan()
     fleet.wire.silent[Stage.CONSENTS] = set(fleet.seats)
     fleet.run(plan, request)
-    uploads = module.records_of(fleet.folder / "secure" / "r1", plan).parent / "uploads"
-    one = sorted(uploads.iterdir())[0]
+    one = fleet.files()[0]
     one.write_bytes(one.read_bytes()[:-4])
     fleet.wire.silent.clear()
     collected, mean = fleet.run(plan, request)
@@ -335,15 +345,15 @@ def test_a_vector_that_was_lost_with_the_power_is_no_part_of_a_sum(fleet):
 
 def test_a_full_disk_is_waited_for_and_the_attempt_goes_on(fleet, monkeypatch):
     plan, request = fleet.plan()
-    append, budget = SessionLog.append, [5]
+    append, budget = AttemptLog.append, [5]
 
-    def full(log, record):
+    def full(log, record, *, durable):
         budget[0] -= 1
         if budget[0] == 0:
             raise DiskFull("No space.")
-        append(log, record)
+        append(log, record, durable=durable)
 
-    monkeypatch.setattr(SessionLog, "append", full)
+    monkeypatch.setattr(AttemptLog, "append", full)
     rounds = fleet.rounds()
 
     def insist(work):
@@ -364,27 +374,3 @@ def test_a_long_stage_is_shown_with_whom_it_waits_for(fleet, monkeypatch):
     fleet.run(plan, request)
     assert any("masked updates" in words and silent in words for words in fleet.shown)
     assert fleet.shown[-1] == ""
-
-
-def test_records_survive_a_cut_and_not_damage(tmp_path):
-    path = tmp_path / "records"
-    records = [b"\0\0" + bytes([1]) * n for n in (3, 100, 1, 7)]
-    with SessionLog(path) as log:
-        for record in records:
-            log.append(record)
-    whole = path.read_bytes()
-    for size in range(len(whole)):
-        path.write_bytes(whole[:size])
-        with SessionLog(path) as log:
-            assert list(log.found) == records[: len(log.found)]
-        assert len(path.read_bytes()) <= size
-    for place in range(len(whole) - 30):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1
-        path.write_bytes(damaged)
-        try:
-            with SessionLog(path) as log:
-                assert list(log.found) == records[: len(log.found)]
-                assert len(log.found) < len(records)
-        except StateCorrupt:
-            pass

@@ -2,17 +2,19 @@
 
 The only package that speaks SQL. ``events`` says what can happen, ``projection`` what it does and when it is
 allowed, ``tables`` and ``migrations`` how it lies on disk, ``journal`` how it is checked, ``ledger`` what
-privacy has cost, ``store`` how all of it is used.
+privacy has cost, ``attempts`` what open rounds have heard, ``store`` how all of it is used.
 """
 
 from lepton_server.store.events import KINDS, Participation, TaskRegistered
 from lepton_server.store.store import Store, Transaction, open_store
 from lepton_server.store.views import (
     ActiveDevice,
+    Attempt,
     ChargeRecord,
     Device,
     Event,
     Head,
+    Kept,
     Model,
     Part,
     RebuildReport,
@@ -28,10 +30,12 @@ from lepton_server.store.views import (
 __all__ = [
     "KINDS",
     "ActiveDevice",
+    "Attempt",
     "ChargeRecord",
     "Device",
     "Event",
     "Head",
+    "Kept",
     "Model",
     "Part",
     "Participation",

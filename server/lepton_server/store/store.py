@@ -33,7 +33,7 @@ from lepton_fl.errors import NotFound, StateError, StateLocked
 from lepton_fl.files import event_hash
 from lepton_fl.privacy.events import Event as PrivacyEvent
 from lepton_fl.privacy.record import Policy
-from lepton_server.store import journal, ledger
+from lepton_server.store import attempts, journal, ledger
 from lepton_server.store.engine import make_engine, parse_url, reading, writing
 from lepton_server.store.events import Body, LedgerBody, TaskRegistered, encode_body, parse_body
 from lepton_server.store.projection import When, apply
@@ -56,10 +56,12 @@ from lepton_server.store.tables import (
 )
 from lepton_server.store.views import (
     ActiveDevice,
+    Attempt,
     ChargeRecord,
     Device,
     Event,
     Head,
+    Kept,
     Model,
     Part,
     RebuildReport,
@@ -130,6 +132,8 @@ class Transaction:
         encoded = encode_body(kind, checked)
         seq, prev = self._head.seq + 1, self._head.hash
         apply(self._connection, When(seq, now), checked)
+        if kind in attempts.CLOSING:
+            attempts.forget(self._connection, subject)
         digest = event_hash(prev, seq, now, kind, subject, encoded)
         row = {
             "seq": seq,
@@ -252,6 +256,31 @@ class Store:
         rows = sorted(newest.values())  # one order for all writers, so that two never wait for each other
         with self._exclusive(), writing(self._engine, self._lock_timeout, soft=True) as connection:
             _upsert_presence(connection, rows)
+
+    def keep(self, attempt: Attempt, record: Kept, *, durable: bool) -> None:
+        """Write a record of an open attempt ahead; the event that closes the attempt takes it away.
+
+        Args:
+            attempt: Of which run, round and attempt.
+            record: From ``attempts.following``.
+            durable: It is on the disk when this returns, with all that were written before; else a power cut
+                may take it, and a crash of this process may not.
+
+        Raises:
+            StateError: Somebody else has written a record of this number.
+            StateLocked, DiskFull: Nothing was written.
+        """
+        with self._exclusive(), writing(self._engine, self._lock_timeout, soft=not durable) as connection:
+            attempts.add(connection, attempt, record)
+
+    def kept(self, attempt: Attempt) -> list[Kept]:
+        """Return the records of an attempt that has not been closed, in order.
+
+        Raises:
+            StateCorrupt: One is missing or damaged.
+        """
+        with reading(self._engine) as connection:
+            return attempts.of(connection, attempt)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

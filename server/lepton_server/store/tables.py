@@ -1,8 +1,9 @@
-"""The tables: the journal, its projections, and the two that are neither.
+"""The tables: the journal, its projections, and the three that are neither.
 
 ``event`` is the truth and only grows. ``enrolment_token`` … ``privacy_total`` are projections: they hold
 nothing that a replay of the journal does not give. ``journal_head`` lets a missing tail be noticed.
 ``presence`` is soft state (when a device was last seen): worth nothing after a restart, so not journalled.
+``attempt_record`` is written ahead and goes with the event that closes the attempt.
 
 JSON columns hold canonical JSON text and public facts only, so that equal rows are equal on every engine.
 """
@@ -16,6 +17,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -305,6 +307,20 @@ class PresenceRow(_Base, table=True):
     status: str = Field(sa_column=_text())
 
 
+class AttemptRecordRow(_Base, table=True):
+    """What an open attempt has heard and decided, in order. Not in the journal, gone when it is closed."""
+
+    __tablename__ = "attempt_record"
+    run_id: str = Field(sa_column=Column(Text, primary_key=True))
+    round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    number: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))  # from 1
+    body: bytes = Field(sa_column=Column(LargeBinary, nullable=False))  # empty: it is in ``blob``
+    blob: str = Field(sa_column=_text())  # SHA-256 of a spooled file; empty: it is in ``body``
+    spooled: str = Field(sa_column=_text())  # JSON object: device -> SHA-256 of the files it has sent
+    hash: str = Field(sa_column=_text())  # of this row and, through the one before, of all before
+
+
 METADATA: MetaData = _Base.metadata
 
 
@@ -323,6 +339,7 @@ ROUND = _table("round")
 PARTICIPATION = _table("participation")
 MODEL = _table("model_version")
 PRESENCE = _table("presence")
+ATTEMPT_RECORD = _table("attempt_record")
 BUDGET = _table("privacy_budget")
 CHARGE = _table("privacy_charge")
 TOTAL = _table("privacy_total")

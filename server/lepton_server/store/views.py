@@ -255,3 +255,30 @@ class RebuildReport:
     def equal(self) -> bool:
         """Whether the tables were what the journal says."""
         return self.different == 0
+
+
+class Attempt(NamedTuple):
+    """One attempt at one round of a run."""
+
+    run_id: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One record of an open attempt: what was heard or decided, written before anybody acts on it.
+
+    Attributes:
+        number: 1, 2, 3, ... within the attempt.
+        body: the record; empty where it is large, and then in the file that ``blob`` names.
+        blob: SHA-256 of a spooled file, or empty.
+        spooled: device -> SHA-256 of the spooled files that have come from it with this record, in order.
+        hash: of all this and of the record before.
+    """
+
+    number: int
+    body: bytes = field(repr=False)
+    blob: str
+    spooled: Mapping[str, tuple[str, ...]]
+    hash: str
