@@ -45,6 +45,8 @@ def sha256_hex(data: bytes) -> str:
 
 
 _CONTAINERS = (dict, list, tuple)
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+_encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def canonical_json(obj: object) -> bytes:
@@ -58,8 +60,7 @@ def canonical_json(obj: object) -> bytes:
         ValueError: NaN, infinity, a key that is not text, text that is not Unicode, or another type.
     """
     try:
-        text = json.dumps(obj, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        data = text.encode("utf-8")
+        data = _encode(obj).encode("utf-8")
     except (TypeError, RecursionError, UnicodeEncodeError) as error:
         raise ValueError(f"Not representable as canonical JSON: {error}") from error
     _check_keys(obj)
@@ -75,9 +76,8 @@ def _check_keys(obj: object) -> None:
             for key in item:
                 if not isinstance(key, str):
                     raise ValueError(f"Expected text as a JSON key, got {key!r}.")
-            waiting += [value for value in item.values() if isinstance(value, _CONTAINERS)]
-        else:
-            waiting += [value for value in item if isinstance(value, _CONTAINERS)]
+        inside = item.values() if isinstance(item, dict) else item
+        waiting += [v for v in inside if type(v) not in _SCALARS and isinstance(v, _CONTAINERS)]
 
 
 def event_line(prev: str, seq: int, time: float, kind: str, subject: str, body: str) -> bytes:

@@ -59,11 +59,11 @@ def step(
     new = np.empty_like(model)
     own = {name: slot for name, slot in state.slots.items() if name in SLOTS}
     slots = {name: np.empty_like(old) for name, old in own.items()}
-    for start in range(0, len(model), BLOCK):
-        part = slice(start, start + BLOCK)
-        move, kept = _move(spec, mean[part], {k: v[part].astype(np.float64) for k, v in own.items()})
-        with np.errstate(over="ignore", invalid="ignore"):  # what leaves float32 is refused below
-            new[part] = model[part] + spec.learning_rate * move
+    with np.errstate(over="ignore", invalid="ignore"):  # what leaves float32 is refused below
+        for start in range(0, len(model), BLOCK):
+            part = slice(start, start + BLOCK)
+            move, kept = _move(spec, mean[part], {k: v[part].astype(np.float64) for k, v in own.items()})
+            new[part] = model[part] + (move if spec.learning_rate == 1 else spec.learning_rate * move)
             for name, value in kept.items():
                 slots[name][part] = value
     if not np.isfinite(new).all():

@@ -12,11 +12,9 @@ is the same whichever backend computes it.
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Protocol, Self
-
-import numpy as np
 
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import RoundPlan
@@ -202,9 +200,9 @@ def chunks(devices: Sequence[str], costs: Sequence[int], size: int, workers: int
     """
     if not devices:
         return []
-    each = np.asarray(costs, np.float64) + 1.0
-    ends = np.cumsum(each)
+    ends = list(accumulate(cost + 1.0 for cost in costs))
     count = min(workers * -(-len(devices) // (size * workers)), len(devices))
-    places = np.minimum(((ends - each / 2) / ends[-1] * count).astype(np.int64), count - 1)
-    starts = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(devices)]
-    return [list(devices[a:b]) for a, b in pairwise(starts)]
+    pieces: list[list[str]] = [[] for _ in range(count)]
+    for device_id, cost, end in zip(devices, costs, ends, strict=True):
+        pieces[min(int((end - (cost + 1.0) / 2) / ends[-1] * count), count - 1)].append(device_id)
+    return [piece for piece in pieces if piece]

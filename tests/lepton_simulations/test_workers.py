@@ -338,6 +338,27 @@ def test_a_sum_outlives_a_worker_that_dies_after_it_has_trained(pool):
     assert (subtotal.reports, subtotal.weight) == (8, 36)
 
 
+@pytest.mark.parametrize("core", [-1, 0, 1])
+def test_idle_workers_that_died_are_replaced_whichever_core_they_were_on(pool, monkeypatch, core):
+    monkeypatch.setattr(module, "current_core", lambda: core)
+    for worker in list(pool._workers):
+        worker.process.kill()
+        worker.process.join()
+    subtotal, trained, _ = train(pool, *(f"d{n}" for n in range(1, 17)))  # more than one chunk for each
+    assert_array_equal(subtotal.total, expected(range(1, 17)))
+    assert len(trained) == 16
+
+
+def test_the_worker_on_our_own_core_is_woken_last(pool, monkeypatch):
+    woken = []
+    for number, worker in enumerate(pool._workers):
+        worker.cores = frozenset({number})
+    monkeypatch.setattr(module, "current_core", lambda: 0)
+    monkeypatch.setattr(pool, "_hand_to", lambda worker, waiting: woken.append(waiting.popleft() and worker))
+    pool._hand_out(deque([["a"], ["b"]]))
+    assert woken == [pool._workers[1], pool._workers[0]]
+
+
 @pytest.mark.parametrize(
     ("count", "size", "workers"), [(4, 10, 2), (5, 2, 2), (100, 33, 2), (7, 3, 4), (1, 9, 8)]
 )
