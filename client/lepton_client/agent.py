@@ -40,9 +40,11 @@ from lepton_client.memory import FileMemory
 from lepton_client.secure import Seat
 from lepton_client.spending import Spending, policies_of
 from lepton_client.state import Identity, StateDir
+from lepton_client.witness import Witness
 from lepton_client.worker import Answerer, Node, Selection, Worker
 from lepton_fl.errors import LeptonError, StateError, TrustError
 from lepton_fl.files import read_private
+from lepton_fl.privacy.head import LedgerHead
 from lepton_fl.wire.v1 import device_pb2 as pb
 
 if TYPE_CHECKING:
@@ -151,6 +153,7 @@ class Agent:
             self._seat.belongs_to(self._identity)
             apply_limits(self._config.limits)
             self._diary = Diary(self._state, self._clock, self._facts())
+            self._witness = Witness(self._state.witness, self._identity.ca_pem)
             self._office.contracts = Contracts(self._state.contracts, self._broken_contract)
             self._worker = Worker(
                 self._new_node,
@@ -268,6 +271,7 @@ class Agent:
             desired_digest=self._courier.acknowledged,
             serving=self._courier.report(),
             service=self._courier.service(),
+            ledger=_shown(self._witness.seen),
         )
 
     def _status(self) -> tuple[pb.Status, str]:
@@ -285,6 +289,8 @@ class Agent:
             return f"{findings[0].name}: {findings[0].reason}"
         if self._diary.trouble:
             return self._diary.trouble
+        if self._witness.objection:
+            return self._witness.objection
         now = datetime.fromtimestamp(self._clock.wall()).astimezone()
         rules = self._config.eligibility
         return first_objection(rules, self._state.folder, now, self._machine)
@@ -298,6 +304,7 @@ class Agent:
         self._diary.note(connected=True, error="", clock_skew_s=round(self._watch.skew))
         self._renewal_wanted = answer.renew
         self._want(answer.desired_json)
+        objects = self._hear_of_ledger(answer)  # before anything is done for this coordinator
         for instruction in answer.instructions:
             self._obey(instruction)
         if answer.wait:
@@ -305,10 +312,25 @@ class Agent:
         else:
             self._hush()
         self._seat.sent()
-        if self._prepare(answer):
+        if self._prepare(answer) or objects:
             return 0.0
         delay = answer.next_check_in_s
         return delay if 0 < delay <= 86_400 else FALLBACK_S  # NaN compares false
+
+    def _hear_of_ledger(self, answer: pb.CheckInResponse) -> bool:
+        """Look at the coordinator's privacy ledger; whether this device sits out from now on, or no more."""
+        told = answer.ledger
+        head = (
+            LedgerHead(told.seq, told.hash, told.key, told.signature) if answer.HasField("ledger") else None
+        )
+        try:
+            changed = self._witness.hear(head)
+        except StateError as error:
+            self._diary.hit(error)
+            return False
+        if changed and not self._witness.objection:
+            self._diary.say("ledger", "The coordinator shows the privacy ledger again that was seen before.")
+        return changed
 
     def _prepare(self, answer: pb.CheckInResponse) -> bool:
         """Get ready for rounds with secure aggregation; whether there is something to tell at once."""
@@ -506,6 +528,12 @@ class Agent:
             "coordinator": identity.device_service,
             "certificate_ends": identity.ends,
         }
+
+
+def _shown(head: LedgerHead | None) -> pb.LedgerHead | None:
+    if head is None:
+        return None
+    return pb.LedgerHead(seq=head.seq, hash=head.hash, key=head.key, signature=head.signature)
 
 
 def flower_node(address: str, ca_pem: bytes, key: "PrivateKey") -> Node:

@@ -1,4 +1,4 @@
-"""``lepton privacy budget``, ``show``, ``export`` and ``verify``: what privacy has cost, and the proof of it.
+"""``lepton privacy budget``, ``show``, ``head``, ``export`` and ``verify``: what privacy has cost, proven.
 
 They join ``lepton privacy plan``. Importing this module imports none of its weight.
 """
@@ -10,7 +10,7 @@ import typer
 
 from lepton_fl.cli.output import Format, FormatOption, print_data, say
 from lepton_fl.cli.privacy import app
-from lepton_fl.errors import ConfigError, StateCorrupt
+from lepton_fl.errors import ConfigError, NotFound, StateCorrupt
 from lepton_server.commands import ConfigOption, StateOption, load, opened
 
 if TYPE_CHECKING:
@@ -72,10 +72,13 @@ def show(
     with opened(load(config, {"server.state_dir": state_dir})) as store:
         rows = [_budget_row(found, counts, store) for found, counts in store.budgets()]
         rows += _on_devices(store)
-        waiting = store.charges(states=LEFT_OPEN)
+        waiting, missed = store.charges(states=LEFT_OPEN), store.missed_head()
     if format == Format.JSON:
-        print_data({"budgets": rows, "unsettled": [_charge_row(c) for c in waiting]}, format=format)
+        unsettled = [_charge_row(c) for c in waiting]
+        print_data({"budgets": rows, "unsettled": unsettled, "missed_event": missed}, format=format)
         return
+    if missed is not None:
+        say(f"A device has seen event {missed} of this ledger, which is not here: this is an older copy.")
     print_data(rows, title="Privacy budgets", columns=_COLUMNS)
     if waiting:
         print_data([_charge_row(c) for c in waiting], title="Under way or in doubt: they count as spent")
@@ -98,6 +101,36 @@ def export(
     whole = b"[" + b",\n".join(lines) + b"]\n" if output.suffix == ".json" else b"\n".join(lines) + b"\n"
     write_atomic(output, whole)
     print_data({"file": str(output), "events": len(lines) - 1, "bytes": len(whole)}, format=format)
+
+
+@app.command()
+def head(
+    file: Annotated[
+        Path | None, typer.Argument(help="A head that was printed earlier: is it part of this ledger?")
+    ] = None,
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Print the ledger's signed head, to be kept elsewhere; or hold this ledger against one that was kept.
+
+    Exit code 7 if this ledger is an older copy than the one that the head is of.
+    """
+    from lepton_server.heads import Heads, head_from, refuse_older
+    from lepton_server.privacy import PrivacyKeys
+
+    settings = load(config, {"server.state_dir": state_dir})
+    with opened(settings) as store:
+        if file is not None:
+            kept = head_from(_read(file))
+            refuse_older(store, kept)
+            print_data({"event": kept.seq, "is": "part of this ledger"}, format=format)
+            return
+        heads = Heads(store, PrivacyKeys(settings.server.state_dir / "keys", settings.privacy))
+        heads.refresh()
+    if heads.head is None:
+        raise NotFound("There is no ledger yet: no budget was set and no private run has begun.")
+    print_data(heads.head.to_json(), format=format)
 
 
 @app.command()

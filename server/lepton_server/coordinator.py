@@ -30,6 +30,7 @@ from lepton_server.device_service import DeviceService, Endpoints, hosts_of
 from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Limits, Refused
+from lepton_server.heads import Heads
 from lepton_server.ops import Meters, ops_app
 from lepton_server.privacy import PrivacyKeys
 from lepton_server.releases import ListKeeper, online_keys, shelf_of
@@ -128,10 +129,14 @@ class Coordinator:
         signing = Signing.open(config.authority, store, deployment_of(authority.ca_der))
         if signing is not None:
             fleet.set_authority(signing.renew_s)
+        keys = PrivacyKeys(folder / "keys", config.privacy)
+        heads = Heads(store, keys)
+        heads.refresh()
+        fleet.on_grown(heads.refresh)
         fleet.start()
         stack.callback(fleet.stop)
         service = self._service = DeviceService(
-            config, store, authority, fleet, fleet_port=fleet_port, signing=signing
+            config, store, authority, fleet, fleet_port=fleet_port, signing=signing, heads=heads
         )
         service.start()
         stack.callback(service.stop)
@@ -148,7 +153,7 @@ class Coordinator:
             fleet,
             link,
             self.meters,
-            keys=PrivacyKeys(folder / "keys", config.privacy),
+            keys=keys,
             signing=signing,
             spool_dir=config.spool_dir,
         )

@@ -47,6 +47,7 @@ from lepton_fl import crypto
 from lepton_fl.delivery.rollout import Service
 from lepton_fl.errors import ConfigError, ConnectionFailed, Fault, LeptonError, NotFound, TrustError
 from lepton_fl.plan import PROTOCOL_VERSION
+from lepton_fl.privacy.head import HASH_BYTES, MAX_KEY, MAX_SIGNATURE, LedgerHead
 from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.authority import Authority, DeviceCertificate
@@ -63,6 +64,7 @@ from lepton_server.fleet import (
     Serving,
     TaskState,
 )
+from lepton_server.heads import Heads
 from lepton_server.releases import shelf_of
 from lepton_server.signing import Signing
 from lepton_server.store import Device, Store, Token
@@ -92,6 +94,7 @@ _Passing = Literal[
     "credential_ends",
     "adverts",
     "advert_session",
+    "ledger",
 ]
 _PASSING: tuple[_Passing, ...] = get_args(_Passing)  # what a check-in says of this moment only
 _MOST_ADVERTS, _MAX_ADVERT = 8, 1024  # keys made ahead in one check-in, and bytes of one
@@ -136,6 +139,7 @@ class DeviceService:
         *,
         fleet_port: int | None = None,
         signing: Signing | None = None,
+        heads: Heads | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         """Prepare; nothing is opened before :meth:`start`.
@@ -147,9 +151,10 @@ class DeviceService:
             fleet: The view that check-ins feed; started by the caller.
             fleet_port: Where Flower's fleet API really listens, when the configured port is 0.
             signing: The way to the enrolment authority; None = there is none.
+            heads: What devices are told of the privacy ledger; None = nothing.
             wall: UTC seconds.
         """
-        self._signing = signing
+        self._signing, self._heads = signing, heads
         self._config, self._store, self._authority, self._fleet = config, store, authority, fleet
         self._fleet_port = config.listen.fleet_port if fleet_port is None else fleet_port
         self._wall = wall
@@ -434,6 +439,10 @@ class DeviceService:
             raise ConfigError(f"Expected desired_digest of 64 characters, got {len(desired)}.")
         secrecy = _secrecy(request)
         serves, service = _service(request.service)
+        seen = _seen_head(request)
+        if self._heads is not None and seen is not None and not self._heads.fits(seen):
+            work = partial(self._heads.judge, identity.device_id, seen)
+            await asyncio.get_running_loop().run_in_executor(self._pool, work)
         answer = self._fleet.check_in(
             identity.device_id,
             self._report(request),  # consumes the request
@@ -455,6 +464,7 @@ class DeviceService:
             desired_json=answer.desired,
             certify=answer.certify,
             adverts_wanted=answer.adverts,
+            ledger=self._heads.told if self._heads is not None else None,
         )
 
     async def _certify(self, data: bytes, context: Context) -> pb.CertifyResponse:
@@ -877,6 +887,19 @@ def _digest(field: str, text: str, *, empty: bool = False) -> str:
     if not (empty and not text) and (len(text) != 64 or not set(text) <= set("0123456789abcdef")):
         raise ConfigError(f"Expected {field} of 64 hexadecimal digits, got {_printable(text, 70)!r}.")
     return text
+
+
+def _seen_head(request: pb.CheckInRequest) -> LedgerHead | None:
+    """The head of the privacy ledger that a device has seen; not checked beyond its bounds."""
+    if not request.HasField("ledger"):
+        return None
+    seen = request.ledger
+    if not 0 < seen.seq < 2**63:
+        raise ConfigError(f"Expected ledger.seq of 1 to 2^63 - 1, got {seen.seq}.")
+    _check_size("ledger.hash", len(seen.hash), HASH_BYTES, HASH_BYTES)
+    _check_size("ledger.key", len(seen.key), 1, MAX_KEY)
+    _check_size("ledger.signature", len(seen.signature), 1, MAX_SIGNATURE)
+    return LedgerHead(seen.seq, seen.hash, seen.key, seen.signature)
 
 
 def _secrecy(request: pb.CheckInRequest) -> Secrecy:

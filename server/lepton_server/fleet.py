@@ -262,8 +262,9 @@ class Fleet:
         self._secure_active = False
         self._renew_s: float | None = None  # None: there is no enrolment authority
         self._batch = _Batch()
-        self._seq = 0
+        self._seq = self._told_seq = 0
         self._revocation: list[Callable[[str], None]] = []
+        self._grown: list[Callable[[], None]] = []
         self._follow_lock = threading.Lock()  # one thread at a time follows the journal
         self._flush_lock = threading.Lock()  # and one writes
         self._stop = threading.Event()
@@ -276,7 +277,7 @@ class Fleet:
         self.load()
         self._stop.clear()
         for name, work, period in (
-            ("fleet-journal", self.follow, self._config.journal_poll_s),
+            ("fleet-journal", self._follow_and_tell, self._config.journal_poll_s),
             ("fleet-writer", self.flush, self._config.batch_window_s),
         ):
             thread = threading.Thread(target=self._repeat, args=(work, period), name=name, daemon=True)
@@ -338,6 +339,17 @@ class Fleet:
         """Apply the events that were journalled since the last call, by this process or another."""
         with self._follow_lock:
             self._seq = self._read(self._seq, self._store.head_seq(), _FOLLOWED)
+
+    def _follow_and_tell(self) -> None:
+        before = self._told_seq
+        self.follow()
+        self._told_seq = self._seq
+        for callback in self._grown if self._told_seq != before else ():
+            callback()
+
+    def on_grown(self, callback: Callable[[], None]) -> None:
+        """Have ``callback()`` called in the thread that follows the journal, when it has grown."""
+        self._grown.append(callback)
 
     def _read(self, seen: int, head: int, kinds: Sequence[str]) -> int:
         while seen < head:

@@ -19,13 +19,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lepton_fl.crypto import PrivateKey, key_from_pem, key_to_pem, new_key, public_der
-from lepton_fl.errors import ConfigError, NotFound, StateConflict, StateCorrupt, TrustError
+from lepton_fl.errors import BudgetRefused, ConfigError, NotFound, StateConflict, StateCorrupt, TrustError
 from lepton_fl.files import read_private, remove, write_private
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.privacy.budget import epsilon_of
 from lepton_fl.privacy.events import Event, to_json
 from lepton_fl.privacy.planning import Prepared
-from lepton_fl.privacy.record import Charge, Key, Policy, accounts_of, admitted, scope_of
+from lepton_fl.privacy.record import FLEET, Charge, Key, Policy, accounts_of, admitted, scope_of
 from lepton_fl.privacy.sealing import KEY_BYTES
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, budget_of
 from lepton_server.config import PrivacySection
@@ -69,6 +69,11 @@ class PrivacyKeys:
         if len(key) != KEY_BYTES:
             raise StateCorrupt(f"Expected {KEY_BYTES} bytes in {self._noise}, got {len(key)}.")
         return key
+
+    @property
+    def can_sign(self) -> bool:
+        """Whether there is a key that signs budgets already."""
+        return self._budget.exists()
 
     def signer(self) -> PrivateKey:
         """The key that signs budgets, P-256."""
@@ -214,6 +219,14 @@ class Ledger:
         charge = self._reserved
         if charge is None:
             return
+        if (missed := change.missed_head()) is not None:
+            raise BudgetRefused(
+                f"A device has seen event {missed} of the privacy ledger, and it is not here: this database "
+                "is an older copy, and what is missing was spent.",
+                budget=FLEET,
+                asked=float("inf"),
+                hint="Restore the newest copy. Nothing private is released under this one.",
+            )
         for budget in change.budgets_over(charge.accounts, charge.unit):
             self._check(budget)
             admitted(budget.policy, change.spent(budget.policy), charge)

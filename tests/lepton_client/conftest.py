@@ -82,6 +82,7 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
         self.lose_enrolment_answer = False
         self.wait = False
         self.renew = False
+        self.ledger = None  # the head that it shows
         self.interval = 0.05
         self.time_offset = 0.0
         self.waits = 0
@@ -167,6 +168,7 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
             wait=self.wait,
             server_time=time.time() + self.time_offset,
             renew=self.renew,
+            ledger=self.ledger,
         )
 
     def Wait(self, request, context):  # noqa: N802 - the proto's name

@@ -17,6 +17,8 @@ from cryptography import x509
 from lepton_fl import crypto
 from lepton_fl.delivery.shelf import Shelf
 from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError, TrustError
+from lepton_fl.privacy.head import LedgerHead, sign_head
+from lepton_fl.privacy.record import Policy
 from lepton_fl.wire.status import CODE_KEY, error_from
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_fl.wire.v1.device_pb2_grpc import DeviceServiceStub
@@ -25,6 +27,8 @@ from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
 from lepton_server.device_service import DeviceService, FailureLimiter, _address
 from lepton_server.fleet import Fleet
+from lepton_server.heads import Heads
+from lepton_server.privacy import PrivacyKeys, set_budget
 from lepton_server.store import open_store
 
 pytestmark = pytest.mark.network
@@ -67,11 +71,18 @@ class World:
     channels: list = field(default_factory=list)
     service: DeviceService | None = None
     fleet: Fleet | None = None
+    keys: PrivacyKeys | None = None
 
     def start(self) -> None:
         self.fleet = Fleet(self.store, self.config.check_in)
+        self.keys = PrivacyKeys(self.path / "keys", self.config.privacy)
+        heads = Heads(self.store, self.keys)
+        heads.refresh()
+        self.fleet.on_grown(heads.refresh)
         self.fleet.start()
-        self.service = DeviceService(self.config, self.store, self.authority, self.fleet, fleet_port=4242)
+        self.service = DeviceService(
+            self.config, self.store, self.authority, self.fleet, fleet_port=4242, heads=heads
+        )
         self.service.start()
 
     def stop(self) -> None:
@@ -251,6 +262,35 @@ def test_enrol_check_in_wait_instruct_verdict(world, device):
     assert listening.next() == verdict
     listening.close()
     assert until(lambda: not world.fleet.is_waiting(device.device_id))
+
+
+def test_a_check_in_tells_the_head_of_the_privacy_ledger_and_shows_what_was_seen(world, device):
+    stub = device.stub()
+    assert not device.check_in(stub).HasField("ledger")
+    with world.store.transaction() as change:
+        set_budget(change, world.keys, Policy("fleet", 1, 5.0, 1e-5))
+    assert until(lambda: device.check_in(stub).HasField("ledger"))
+    told = device.check_in(stub).ledger
+    head = LedgerHead(told.seq, told.hash, told.key, told.signature)
+    head.check()
+    assert world.store.event_hash(head.seq) == head.hash.hex()
+    device.check_in(stub, ledger=told)
+    lost = sign_head(head.seq + 100, "a" * 64, world.keys.signer())  # what a newer database had signed
+    shown = pb.LedgerHead(seq=lost.seq, hash=lost.hash, key=lost.key, signature=lost.signature)
+    before = world.store.head_seq()
+    for _ in range(3):
+        assert device.check_in(stub, ledger=shown).ledger.seq == head.seq
+    (missed,) = world.store.events(before)
+    assert (missed.kind, missed.body["seq"]) == ("ledger.missed", lost.seq)
+    for damaged in (
+        pb.LedgerHead(hash=bytes(32), key=b"x", signature=b"x"),
+        pb.LedgerHead(seq=2**63, hash=bytes(32), key=b"x", signature=b"x"),
+        pb.LedgerHead(seq=1, hash=b"x", key=b"x", signature=b"x"),
+        pb.LedgerHead(seq=1, hash=bytes(32), key=bytes(1000), signature=b"x"),
+        pb.LedgerHead(seq=1, hash=bytes(32), key=b"x"),
+    ):
+        with pytest.raises(ConfigError):
+            device.check_in(stub, ledger=damaged)
 
 
 def test_an_instruction_for_an_absent_device_comes_with_its_check_in(world, device):

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lepton/v1/device.proto\x12\tlepton.v1\"f\n\rEnrollRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x14\n\x0ctoken_secret\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\x0c\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0e\n\x06groups\x18\x05 \x03(\t\"u\n\x0e\x45nrollResponse\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63\x61_pem\x18\x03 \x01(\x0c\x12\'\n\tendpoints\x18\x04 \x01(\x0b\x32\x14.lepton.v1.Endpoints\"D\n\x0cRenewRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tdevice_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\x0c\"Q\n\rRenewResponse\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\x12\'\n\tendpoints\x18\x02 \x01(\x0b\x32\x14.lepton.v1.Endpoints\"2\n\tEndpoints\x12\x16\n\x0e\x64\x65vice_service\x18\x01 \x01(\t\x12\r\n\x05\x66leet\x18\x02 \x01(\t\"a\n\nTaskReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\xfb\x02\n\x0e\x43heckInRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12!\n\x06status\x18\x02 \x01(\x0e\x32\x11.lepton.v1.Status\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12$\n\x05tasks\x18\x04 \x03(\x0b\x32\x15.lepton.v1.TaskReport\x12\x16\n\x0e\x63lient_version\x18\x05 \x01(\t\x12-\n\x0c\x63\x61pabilities\x18\x06 \x01(\x0b\x32\x17.lepton.v1.Capabilities\x12\x13\n\x0b\x64\x65vice_time\x18\x07 \x01(\x01\x12\x16\n\x0e\x64\x65sired_digest\x18\x08 \x01(\t\x12#\n\x07serving\x18\t \x01(\x0b\x32\x12.lepton.v1.Serving\x12\x17\n\x0f\x63redential_ends\x18\n \x01(\x04\x12\x0f\n\x07\x61\x64verts\x18\x0b \x03(\x0c\x12\x16\n\x0e\x61\x64vert_session\x18\x0c \x01(\x0c\x12#\n\x07service\x18\r \x01(\x0b\x32\x12.lepton.v1.Service\"L\n\x07Service\x12\x0f\n\x07release\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x03 \x01(\x04\x12\x0e\n\x06p95_ms\x18\x04 \x01(\x01\"c\n\x07Serving\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\t\x12(\n\x06\x66\x61iled\x18\x04 \x03(\x0b\x32\x18.lepton.v1.FailedRelease\"N\n\rFailedRelease\x12\x0f\n\x07release\x18\x01 \x01(\t\x12\r\n\x05\x66\x61ult\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\r\n\x05\x66inal\x18\x04 \x01(\x08\"S\n\x0c\x43\x61pabilities\x12\x0c\n\x04\x63pus\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x03 \x01(\t\x12\n\n\x02os\x18\x04 \x01(\t\"\xc9\x01\n\x0f\x43heckInResponse\x12\x17\n\x0fnext_check_in_s\x18\x01 \x01(\x01\x12\x0c\n\x04wait\x18\x02 \x01(\x08\x12\x13\n\x0bserver_time\x18\x03 \x01(\x01\x12,\n\x0cinstructions\x18\x04 \x03(\x0b\x32\x16.lepton.v1.Instruction\x12\r\n\x05renew\x18\x05 \x01(\x08\x12\x14\n\x0c\x64\x65sired_json\x18\x06 \x01(\t\x12\x0f\n\x07\x63\x65rtify\x18\x07 \x01(\x08\x12\x16\n\x0e\x61\x64verts_wanted\x18\x08 \x01(\r\"3\n\x0e\x43\x65rtifyRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07request\x18\x02 \x01(\x0c\"8\n\x0f\x43\x65rtifyResponse\x12\x11\n\tauthority\x18\x01 \x01(\x0c\x12\x12\n\ncredential\x18\x02 \x01(\x0c\"\x1f\n\x0bWaitRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\"\xaf\x01\n\x0bInstruction\x12-\n\x0bparticipate\x18\x01 \x01(\x0b\x32\x16.lepton.v1.ParticipateH\x00\x12%\n\x07verdict\x18\x02 \x01(\x0b\x32\x12.lepton.v1.VerdictH\x00\x12!\n\x05leave\x18\x03 \x01(\x0b\x32\x10.lepton.v1.LeaveH\x00\x12\x1f\n\x04ping\x18\x04 \x01(\x0b\x32\x0f.lepton.v1.PingH\x00\x42\x06\n\x04kind\"\xc4\x01\n\x0bParticipate\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x14\n\x0ctask_version\x18\x06 \x01(\t\x12\x12\n\ndeadline_s\x18\x07 \x01(\x01\x12\x0e\n\x06stay_s\x18\x08 \x01(\x01\x12\x0f\n\x07node_id\x18\t \x01(\x06\x12\r\n\x05nonce\x18\n \x01(\t\x12\x0f\n\x07resumed\x18\x0b \x01(\x08\"y\n\x07Verdict\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x0c\n\x04kind\x18\x07 \x01(\t\"T\n\x05Leave\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\r\n\x05nonce\x18\x05 \x01(\t\"\x06\n\x04Ping\"6\n\x14\x46\x65tchMetadataRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"%\n\x15\x46\x65tchMetadataResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"6\n\x12\x46\x65tchChunksRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06sha256\x18\x02 \x03(\x0c\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*[\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATUS_IDLE\x10\x01\x12\x0f\n\x0bSTATUS_BUSY\x10\x02\x12\x17\n\x13STATUS_NOT_ELIGIBLE\x10\x03\x32\xde\x03\n\rDeviceService\x12=\n\x06\x45nroll\x12\x18.lepton.v1.EnrollRequest\x1a\x19.lepton.v1.EnrollResponse\x12:\n\x05Renew\x12\x17.lepton.v1.RenewRequest\x1a\x18.lepton.v1.RenewResponse\x12@\n\x07\x43heckIn\x12\x19.lepton.v1.CheckInRequest\x1a\x1a.lepton.v1.CheckInResponse\x12\x38\n\x04Wait\x12\x16.lepton.v1.WaitRequest\x1a\x16.lepton.v1.Instruction0\x01\x12R\n\rFetchMetadata\x12\x1f.lepton.v1.FetchMetadataRequest\x1a .lepton.v1.FetchMetadataResponse\x12@\n\x0b\x46\x65tchChunks\x12\x1d.lepton.v1.FetchChunksRequest\x1a\x10.lepton.v1.Chunk0\x01\x12@\n\x07\x43\x65rtify\x12\x19.lepton.v1.CertifyRequest\x1a\x1a.lepton.v1.CertifyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lepton/v1/device.proto\x12\tlepton.v1\"f\n\rEnrollRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x14\n\x0ctoken_secret\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\x0c\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0e\n\x06groups\x18\x05 \x03(\t\"u\n\x0e\x45nrollResponse\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63\x61_pem\x18\x03 \x01(\x0c\x12\'\n\tendpoints\x18\x04 \x01(\x0b\x32\x14.lepton.v1.Endpoints\"D\n\x0cRenewRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tdevice_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\x0c\"Q\n\rRenewResponse\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\x12\'\n\tendpoints\x18\x02 \x01(\x0b\x32\x14.lepton.v1.Endpoints\"2\n\tEndpoints\x12\x16\n\x0e\x64\x65vice_service\x18\x01 \x01(\t\x12\r\n\x05\x66leet\x18\x02 \x01(\t\"a\n\nTaskReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\xa2\x03\n\x0e\x43heckInRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12!\n\x06status\x18\x02 \x01(\x0e\x32\x11.lepton.v1.Status\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12$\n\x05tasks\x18\x04 \x03(\x0b\x32\x15.lepton.v1.TaskReport\x12\x16\n\x0e\x63lient_version\x18\x05 \x01(\t\x12-\n\x0c\x63\x61pabilities\x18\x06 \x01(\x0b\x32\x17.lepton.v1.Capabilities\x12\x13\n\x0b\x64\x65vice_time\x18\x07 \x01(\x01\x12\x16\n\x0e\x64\x65sired_digest\x18\x08 \x01(\t\x12#\n\x07serving\x18\t \x01(\x0b\x32\x12.lepton.v1.Serving\x12\x17\n\x0f\x63redential_ends\x18\n \x01(\x04\x12\x0f\n\x07\x61\x64verts\x18\x0b \x03(\x0c\x12\x16\n\x0e\x61\x64vert_session\x18\x0c \x01(\x0c\x12#\n\x07service\x18\r \x01(\x0b\x32\x12.lepton.v1.Service\x12%\n\x06ledger\x18\x0e \x01(\x0b\x32\x15.lepton.v1.LedgerHead\"G\n\nLedgerHead\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"L\n\x07Service\x12\x0f\n\x07release\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x03 \x01(\x04\x12\x0e\n\x06p95_ms\x18\x04 \x01(\x01\"c\n\x07Serving\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\t\x12(\n\x06\x66\x61iled\x18\x04 \x03(\x0b\x32\x18.lepton.v1.FailedRelease\"N\n\rFailedRelease\x12\x0f\n\x07release\x18\x01 \x01(\t\x12\r\n\x05\x66\x61ult\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\r\n\x05\x66inal\x18\x04 \x01(\x08\"S\n\x0c\x43\x61pabilities\x12\x0c\n\x04\x63pus\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x03 \x01(\t\x12\n\n\x02os\x18\x04 \x01(\t\"\xf0\x01\n\x0f\x43heckInResponse\x12\x17\n\x0fnext_check_in_s\x18\x01 \x01(\x01\x12\x0c\n\x04wait\x18\x02 \x01(\x08\x12\x13\n\x0bserver_time\x18\x03 \x01(\x01\x12,\n\x0cinstructions\x18\x04 \x03(\x0b\x32\x16.lepton.v1.Instruction\x12\r\n\x05renew\x18\x05 \x01(\x08\x12\x14\n\x0c\x64\x65sired_json\x18\x06 \x01(\t\x12\x0f\n\x07\x63\x65rtify\x18\x07 \x01(\x08\x12\x16\n\x0e\x61\x64verts_wanted\x18\x08 \x01(\r\x12%\n\x06ledger\x18\t \x01(\x0b\x32\x15.lepton.v1.LedgerHead\"3\n\x0e\x43\x65rtifyRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07request\x18\x02 \x01(\x0c\"8\n\x0f\x43\x65rtifyResponse\x12\x11\n\tauthority\x18\x01 \x01(\x0c\x12\x12\n\ncredential\x18\x02 \x01(\x0c\"\x1f\n\x0bWaitRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\"\xaf\x01\n\x0bInstruction\x12-\n\x0bparticipate\x18\x01 \x01(\x0b\x32\x16.lepton.v1.ParticipateH\x00\x12%\n\x07verdict\x18\x02 \x01(\x0b\x32\x12.lepton.v1.VerdictH\x00\x12!\n\x05leave\x18\x03 \x01(\x0b\x32\x10.lepton.v1.LeaveH\x00\x12\x1f\n\x04ping\x18\x04 \x01(\x0b\x32\x0f.lepton.v1.PingH\x00\x42\x06\n\x04kind\"\xc4\x01\n\x0bParticipate\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x14\n\x0ctask_version\x18\x06 \x01(\t\x12\x12\n\ndeadline_s\x18\x07 \x01(\x01\x12\x0e\n\x06stay_s\x18\x08 \x01(\x01\x12\x0f\n\x07node_id\x18\t \x01(\x06\x12\r\n\x05nonce\x18\n \x01(\t\x12\x0f\n\x07resumed\x18\x0b \x01(\x08\"y\n\x07Verdict\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x0c\n\x04kind\x18\x07 \x01(\t\"T\n\x05Leave\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\r\n\x05nonce\x18\x05 \x01(\t\"\x06\n\x04Ping\"6\n\x14\x46\x65tchMetadataRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"%\n\x15\x46\x65tchMetadataResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"6\n\x12\x46\x65tchChunksRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06sha256\x18\x02 \x03(\x0c\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*[\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATUS_IDLE\x10\x01\x12\x0f\n\x0bSTATUS_BUSY\x10\x02\x12\x17\n\x13STATUS_NOT_ELIGIBLE\x10\x03\x32\xde\x03\n\rDeviceService\x12=\n\x06\x45nroll\x12\x18.lepton.v1.EnrollRequest\x1a\x19.lepton.v1.EnrollResponse\x12:\n\x05Renew\x12\x17.lepton.v1.RenewRequest\x1a\x18.lepton.v1.RenewResponse\x12@\n\x07\x43heckIn\x12\x19.lepton.v1.CheckInRequest\x1a\x1a.lepton.v1.CheckInResponse\x12\x38\n\x04Wait\x12\x16.lepton.v1.WaitRequest\x1a\x16.lepton.v1.Instruction0\x01\x12R\n\rFetchMetadata\x12\x1f.lepton.v1.FetchMetadataRequest\x1a .lepton.v1.FetchMetadataResponse\x12@\n\x0b\x46\x65tchChunks\x12\x1d.lepton.v1.FetchChunksRequest\x1a\x10.lepton.v1.Chunk0\x01\x12@\n\x07\x43\x65rtify\x12\x19.lepton.v1.CertifyRequest\x1a\x1a.lepton.v1.CertifyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lepton.v1.device_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUS']._serialized_start=2406
-  _globals['_STATUS']._serialized_end=2497
+  _globals['_STATUS']._serialized_start=2557
+  _globals['_STATUS']._serialized_end=2648
   _globals['_ENROLLREQUEST']._serialized_start=37
   _globals['_ENROLLREQUEST']._serialized_end=139
   _globals['_ENROLLRESPONSE']._serialized_start=141
@@ -46,41 +46,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKREPORT']._serialized_start=465
   _globals['_TASKREPORT']._serialized_end=562
   _globals['_CHECKINREQUEST']._serialized_start=565
-  _globals['_CHECKINREQUEST']._serialized_end=944
-  _globals['_SERVICE']._serialized_start=946
-  _globals['_SERVICE']._serialized_end=1022
-  _globals['_SERVING']._serialized_start=1024
-  _globals['_SERVING']._serialized_end=1123
-  _globals['_FAILEDRELEASE']._serialized_start=1125
-  _globals['_FAILEDRELEASE']._serialized_end=1203
-  _globals['_CAPABILITIES']._serialized_start=1205
-  _globals['_CAPABILITIES']._serialized_end=1288
-  _globals['_CHECKINRESPONSE']._serialized_start=1291
-  _globals['_CHECKINRESPONSE']._serialized_end=1492
-  _globals['_CERTIFYREQUEST']._serialized_start=1494
-  _globals['_CERTIFYREQUEST']._serialized_end=1545
-  _globals['_CERTIFYRESPONSE']._serialized_start=1547
-  _globals['_CERTIFYRESPONSE']._serialized_end=1603
-  _globals['_WAITREQUEST']._serialized_start=1605
-  _globals['_WAITREQUEST']._serialized_end=1636
-  _globals['_INSTRUCTION']._serialized_start=1639
-  _globals['_INSTRUCTION']._serialized_end=1814
-  _globals['_PARTICIPATE']._serialized_start=1817
-  _globals['_PARTICIPATE']._serialized_end=2013
-  _globals['_VERDICT']._serialized_start=2015
-  _globals['_VERDICT']._serialized_end=2136
-  _globals['_LEAVE']._serialized_start=2138
-  _globals['_LEAVE']._serialized_end=2222
-  _globals['_PING']._serialized_start=2224
-  _globals['_PING']._serialized_end=2230
-  _globals['_FETCHMETADATAREQUEST']._serialized_start=2232
-  _globals['_FETCHMETADATAREQUEST']._serialized_end=2286
-  _globals['_FETCHMETADATARESPONSE']._serialized_start=2288
-  _globals['_FETCHMETADATARESPONSE']._serialized_end=2325
-  _globals['_FETCHCHUNKSREQUEST']._serialized_start=2327
-  _globals['_FETCHCHUNKSREQUEST']._serialized_end=2381
-  _globals['_CHUNK']._serialized_start=2383
-  _globals['_CHUNK']._serialized_end=2404
-  _globals['_DEVICESERVICE']._serialized_start=2500
-  _globals['_DEVICESERVICE']._serialized_end=2978
+  _globals['_CHECKINREQUEST']._serialized_end=983
+  _globals['_LEDGERHEAD']._serialized_start=985
+  _globals['_LEDGERHEAD']._serialized_end=1056
+  _globals['_SERVICE']._serialized_start=1058
+  _globals['_SERVICE']._serialized_end=1134
+  _globals['_SERVING']._serialized_start=1136
+  _globals['_SERVING']._serialized_end=1235
+  _globals['_FAILEDRELEASE']._serialized_start=1237
+  _globals['_FAILEDRELEASE']._serialized_end=1315
+  _globals['_CAPABILITIES']._serialized_start=1317
+  _globals['_CAPABILITIES']._serialized_end=1400
+  _globals['_CHECKINRESPONSE']._serialized_start=1403
+  _globals['_CHECKINRESPONSE']._serialized_end=1643
+  _globals['_CERTIFYREQUEST']._serialized_start=1645
+  _globals['_CERTIFYREQUEST']._serialized_end=1696
+  _globals['_CERTIFYRESPONSE']._serialized_start=1698
+  _globals['_CERTIFYRESPONSE']._serialized_end=1754
+  _globals['_WAITREQUEST']._serialized_start=1756
+  _globals['_WAITREQUEST']._serialized_end=1787
+  _globals['_INSTRUCTION']._serialized_start=1790
+  _globals['_INSTRUCTION']._serialized_end=1965
+  _globals['_PARTICIPATE']._serialized_start=1968
+  _globals['_PARTICIPATE']._serialized_end=2164
+  _globals['_VERDICT']._serialized_start=2166
+  _globals['_VERDICT']._serialized_end=2287
+  _globals['_LEAVE']._serialized_start=2289
+  _globals['_LEAVE']._serialized_end=2373
+  _globals['_PING']._serialized_start=2375
+  _globals['_PING']._serialized_end=2381
+  _globals['_FETCHMETADATAREQUEST']._serialized_start=2383
+  _globals['_FETCHMETADATAREQUEST']._serialized_end=2437
+  _globals['_FETCHMETADATARESPONSE']._serialized_start=2439
+  _globals['_FETCHMETADATARESPONSE']._serialized_end=2476
+  _globals['_FETCHCHUNKSREQUEST']._serialized_start=2478
+  _globals['_FETCHCHUNKSREQUEST']._serialized_end=2532
+  _globals['_CHUNK']._serialized_start=2534
+  _globals['_CHUNK']._serialized_end=2555
+  _globals['_DEVICESERVICE']._serialized_start=2651
+  _globals['_DEVICESERVICE']._serialized_end=3129
 # @@protoc_insertion_point(module_scope)

@@ -85,7 +85,7 @@ class TaskReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., layout_digest: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving", "credential_ends", "adverts", "advert_session", "service")
+    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving", "credential_ends", "adverts", "advert_session", "service", "ledger")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class CheckInRequest(_message.Message):
     ADVERTS_FIELD_NUMBER: _ClassVar[int]
     ADVERT_SESSION_FIELD_NUMBER: _ClassVar[int]
     SERVICE_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     status: Status
     reason: str
@@ -112,7 +113,20 @@ class CheckInRequest(_message.Message):
     adverts: _containers.RepeatedScalarFieldContainer[bytes]
     advert_session: bytes
     service: Service
-    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., credential_ends: _Optional[int] = ..., adverts: _Optional[_Iterable[bytes]] = ..., advert_session: _Optional[bytes] = ..., service: _Optional[_Union[Service, _Mapping]] = ...) -> None: ...
+    ledger: LedgerHead
+    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., credential_ends: _Optional[int] = ..., adverts: _Optional[_Iterable[bytes]] = ..., advert_session: _Optional[bytes] = ..., service: _Optional[_Union[Service, _Mapping]] = ..., ledger: _Optional[_Union[LedgerHead, _Mapping]] = ...) -> None: ...
+
+class LedgerHead(_message.Message):
+    __slots__ = ("seq", "hash", "key", "signature")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    hash: bytes
+    key: bytes
+    signature: bytes
+    def __init__(self, seq: _Optional[int] = ..., hash: _Optional[bytes] = ..., key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Service(_message.Message):
     __slots__ = ("release", "requests", "errors", "p95_ms")
@@ -163,7 +177,7 @@ class Capabilities(_message.Message):
     def __init__(self, cpus: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ..., os: _Optional[str] = ...) -> None: ...
 
 class CheckInResponse(_message.Message):
-    __slots__ = ("next_check_in_s", "wait", "server_time", "instructions", "renew", "desired_json", "certify", "adverts_wanted")
+    __slots__ = ("next_check_in_s", "wait", "server_time", "instructions", "renew", "desired_json", "certify", "adverts_wanted", "ledger")
     NEXT_CHECK_IN_S_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     SERVER_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +186,7 @@ class CheckInResponse(_message.Message):
     DESIRED_JSON_FIELD_NUMBER: _ClassVar[int]
     CERTIFY_FIELD_NUMBER: _ClassVar[int]
     ADVERTS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
     next_check_in_s: float
     wait: bool
     server_time: float
@@ -180,7 +195,8 @@ class CheckInResponse(_message.Message):
     desired_json: str
     certify: bool
     adverts_wanted: int
-    def __init__(self, next_check_in_s: _Optional[float] = ..., wait: _Optional[bool] = ..., server_time: _Optional[float] = ..., instructions: _Optional[_Iterable[_Union[Instruction, _Mapping]]] = ..., renew: _Optional[bool] = ..., desired_json: _Optional[str] = ..., certify: _Optional[bool] = ..., adverts_wanted: _Optional[int] = ...) -> None: ...
+    ledger: LedgerHead
+    def __init__(self, next_check_in_s: _Optional[float] = ..., wait: _Optional[bool] = ..., server_time: _Optional[float] = ..., instructions: _Optional[_Iterable[_Union[Instruction, _Mapping]]] = ..., renew: _Optional[bool] = ..., desired_json: _Optional[str] = ..., certify: _Optional[bool] = ..., adverts_wanted: _Optional[int] = ..., ledger: _Optional[_Union[LedgerHead, _Mapping]] = ...) -> None: ...
 
 class CertifyRequest(_message.Message):
     __slots__ = ("protocol", "request")

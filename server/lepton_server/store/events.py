@@ -76,6 +76,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]
 Serial = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,40}\z")]  # X.509 serial, hexadecimal
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_control)]
 Text = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_no_control)]
+Hex = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){1,300}\z")]
 PublicKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{40,1000}={0,2}\z")]  # base64 DER SPKI
 Base64 = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{40,2000}={0,2}\z")]
 Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # seconds since 1970, UTC
@@ -470,6 +471,19 @@ class PrivacyVoided(_AboutAttempt):
     evidence: Annotated[str, StringConstraints(min_length=1, max_length=2000), AfterValidator(_no_control)]
 
 
+class LedgerMissed(Body):
+    """A device has shown a head of the privacy ledger that our key has signed and that is not here.
+
+    Not a line of the ledger: it says that lines are missing. Nothing is reserved any more.
+    """
+
+    device_id: Id
+    seq: Count  # in the journal that was lost
+    hash: Sha256
+    key: Hex
+    signature: Hex
+
+
 class ServerStarted(Body):
     """A coordinator process began to serve."""
 
@@ -519,6 +533,7 @@ KINDS: Mapping[str, type[Body]] = {
     "privacy.releasing": PrivacyReleasing,
     "privacy.committed": PrivacyCommitted,
     "privacy.voided": PrivacyVoided,
+    "ledger.missed": LedgerMissed,
     "server.started": ServerStarted,
     "server.stopped": ServerStopped,
 }

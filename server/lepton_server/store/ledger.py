@@ -15,16 +15,24 @@ from lepton_fl.files import GENESIS
 from lepton_fl.privacy.events import Event, from_json
 from lepton_fl.privacy.record import ANYBODY, SUBJECT, TRUSTS, Policy, reads
 from lepton_server.store.tables import BUDGET, CHARGE, EVENT, PARTICIPATION, ROUND, TOTAL
-from lepton_server.store.views import ChargeRecord, SignedBudget
+from lepton_server.store.views import ChargeRecord, Head, SignedBudget
 
 _event = lru_cache(maxsize=4096)(from_json)  # a reservation reads the same few again and again
 _PLACE = (BUDGET.c.account, BUDGET.c.unit, BUDGET.c.trust)
 
 
-def head(connection: Connection) -> str:
-    """The hash of the ledger's newest event; ``GENESIS`` of an empty one."""
-    newest = select(EVENT.c.hash).where(EVENT.c.subject == SUBJECT).order_by(EVENT.c.seq.desc()).limit(1)
-    return connection.execute(newest).scalar() or GENESIS
+def head(connection: Connection) -> Head:
+    """Number and hash of the ledger's newest event; ``(0, GENESIS)`` of an empty one."""
+    newest = select(EVENT.c.seq, EVENT.c.hash).where(EVENT.c.subject == SUBJECT)
+    found = connection.execute(newest.order_by(EVENT.c.seq.desc()).limit(1)).first()
+    return Head(0, GENESIS) if found is None else Head(*found)
+
+
+def missed(connection: Connection) -> int | None:
+    """The number of the newest event that a device has seen and that is not here; None: all are."""
+    seen = select(EVENT.c.body).where(EVENT.c.kind == "ledger.missed").order_by(EVENT.c.seq.desc()).limit(1)
+    body = connection.execute(seen).scalar()
+    return None if body is None else int(json.loads(body)["seq"])
 
 
 def budgets(

@@ -708,6 +708,7 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.PrivacyReleasing: _privacy_releasing,
     ev.PrivacyCommitted: _privacy_committed,
     ev.PrivacyVoided: _privacy_voided,
+    ev.LedgerMissed: _nothing,
     ev.ServerStarted: _nothing,
     ev.ServerStopped: _nothing,
 }

@@ -125,7 +125,7 @@ class Transaction:
         """
         checked = _checked(kind, subject, body)
         if isinstance(checked, LedgerBody):
-            self._ledger_head = self._ledger_head or ledger.head(self._connection)
+            self._ledger_head = self._ledger_head or ledger.head(self._connection).hash
             checked = checked.model_copy(update={"previous": self._ledger_head})
         subject = checked.subject
         now = self._now()
@@ -162,6 +162,10 @@ class Transaction:
     def spent(self, policy: Policy) -> dict[PrivacyEvent, int]:
         """Return everything that is reserved or committed under a budget, counted."""
         return ledger.counts(self._connection, policy)
+
+    def missed_head(self) -> int | None:
+        """Return the number of a ledger's event that a device has seen and that is not here, if any."""
+        return ledger.missed(self._connection)
 
     def charges(self, run_id: str, states: Iterable[str]) -> list[ChargeRecord]:
         """Return a run's charges in these states."""
@@ -449,6 +453,16 @@ class Store:
         """Return the privacy ledger's charges by run, round and attempt."""
         return [ledger.charge(row) for row in self._rows(ledger.charges_query(run_id, states))]
 
+    def ledger_head(self) -> Head:
+        """Return number and hash of the privacy ledger's newest event; ``(0, 64 zeros)`` for an empty one."""
+        with reading(self._engine) as connection:
+            return ledger.head(connection)
+
+    def missed_head(self) -> int | None:
+        """Return the number of a ledger's event that a device has seen and that is not here, if any."""
+        with reading(self._engine) as connection:
+            return ledger.missed(connection)
+
     def participations(self, run_id: str) -> dict[str, tuple[int, int]]:
         """Return device -> the last committed round that it counted in, and how many there were."""
         with reading(self._engine) as connection:
@@ -510,6 +524,11 @@ class Store:
         """Return sequence number and hash of the newest event; ``(0, 64 zeros)`` for an empty journal."""
         with reading(self._engine) as connection:
             return journal.head(connection)
+
+    def event_hash(self, seq: int) -> str | None:
+        """Return the hash of an event by its number, if there is one."""
+        with reading(self._engine) as connection:
+            return connection.execute(select(EVENT.c.hash).where(EVENT.c.seq == seq)).scalar()
 
     def head_seq(self) -> int:
         """Return the sequence number of the newest event: one row by key, cheap enough to poll."""
