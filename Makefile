@@ -1,5 +1,6 @@
 # Everything here works on a machine that has only make and Python 3.11 or newer:
 #   make demo    a fleet learns on real data, on this machine, without network
+#   make demo-delivery   its model reaches 20 real processes, and a bad one is taken back; minutes
 #   make test    all tests
 # What is needed is installed into .venv first. Another Python: make test PYTHON=python3.12
 # More arguments: make test ARGS="-k config"
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help demo test lint docs bench nightly clean
+.PHONY: help demo demo-delivery test lint docs bench nightly clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -22,6 +23,9 @@ help:
 
 demo: $(VENV)/.sim
 	@$(BIN)/lepton demo $(ARGS)
+
+demo-delivery: $(VENV)/.all
+	@$(BIN)/lepton demo delivery $(ARGS)
 
 test: $(VENV)/.dev
 	@$(BIN)/pytest -n auto --dist loadfile $(ARGS)
@@ -63,6 +67,11 @@ $(VENV)/.torch: Makefile
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "Installing lepton-fl with its development tools ..."
 	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.sim $(VENV)/.all
+
+$(VENV)/.all: $(VENV)/.torch pyproject.toml
+	@echo "Installing lepton-fl with all its roles ..."
+	@$(PIP) --editable '.[all]'
 	@touch $@ $(VENV)/.sim
 
 $(VENV)/.sim: $(VENV)/.torch pyproject.toml

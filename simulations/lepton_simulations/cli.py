@@ -1,9 +1,9 @@
 """``lepton simulate``, ``lepton compare``, ``lepton demo``. Light: the engine is loaded when it is needed."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ app = typer.Typer()
 
 # The figures a task may report, as columns; the others are in the JSON output and in metrics.csv.
 FIGURES = ("accuracy", "r2", "rmse", "perplexity", "loss")
+Shown = Callable[[Mapping[str, Any]], None]
 REDRAW_S = 0.1  # a bar moves not more often than this
 MARGIN = 9  # lines of a terminal that are not rows of the table
 TABLE = (  # of a comparison
@@ -99,13 +100,20 @@ def compare(
         _print_comparison(comparison, plot)
 
 
-@app.command()
+demo_app = typer.Typer(invoke_without_command=True)
+app.add_typer(demo_app, name="demo")
+
+
+@demo_app.callback()
 def demo(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Where the plot is saved.")] = Path("lepton-demo"),
     workers: Annotated[int | None, typer.Option(help="Processes; 0 = none besides this one.")] = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
     """Twenty virtual devices learn to read digits, in a few seconds and without a network."""
+    if context.invoked_subcommand is not None:
+        return
     from lepton_simulations.demo import demo_config
 
     if format == Format.TEXT:
@@ -123,6 +131,49 @@ def demo(
         _say_what(result)
         say(f"Plot: {plot}")
     _finish(result, format, plot=plot)
+
+
+@demo_app.command("delivery")
+def demo_delivery(
+    task: Annotated[
+        str, typer.Option(help="digits (comes with the package), mnist_by_writer or fashion_mnist.")
+    ] = "digits",
+    data: Annotated[
+        Path | None, typer.Option(envvar="LEPTON_DATA", help="Folder of the task's published data.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A trained run's folder (`lepton simulate`); default: train one.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=6, max=200, help="Two processes each.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option(help="What stays; default: lepton-demo/delivery-TASK.")
+    ] = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Variants of a model reach a fleet of real processes in stages, and a bad one is taken back.
+
+    Train, compress, gate, sign, roll out to devices of three profiles, catch a planted bad variant, and ask
+    every device what it serves. Exit code 8 if one serves anything but the right file. A few minutes.
+    """
+    from lepton_simulations.demo_delivery import Wanted, tell
+
+    place = output or Path("lepton-demo") / f"delivery-{task.rpartition(':')[2]}"
+    with _story(format) as (say_, step, show):
+        story = tell(
+            Wanted(task, data, run, devices, place), lambda config: _train(config, format), say_, step, show
+        )
+    if format == Format.JSON:
+        print_data(story, format=format)
+        return
+    rows = [asdict(row) | {"sha256": row.sha256[:12]} for row in story.devices]
+    columns = ["device", "profile", "variant", "sha256", "serving", "accuracy"]
+    print_data(rows, title="What every device serves", columns=columns)
+    sizes = ", ".join(f"{kind} {size:.0f} MB" for kind, size in story.memory.items())
+    say(
+        f"{story.requests} predictions all the while, {len(story.failed)} failed. The bad variant reached "
+        f"{story.reached_by_bad} of {len(story.devices)} devices. Memory (median): {sizes}."
+    )
+    say(f"{story.seconds:.0f} s. Plot: {story.plot}, everything else: {place / 'report.json'}")
 
 
 # --- the scenario -----------------------------------------------------------------------------------
@@ -193,6 +244,36 @@ def _run(config: "SimulationConfig", format: Format, *, resume: bool = False) ->
             on_progress=screen.move,
             should_stop=lambda: bool(asked),
         )
+
+
+def _train(config: "SimulationConfig", format: Format) -> None:
+    """One run into its folder; raises unless it ends well."""
+    _finish(_run(config, Format.JSON if format == Format.JSON else format), Format.TEXT)
+
+
+@contextmanager
+def _story(format: Format) -> Iterator[tuple[Callable[[str], None], Callable[[str], None], Shown]]:
+    """How a demonstration is told: sentences, what is made just now, and the rollout in hand."""
+    quiet = format == Format.JSON
+    seen: list[str] = []
+
+    def say_(text: str) -> None:
+        if not quiet:
+            say(text)
+
+    def step(text: str) -> None:
+        if is_terminal() and not quiet:
+            say(f"  {text}")
+
+    def show(found: Mapping[str, Any]) -> None:
+        told = ", ".join(f"{row['stage']}: {row['told']} of {row['devices']}" for row in found["stages"])
+        served = ", ".join(f"{name[:8]} on {count}" for name, count in sorted(found["served"].items()))
+        line = f"  {found['phase']}; told: {told}; in service: {served or 'nothing'}"
+        if line not in seen[-1:]:
+            seen.append(line)
+            say_(line)
+
+    yield say_, step, show
 
 
 # --- the end ----------------------------------------------------------------------------------------

@@ -169,6 +169,50 @@ def plot_all(
     return paths
 
 
+def plot_rollouts(
+    counts: Mapping[str, Points],
+    marks: Sequence[tuple[float, str]],
+    devices: int,
+    path: Path,
+    *,
+    title: str = "",
+) -> Path:
+    """Draw how many devices serve which release over time, and the stages of the rollouts.
+
+    Args:
+        counts: by release: (seconds, devices that serve it), at the same moments for all.
+        marks: (seconds, words) of what happened.
+        devices: in the fleet.
+        path: of the file; its suffix gives the format.
+        title: above the plot.
+
+    Raises:
+        ConfigError: there is nothing to draw, or the suffix is unknown.
+        StateError: the file cannot be written.
+    """
+    times = [at for at, _ in next(iter(counts.values()), ())]
+    if not times:
+        raise ConfigError("There is nothing to draw: no moment was noted.")
+    figure = _figure(11.0, 4.8)
+    axes = figure.subplots()
+    heights = [[count for _, count in points] for points in counts.values()]
+    good = (BLUE, GREEN, SKY, PURPLE, ORANGE, YELLOW)
+    colors = [*good[: len(heights) - 1], VERMILLION]
+    axes.stackplot(times, heights, labels=list(counts), colors=colors, step="post", alpha=0.9)
+    for at, words in marks:
+        axes.axvline(at, color=INK, lw=0.8, ls=DASHES[2])
+        look: dict[str, Any] = {"rotation": 90, "fontsize": 8, "color": INK, "va": "top", "ha": "right"}
+        axes.annotate(words, (at, devices * 1.28), **look)
+    axes.set_ylim(0, devices * 1.3)
+    axes.set_xlim(0, max(times[-1], *(at for at, _ in marks)) if marks else times[-1])
+    axes.set_xlabel("Seconds", color=INK)
+    axes.set_ylabel("Devices that serve it", color=INK)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, fontsize=9, labelcolor=INK)
+    _whole(axes)
+    _style(axes)
+    return _save(figure, path, title, "")
+
+
 # --- what is drawn ----------------------------------------------------------------------------------
 
 
