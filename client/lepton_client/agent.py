@@ -35,7 +35,7 @@ from lepton_client.eligibility import Machine, first_objection
 from lepton_client.inspection import Finding, Inspector, inspect
 from lepton_client.ledger import Ledger
 from lepton_client.limits import apply_limits
-from lepton_client.link import PROTOCOL, Cancelled, HungUp, Link, Listener, Refused
+from lepton_client.link import PROTOCOL, Busy, Cancelled, HungUp, Link, Listener, Refused
 from lepton_client.memory import FileMemory
 from lepton_client.secure import Seat
 from lepton_client.spending import Spending, policies_of
@@ -121,6 +121,7 @@ class Agent:
         self._stopping = False
         self._poked = False
         self._failures = 0  # since the last answer
+        self._rest_until = -math.inf  # the coordinator has asked not to be called before
         self._hung_up = 0  # of these, the last ones in a row in which the other side hung up
         self._renewal_wanted = False
         self._renewal_tried = -math.inf
@@ -205,7 +206,7 @@ class Agent:
             sooner = self._handle(event)
             self._diary.flush()
             if sooner is not None:
-                deadline = min(deadline, self._clock.now() + sooner)
+                deadline = max(min(deadline, self._clock.now() + sooner), self._rest_until)
 
     def _handle(self, event: Event) -> float | None:
         """Returns in how many seconds to check in, if that is to be sooner than planned."""
@@ -237,6 +238,10 @@ class Agent:
             return 0.0
         except Refused:
             raise
+        except Busy as error:  # it is there; a new connection would only cost both sides
+            self._diary.say("connection", f"The coordinator is busy: {error}", logging.WARNING, key="busy")
+            self._rest_until = self._clock.now() + error.wait_s
+            return error.wait_s
         except LeptonError as error:
             return self._offline(error)
         return self._online(answer)
@@ -454,6 +459,8 @@ class Agent:
         self._listener = None
         if isinstance(event.error, Refused):
             raise event.error
+        if isinstance(event.error, Busy):
+            return event.error.wait_s
         if self._clock.now() - self._stream_began >= STEADY_S:
             self._stream_backoff.reset()
         return self._stream_backoff.next()

@@ -356,7 +356,7 @@ class FlowerNode:
         if reason is not None:
             return UpdateRejected(reason, text)
         wait = response.headers.get("retry-after", "")
-        if status == httpx.codes.SERVICE_UNAVAILABLE and wait.isdigit():
+        if status in (httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.TOO_MANY_REQUESTS) and wait.isdigit():
             return _Busy(f"{self._address} is busy: {text}", min(float(wait), LONGEST_WAIT_S))
         return ConnectionFailed(f"{self._address} answers {status}: {text}")
 

@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import grpc
 
 from lepton_fl.errors import ConnectionFailed, LeptonError, TrustError
-from lepton_fl.wire.status import CODE_KEY, error_from
+from lepton_fl.wire.status import CODE_KEY, error_from, retry_after
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_fl.wire.v1 import device_pb2_grpc
 
@@ -37,6 +37,14 @@ class UntrustedServer(TrustError):
 
 class HungUp(ConnectionFailed):
     """The other side answered the phone and put it down: what a server does with a certificate it refuses."""
+
+
+class Busy(ConnectionFailed):
+    """The coordinator is there and asks to come back."""
+
+    def __init__(self, message: str, hint: str, wait_s: float) -> None:
+        super().__init__(message, hint=hint)
+        self.wait_s = wait_s
 
 
 class Refused(TrustError):
@@ -166,6 +174,8 @@ def _translated(error: Any, address: str) -> LeptonError:  # noqa: ANN401 - grpc
     told = any(key == CODE_KEY for key, _ in metadata)
     if isinstance(translated, TrustError) and told:
         return Refused(str(translated), hint=translated.hint)
+    if told and (wait_s := retry_after(metadata)):
+        return Busy(str(translated), translated.hint, wait_s)
     if not told and code is grpc.StatusCode.UNAVAILABLE and "Socket closed" in detail:
         return HungUp(
             f"{address} closed the connection.",

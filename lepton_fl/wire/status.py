@@ -4,7 +4,8 @@ The status is for proxies, load balancers and people with grpcurl. The error its
 metadata, so that the client raises the class that the server meant:
 
 * ``lepton-code``: ``LeptonError.code``, ASCII;
-* ``lepton-hint-bin``: the hint, UTF-8 (gRPC wants the suffix ``-bin`` for bytes).
+* ``lepton-hint-bin``: the hint, UTF-8 (gRPC wants the suffix ``-bin`` for bytes);
+* ``retry-after``: after how many seconds to come again, where a call came too soon or to a busy coordinator.
 
 Nothing here imports grpc: statuses are their names.
 """
@@ -35,6 +36,8 @@ from lepton_fl.errors import (
 
 CODE_KEY = "lepton-code"
 HINT_KEY = "lepton-hint-bin"
+RETRY_KEY = "retry-after"
+MAX_RETRY_S = 3600.0  # a peer can ask for no longer rest
 MAX_DETAIL = 500  # characters of a message or a hint that cross the wire
 
 # The first row of a status is what that status means when a peer sends no lepton-code.
@@ -84,10 +87,26 @@ def status_of(error: LeptonError) -> str:
     return "INTERNAL"
 
 
-def metadata_of(error: LeptonError) -> tuple[tuple[str, str | bytes], ...]:
-    """Return the trailing metadata that carries ``error``: its code, and its hint when it has one."""
-    code: tuple[str, str | bytes] = (CODE_KEY, error.code)
-    return (code, (HINT_KEY, error.hint[:MAX_DETAIL].encode())) if error.hint else (code,)
+def metadata_of(error: LeptonError, retry_s: float = 0.0) -> tuple[tuple[str, str | bytes], ...]:
+    """Return the trailing metadata that carries ``error``: its code, its hint, and when to come again."""
+    found: list[tuple[str, str | bytes]] = [(CODE_KEY, error.code)]
+    if error.hint:
+        found.append((HINT_KEY, error.hint[:MAX_DETAIL].encode()))
+    if retry_s > 0:
+        found.append((RETRY_KEY, f"{retry_s:.3f}"))
+    return tuple(found)
+
+
+def retry_after(metadata: Iterable[tuple[str, str | bytes]] | None) -> float:
+    """Return after how many seconds a peer asks to come again (0 = it does not say), at most an hour."""
+    for key, value in metadata or ():
+        if key == RETRY_KEY:
+            try:
+                seconds = float(value)
+            except ValueError:
+                continue
+            return min(seconds, MAX_RETRY_S) if seconds > 0 else 0.0  # NaN is not
+    return 0.0
 
 
 def error_from(

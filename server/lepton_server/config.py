@@ -188,7 +188,21 @@ class LimitsSection(_Section):
         default=256,
         ge=1,
         le=100_000,
-        description="Calls served at once, waiting streams not counted.",
+        description="Calls served at once, waiting streams and downloads not counted; other devices are told "
+        "to come at their next turn.",
+    )
+    calls_per_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=100_000,
+        allow_inf_nan=False,
+        description="Calls per second to the device port that one device may make in the long run.",
+    )
+    call_burst: int = Field(
+        default=100, ge=1, le=1_000_000, description="Calls that one device may make at once after a rest."
+    )
+    max_connections: int = Field(
+        default=4_096, ge=1, le=100_000, description="Connections to the fleet port at a time."
     )
     enrolment_failures: int = Field(
         default=10,

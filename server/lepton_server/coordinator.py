@@ -26,6 +26,7 @@ from lepton_fl.secagg.identity import deployment_of
 from lepton_server.attempts import sweep_spools
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
+from lepton_server.connections import bounded_http
 from lepton_server.device_service import DeviceService, Endpoints, hosts_of
 from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
@@ -43,6 +44,7 @@ from lepton_server.tls import ServerTls
 log = logging.getLogger(__name__)
 
 START_S = 30.0  # for a listener to come up
+OPS_CONNECTIONS = 256  # to the operator's endpoints at a time
 GRACE_S = 2  # for requests under way at a shutdown
 
 
@@ -179,6 +181,8 @@ class Coordinator:
             log_level="warning",
             access_log=False,
             ssl_context_factory=lambda *_: tls.context,
+            http=bounded_http(self.config.limits.max_connections),
+            ws="none",
             timeout_keep_alive=75,
             timeout_graceful_shutdown=GRACE_S,
             server_header=False,
@@ -190,6 +194,8 @@ class Coordinator:
         app = ops_app(self.meters, self._missing, self._refresh)
         server = uvicorn.Config(
             app,
+            http=bounded_http(OPS_CONNECTIONS),
+            ws="none",
             lifespan="off",
             log_level="warning",
             access_log=False,

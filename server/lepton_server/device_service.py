@@ -10,6 +10,8 @@ Rules:
   nothing, and the fleet is asked at every call: a revoked device is refused though its certificate is valid.
 * A request is bytes until its handler has checked every field. What is wrong is named, with its bound.
 * A peer gets our errors (``lepton_fl.wire.status``) and never a stack trace; a secret is never logged.
+* Who calls, how often and how many at once is looked at before a byte of the request is read, and a request
+  that does not arrive within ``READ_S`` is given up. Who is put off is told for how long (``retry-after``).
 * The event loop computes for microseconds and never waits: what touches the store runs in a small pool.
 
 Example::
@@ -33,11 +35,11 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Any, Final, Literal, NoReturn, TypeVar, get_args
 
 import grpc
 from cryptography import x509
@@ -50,6 +52,7 @@ from lepton_fl.plan import PROTOCOL_VERSION
 from lepton_fl.privacy.head import HASH_BYTES, MAX_KEY, MAX_SIGNATURE, LedgerHead
 from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of
 from lepton_fl.wire.v1 import device_pb2 as pb
+from lepton_server.admission import Door, Pace
 from lepton_server.authority import Authority, DeviceCertificate
 from lepton_server.config import ListenSection, ServerConfig
 from lepton_server.downloads import Downloads
@@ -72,13 +75,18 @@ from lepton_server.store import Device, Store, Token
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Work = Callable[[bytes, Context], Awaitable[Message | None]]
+W = TypeVar("W")  # who calls: a device, or at the enrolment port an address
+Work = Callable[[bytes, Context, W], Awaitable[Message | None]]
+Admit = Callable[[Context, bool], contextlib.AbstractContextManager[W]]  # the bool: it is a stream
 M = TypeVar("M", bound=Message)
 
 REPLAY_S = 600.0  # a device whose answer was lost may show its spent token again for so long
 REFRESH_S = 3600.0  # how often the server's own certificate is looked at
 RENEW_GAP_S = 60.0  # a device gets at most one certificate in this time
-ENROLMENTS_AT_ONCE = 64  # more are put off
+ENROLMENTS_AT_ONCE = 512  # more are put off, ...
+ENROLMENTS_OF_ADDRESS = 32  # ... and more from one address
+CALLS_OF_DEVICE = 16  # in hand at a time; it needs two
+READ_S: Final = 10.0  # for the request of a call to arrive
 MAX_FAILED = 9  # failed releases in one check-in
 MAX_DOWNLOAD_CALLS = 4_000  # served or in line
 _SERVICE = "lepton.v1.DeviceService"
@@ -102,11 +110,11 @@ _MAX_CACHED = 100_000  # certificates (about 250 bytes each) and reports whose c
 
 
 class _Refusal(Exception):
-    """An error whose gRPC status is another than its class' usual one."""
+    """An error whose gRPC status is another than its class' usual one, or that says when to come again."""
 
-    def __init__(self, status: grpc.StatusCode, error: LeptonError) -> None:
+    def __init__(self, status: grpc.StatusCode, error: LeptonError, retry_s: float = 0.0) -> None:
         super().__init__(str(error))
-        self.status, self.error = status, error
+        self.status, self.error, self.retry_s = status, error, retry_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +170,11 @@ class DeviceService:
             (1 - config.tls.renew_at) * config.tls.device_certificate_days * 86_400
         )
         self._reports: dict[bytes, Report] = {}
-        self._limiter = FailureLimiter(config.limits.enrolment_failures, config.limits.enrolment_window_s)
+        limits = config.limits
+        self._limiter = FailureLimiter(limits.enrolment_failures, limits.enrolment_window_s)
+        self._pace = Pace(limits.calls_per_s, limits.call_burst)
+        self._door = Door(limits.max_concurrent, CALLS_OF_DEVICE)
+        self._enrolment_door = Door(ENROLMENTS_AT_ONCE, ENROLMENTS_OF_ADDRESS)
         self._pool: ThreadPoolExecutor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -222,17 +234,19 @@ class DeviceService:
 
     async def _open(self) -> None:
         listen, limits = self._config.listen, self._config.limits
-        enrolment = self._server({"Enroll": self._enroll, "Renew": self._renew}, ENROLMENTS_AT_ONCE)
-        room = limits.max_concurrent + self._config.check_in.max_waiting + MAX_DOWNLOAD_CALLS
+        enrolling: dict[str, Work[str]] = {"Enroll": self._enroll, "Renew": self._renew}
+        enrolment = self._server(enrolling, self._admit_address, 2 * ENROLMENTS_AT_ONCE, _BRIEF)
+        # gRPC's own bound is the last resort: it does not say when to come again.
+        room = 2 * limits.max_concurrent + self._config.check_in.max_waiting + MAX_DOWNLOAD_CALLS
         self._downloads = Downloads(shelf_of(self._config), self._config.delivery)
-        calls: dict[str, Work] = {
+        calls: dict[str, Work[_Identity]] = {
             "CheckIn": self._check_in,
             "Wait": self._wait,
             "Certify": self._certify,
             "FetchMetadata": self._fetch_metadata,
             "FetchChunks": self._fetch_chunks,
         }
-        device = self._server(calls, room)
+        device = self._server(calls, self._admit_device, room, ())
         self._servers = [enrolment, device]
         ports = [
             _bind(
@@ -275,22 +289,26 @@ class DeviceService:
             if renewed:
                 log.info("the server's certificate was renewed", extra={"event": "server.renewed"})
 
-    def _server(self, here: dict[str, Work], at_once: int) -> grpc.aio.Server:
-        server = grpc.aio.server(options=_options(self._config), maximum_concurrent_rpcs=at_once)
+    def _server(
+        self, here: dict[str, Work[W]], admit: Admit[W], at_once: int, more: Iterable[tuple[str, int]]
+    ) -> grpc.aio.Server:
+        options = [*_options(self._config), *more]
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=at_once)
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name in _CALLS:
             work = here.get(name, self._elsewhere)
+            # On the wire these have one request; taken as streams, we hear of a call before its request.
             # No deserializer: bytes that do not decode are answered by us, in our words.
             make: Any = (
-                grpc.unary_stream_rpc_method_handler
+                grpc.stream_stream_rpc_method_handler
                 if name in _STREAMS
-                else grpc.unary_unary_rpc_method_handler
+                else grpc.stream_unary_rpc_method_handler
             )
-            handlers[name] = make(_guarded(name, work), response_serializer=_serialize)
+            handlers[name] = make(_guarded(name, work, admit), response_serializer=_serialize)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
         return server
 
-    async def _elsewhere(self, _data: bytes, _context: Context) -> Message | None:
+    async def _elsewhere(self, _data: bytes, _context: Context, _who: object) -> Message | None:
         error = ConfigError(
             "This call is not served at this port.",
             hint="Enroll and Renew go to the enrolment port, all other calls to the device port.",
@@ -299,16 +317,26 @@ class DeviceService:
 
     # -- the enrolment port ---------------------------------------------------------------------------
 
-    async def _enroll(self, data: bytes, context: Context) -> pb.EnrollResponse:
-        return await self._limited(context, lambda: self._admit(_parse(pb.EnrollRequest(), data)))
-
-    async def _renew(self, data: bytes, context: Context) -> pb.RenewResponse:
-        return await self._limited(context, lambda: self._reissue(_parse(pb.RenewRequest(), data)))
-
-    async def _limited(self, context: Context, work: Callable[[], M]) -> M:
-        """Run ``work`` in the pool, unless its caller's address has failed too often lately."""
+    @contextlib.contextmanager
+    def _admit_address(self, context: Context, _stream: bool) -> Iterator[str]:
+        """Let a call in, unless its address has failed too often lately, or has too many under way."""
         address = _address(context.peer())
         self._limiter.check(address)
+        if not self._enrolment_door.enter(address):
+            raise _busy("Too many enrolments are under way.", 1.0 + secrets.randbelow(4000) / 1000)
+        try:
+            yield address
+        finally:
+            self._enrolment_door.leave(address)
+
+    async def _enroll(self, data: bytes, _context: Context, address: str) -> pb.EnrollResponse:
+        return await self._limited(address, lambda: self._admit(_parse(pb.EnrollRequest(), data)))
+
+    async def _renew(self, data: bytes, _context: Context, address: str) -> pb.RenewResponse:
+        return await self._limited(address, lambda: self._reissue(_parse(pb.RenewRequest(), data)))
+
+    async def _limited(self, address: str, work: Callable[[], M]) -> M:
+        """Run ``work`` in the pool, and count when it is refused."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except (TrustError, ConfigError, _Refusal) as error:
@@ -423,9 +451,22 @@ class DeviceService:
             )
         return identity
 
-    async def _check_in(self, data: bytes, context: Context) -> pb.CheckInResponse:
+    @contextlib.contextmanager
+    def _admit_device(self, context: Context, stream: bool) -> Iterator[_Identity]:
+        """Let a call of an admitted device in, unless it calls too often or too much is in hand."""
         identity = self._identify(context)
-        self._fleet.require(identity.device_id)  # nobody learns what we think of a message before that
+        device_id = identity.device_id
+        self._fleet.require(device_id)  # nobody learns what we think of a message before that
+        if wait_s := self._pace.take(device_id):
+            raise _busy("This device calls too often.", wait_s)
+        if not self._door.enter(device_id, counted=not stream):
+            raise _busy("The coordinator is busy.", self._fleet.next_turn_s())
+        try:
+            yield identity
+        finally:
+            self._door.leave(device_id, counted=not stream)
+
+    async def _check_in(self, data: bytes, _context: Context, identity: _Identity) -> pb.CheckInResponse:
         request = _parse(pb.CheckInRequest(), data)
         _check_protocol(request.protocol)
         status = _STATUS.get(request.status)
@@ -467,9 +508,8 @@ class DeviceService:
             ledger=self._heads.told if self._heads is not None else None,
         )
 
-    async def _certify(self, data: bytes, context: Context) -> pb.CertifyResponse:
-        device_id = self._identify(context).device_id
-        self._fleet.require(device_id)
+    async def _certify(self, data: bytes, context: Context, identity: _Identity) -> pb.CertifyResponse:
+        device_id = identity.device_id
         request = _parse(pb.CertifyRequest(), data)
         _check_protocol(request.protocol)
         _check_size("request", len(request.request), 1, 1024)
@@ -495,23 +535,19 @@ class DeviceService:
             report = self._reports[key] = _checked_report(request)
         return report
 
-    async def _wait(self, data: bytes, context: Context) -> None:
-        device_id = self._identify(context).device_id
-        self._fleet.require(device_id)
+    async def _wait(self, data: bytes, context: Context, identity: _Identity) -> None:
+        device_id = identity.device_id
         _check_protocol(_parse(pb.WaitRequest(), data).protocol)
         stream = _Waiting(asyncio.get_running_loop())
         if not self._fleet.open_stream(device_id, stream):
-            raise _Refusal(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                ConnectionFailed(
-                    f"{self._config.check_in.max_waiting} devices are waiting already.",
-                    hint="Check in at the interval that was given.",
-                ),
-            )
+            words = f"{self._config.check_in.max_waiting} devices are waiting already."
+            hint = "Check in at the interval that was given."
+            raise _busy(words, self._fleet.next_turn_s(), hint=hint)
         await self._serve_stream(device_id, stream, context)
 
-    async def _fetch_metadata(self, data: bytes, context: Context) -> pb.FetchMetadataResponse:
-        self._fleet.require(self._identify(context).device_id)
+    async def _fetch_metadata(
+        self, data: bytes, context: Context, identity: _Identity
+    ) -> pb.FetchMetadataResponse:
         request = _parse(pb.FetchMetadataRequest(), data)
         _check_protocol(request.protocol)
         assert self._downloads is not None, "the service is open"
@@ -520,9 +556,8 @@ class DeviceService:
         except NotFound as error:  # the usual answer to "is there a newer root?"
             raise _Refusal(grpc.StatusCode.NOT_FOUND, error) from error
 
-    async def _fetch_chunks(self, data: bytes, context: Context) -> None:
-        device_id = self._identify(context).device_id
-        self._fleet.require(device_id)
+    async def _fetch_chunks(self, data: bytes, context: Context, identity: _Identity) -> None:
+        device_id = identity.device_id
         request = _parse(pb.FetchChunksRequest(), data)
         _check_protocol(request.protocol)
         assert self._downloads is not None, "the service is open"
@@ -661,7 +696,7 @@ class FailureLimiter:
                 f"{count} attempts from {address} have failed; the next is allowed in {left:.0f} s.",
                 hint="Check the token, then try again later.",
             )
-            raise _Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, error)
+            raise _Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, error, left)
 
     def failed(self, address: str) -> None:
         """Count a failure."""
@@ -683,14 +718,18 @@ class FailureLimiter:
 # -- the edge of gRPC ------------------------------------------------------------------------------------
 
 
-def _guarded(name: str, work: Work) -> Callable[[bytes, Context], Awaitable[Message | None]]:
+def _guarded(
+    name: str, work: Work[W], admit: Admit[W]
+) -> Callable[[AsyncIterator[bytes], Context], Awaitable[Message | None]]:
     """Answer every error in our words; what we did not foresee is logged here and numbered there."""
+    stream = name in _STREAMS
 
-    async def call(data: bytes, context: Context) -> Message | None:
+    async def call(requests: AsyncIterator[bytes], context: Context) -> Message | None:
         try:
-            return await work(data, context)
+            with admit(context, stream) as who:
+                return await work(await _read(requests), context, who)
         except _Refusal as refusal:
-            await _abort(context, refusal.status, refusal.error)
+            await _abort(context, refusal.status, refusal.error, refusal.retry_s)
         except LeptonError as error:
             log.info("%s refused: %s", name, error, extra={"event": "call.refused", "call": name})
             await _abort(context, grpc.StatusCode[status_of(error)], error)
@@ -705,13 +744,39 @@ def _guarded(name: str, work: Work) -> Callable[[bytes, Context], Awaitable[Mess
     return call
 
 
-async def _abort(context: Context, status: grpc.StatusCode, error: LeptonError) -> NoReturn:
-    await context.abort(status, str(error)[:MAX_DETAIL], metadata_of(error))
+async def _read(requests: AsyncIterator[bytes]) -> bytes:
+    """The one request of a call."""
+    try:
+        async with asyncio.timeout(READ_S):
+            async for data in requests:
+                return data
+    except TimeoutError as error:
+        late = ConnectionFailed(f"The request did not arrive within {READ_S:g} s.")
+        raise _Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, late) from error
+    raise ConfigError("The call ended without a request.")
+
+
+def _busy(message: str, retry_s: float, *, hint: str = "") -> _Refusal:
+    hint = hint or f"Come again in {retry_s:.1f} s."
+    return _Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, ConnectionFailed(message, hint=hint), retry_s)
+
+
+async def _abort(
+    context: Context, status: grpc.StatusCode, error: LeptonError, retry_s: float = 0.0
+) -> NoReturn:
+    await context.abort(status, str(error)[:MAX_DETAIL], metadata_of(error, retry_s))
     raise AssertionError("abort returned")
 
 
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
+
+
+_BRIEF = (  # the enrolment port knows nobody: whoever does nothing there is sent away, and the others soon
+    ("grpc.max_connection_idle_ms", 30_000),
+    ("grpc.max_connection_age_ms", 120_000),
+    ("grpc.max_connection_age_grace_ms", 30_000),
+)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

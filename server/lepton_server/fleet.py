@@ -465,7 +465,7 @@ class Fleet:
         with self._lock:
             device = self._require(device_id)
             room = device.stream is not None or self._streams < self._config.max_waiting
-            next_s = self._interval()
+            next_s = self.next_turn_s()
             if self._note(device, report, status, reason, now) | self._note_secrecy(device, secrecy, wall):
                 self._changed()
             if device.stream is None:
@@ -546,7 +546,8 @@ class Fleet:
                 extra={"event": "device.clock", "device": device.device_id, "offset_s": offset},
             )
 
-    def _interval(self) -> float:
+    def next_turn_s(self) -> float:
+        """Draw after how many seconds a device should check in again; all together keep to the rate."""
         mean = max(self._config.interval_s, self._registered / self._config.max_rate)
         return mean * (1 + self._config.jitter * (2 * self._rng.random() - 1))
 
@@ -613,7 +614,7 @@ class Fleet:
                 device.stream = None
                 self._streams -= 1
                 # It was here until now: one interval to check in again.
-                device.due = now + self._interval() * self._config.offline_after
+                device.due = now + self.next_turn_s() * self._config.offline_after
                 self._batch.presence[device_id] = (self._wall(), device.status)
 
     def close_streams(self) -> None:

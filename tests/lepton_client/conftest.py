@@ -79,6 +79,8 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
         self.renewals = []
         self.instructions = queue.Queue()  # for the Wait stream
         self.refusal: LeptonError | None = None
+        self.retry_s = 0.0  # said with a refusal: when to come again
+        self.refused_at = []  # monotonic seconds
         self.lose_enrolment_answer = False
         self.wait = False
         self.renew = False
@@ -133,7 +135,8 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
     # service
 
     def _abort(self, context, error):
-        context.set_trailing_metadata(metadata_of(error))
+        self.refused_at.append(time.monotonic())
+        context.set_trailing_metadata(metadata_of(error, self.retry_s))
         context.abort(grpc.StatusCode[status_of(error)], str(error))
 
     def Enroll(self, request, context):  # noqa: N802 - the proto's name

@@ -1,5 +1,6 @@
 """The agent against a coordinator on real sockets: what comes and goes, and what must not be lost."""
 
+import itertools
 import threading
 import time
 
@@ -196,6 +197,17 @@ def test_the_coordinator_may_come_later_and_go_and_return(coordinator, agent, ru
     until(lambda: len(said()) >= 4)
     assert said() == ["No", "Connected", "No", "Connected"]  # by change, not by attempt
     assert coordinator.renewals == []  # a restart of the coordinator is no reason to ask for certificates
+
+
+def test_a_busy_coordinator_is_left_alone_for_as_long_as_it_asks(coordinator, agent, running, caplog):
+    coordinator.refusal, coordinator.retry_s = ConnectionFailed("too much to do"), 0.5  # the back-off is 0.1
+    running(agent)
+    until(lambda: len(coordinator.refused_at) >= 4)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(coordinator.refused_at)]
+    assert min(gaps) >= 0.45
+    coordinator.refusal = None
+    coordinator.heard()
+    assert "is busy: too much to do" in caplog.text
 
 
 def test_revoked_means_the_end_with_a_clear_text(coordinator, agent, running, enrolled):

@@ -7,7 +7,17 @@ import pytest
 
 from lepton_fl import errors
 from lepton_fl.errors import LeptonError, Rejection, TrustError, UpdateRejected
-from lepton_fl.wire.status import CODE_KEY, HINT_KEY, MAX_DETAIL, error_from, metadata_of, status_of
+from lepton_fl.wire.status import (
+    CODE_KEY,
+    HINT_KEY,
+    MAX_DETAIL,
+    MAX_RETRY_S,
+    RETRY_KEY,
+    error_from,
+    metadata_of,
+    retry_after,
+    status_of,
+)
 
 
 def classes(cls=LeptonError):
@@ -72,6 +82,15 @@ def test_what_a_stranger_sends_is_cut_and_printable():
     assert len(error.hint) <= MAX_DETAIL
     assert (str(error) + error.hint).isprintable()
     assert "without a reason" in str(error_from("INTERNAL", "\n"))
+
+
+def test_when_to_come_again_is_told_and_bounded():
+    error = errors.ConnectionFailed("busy", hint="later")
+    assert retry_after(metadata_of(error, 1.5)) == 1.5
+    assert type(error_from(status_of(error), "busy", metadata_of(error, 1.5))) is errors.ConnectionFailed
+    for none in (metadata_of(error), None, [(RETRY_KEY, "soon")], [(RETRY_KEY, b"-1")], [(RETRY_KEY, "nan")]):
+        assert retry_after(none) == 0
+    assert retry_after([(RETRY_KEY, "inf")]) == MAX_RETRY_S
 
 
 def test_nothing_here_imports_grpc():

@@ -19,10 +19,11 @@ from lepton_fl.delivery.shelf import Shelf
 from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError, TrustError
 from lepton_fl.privacy.head import LedgerHead, sign_head
 from lepton_fl.privacy.record import Policy
-from lepton_fl.wire.status import CODE_KEY, error_from
+from lepton_fl.wire.status import CODE_KEY, RETRY_KEY, error_from, retry_after
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_fl.wire.v1.device_pb2_grpc import DeviceServiceStub
 from lepton_server import device_service
+from lepton_server.admission import Door
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
 from lepton_server.device_service import DeviceService, FailureLimiter, _address
@@ -624,6 +625,107 @@ def test_something_that_is_not_tls(world, device):
             while plain.recv(4096):
                 pass
     device.check_in()
+
+
+def unfinished(world, port, method, key=None, certificate=None):
+    """A call whose request does not come until the returned function is given it; None ends it without."""
+    key_pem = crypto.key_to_pem(key) if key else None
+    credentials = grpc.ssl_channel_credentials(world.authority.ca_pem, key_pem, certificate)
+    channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials, [("grpc.use_local_subchannel_pool", 1)])
+    world.channels.append(channel)
+    requests = queue.SimpleQueue()
+    sent = channel.stream_unary(f"/lepton.v1.DeviceService/{method}").future(iter(requests.get, None))
+    return sent, requests.put
+
+
+def test_a_request_that_does_not_come_is_given_up(world, device, monkeypatch):
+    monkeypatch.setattr(device_service, "READ_S", 0.2)
+    enrolment, mine = world.service.ports
+    calls = [
+        unfinished(world, enrolment, "Enroll"),
+        unfinished(world, mine, "CheckIn", device.key, device.certificate),
+        unfinished(world, mine, "Wait", device.key, device.certificate),
+        unfinished(world, mine, "FetchChunks", device.key, device.certificate),
+    ]
+    for sent, finish in calls:
+        error = sent.exception(PATIENCE)
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "did not arrive within 0.2 s" in error.details()
+        finish(None)
+    for door in (world.service._door, world.service._enrolment_door):
+        assert until(lambda door=door: not door._inside)
+        assert door._counted == 0
+    device.check_in()
+
+
+def test_a_call_without_a_request(world, device):
+    sent, finish = unfinished(world, world.service.ports[1], "CheckIn", device.key, device.certificate)
+    finish(None)
+    assert "ended without a request" in sent.exception(PATIENCE).details()
+    sent, finish = unfinished(world, world.service.ports[1], "CheckIn", device.key, device.certificate)
+    finish(check_in_request().SerializeToString())
+    assert sent.result(PATIENCE)  # of a stream the first one counts
+    finish(None)
+
+
+def busy(caught) -> float:
+    """After how many seconds a call may come again that was put off."""
+    assert caught.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert RETRY_KEY in caught.value.metadata
+    return retry_after(caught.value.metadata.items())
+
+
+class TestPace:
+    @pytest.fixture
+    def settings(self):
+        return {"limits": {"calls_per_s": 0.25, "call_burst": 3}}
+
+    def test_a_device_that_calls_too_often_is_told_when_to_come_again(self, world, device):
+        other, stub = world.enrol(), device.stub()
+        for _ in range(3):
+            device.check_in(stub)
+        with pytest.raises(grpc.RpcError, match="calls too often"):
+            next(stub.Wait(pb.WaitRequest(protocol=1)))
+        with pytest.raises(ConnectionFailed, match="calls too often") as caught:
+            device.check_in(stub)
+        assert 0 < busy(caught) <= 4
+        other.check_in()
+
+
+def test_too_much_in_hand_is_put_off_to_the_next_turn(world, device):
+    other, port = world.enrol(), world.service.ports[1]
+    world.service._door = Door(1, 2)
+    held = [unfinished(world, port, "CheckIn", device.key, device.certificate)]
+    assert until(lambda: world.service._door._counted == 1)
+    with pytest.raises(ConnectionFailed, match="busy") as caught:
+        other.check_in()
+    assert 45 <= busy(caught) <= 75  # check_in.interval_s
+    held.append(unfinished(world, port, "Wait", device.key, device.certificate))
+    assert until(lambda: world.service._door._inside[device.device_id] == 2)
+    with pytest.raises(grpc.RpcError, match="busy"):
+        next(device.stub().Wait(pb.WaitRequest(protocol=1)))
+    listening = Listening(other)  # streams are not counted among the calls
+    assert until(lambda: world.fleet.is_waiting(other.device_id))
+    listening.close()
+    for sent, finish in held:
+        sent.cancel()
+        finish(None)
+    assert until(lambda: not world.service._door._counted)
+    other.check_in()
+
+
+def test_one_address_cannot_hold_the_enrolment_port(world):
+    world.service._enrolment_door = Door(9, 2)
+    held = [unfinished(world, world.service.ports[0], "Enroll") for _ in range(2)]
+    assert until(lambda: world.service._enrolment_door._counted == 2)
+    with pytest.raises(ConnectionFailed, match="enrolments are under way") as caught:
+        world.enrol()
+    assert 1 <= busy(caught) <= 5
+    for sent, finish in held:
+        sent.cancel()
+        finish(None)
+    assert until(lambda: not world.service._enrolment_door._counted)
+    world.enrol()
 
 
 @pytest.mark.parametrize("protocol", [0, 2])

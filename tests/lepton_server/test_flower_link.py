@@ -798,6 +798,19 @@ def test_a_chunk_that_is_repeated_without_end_does_not_unpack(serve):
         assert box.get(timeout_s=5).content.reason is Rejection.MALFORMED
 
 
+def test_a_node_that_calls_too_often_is_told_when_to_come_again(serve):
+    server = serve(limits={"calls_per_s": 2, "call_burst": 4})
+    with joined(server, 2) as [(_, node, key), (_, other, _)], server.http() as client:
+        answers = [client.post("/v1/fleet/pull-object", content=b"", headers=headers(key)) for _ in range(8)]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert 1 <= len(refused) <= 5
+        assert {a.json()["code"] for a in refused} == {"too-often"}
+        assert {a.headers["retry-after"] for a in refused} == {"1"}
+        assert other.pull() is None  # for itself each
+        node._retry_for_s = 10
+        assert node._retry(node.pull) is None  # comes again when it was told to
+
+
 @pytest.mark.parametrize("body", [b"", b"\xff" * 100, b"\x0a\x02\x08\x01"])
 def test_garbage_is_refused_without_a_trace(server, body, caplog):
     with joined(server) as [(_, _, key)], server.http() as client, caplog.at_level(logging.CRITICAL, "flwr"):

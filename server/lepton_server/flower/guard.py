@@ -3,7 +3,7 @@
 A request passes in this order, and nothing of a body is read before the second step:
 
 1. the path is one of the seven that a node of ours uses; every other is 404;
-2. the headers carry a fresh signature of an admitted key, else 401;
+2. the headers carry a fresh signature of an admitted key, else 401, and the node calls at its pace, else 429;
 3. the body arrives within its size and time, else 413 or 408;
 4. what it asks concerns this node (its own reply, an object of its own message), else 403, 409 or 410;
 5. a reply gets a slot of its mailbox's gate, else 503 with Retry-After; so does a large response;
@@ -22,6 +22,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cryptography.exceptions import InvalidSignature
@@ -58,6 +59,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import Receive, Scope, Send
 
+from lepton_server.admission import Pace
 from lepton_server.flower.frames import cut_content, pull_response
 from lepton_server.flower.gate import Gate
 from lepton_server.flower.state import State
@@ -100,6 +102,8 @@ class Limits:
             holds its slot no longer.
         slot_wait_s: How long an announced reply waits for a slot before it is told to come back.
         max_pulls: Objects being sent at a time; the others wait.
+        calls_per_s: Of one node, in the long run; a reply takes one call for each of its objects.
+        call_burst: Of one node at once, after a rest.
     """
 
     max_body_bytes: int = 8 * 1024 * 1024
@@ -107,6 +111,8 @@ class Limits:
     upload_timeout_s: float = 60.0
     slot_wait_s: float = 15.0
     max_pulls: int = 4
+    calls_per_s: float = 200.0
+    call_burst: int = 4000
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -145,6 +151,7 @@ class Guard:
         self._limits = limits
         self._fleet = _fleet_app(state)
         self._pulls = Gate(limits.max_pulls)
+        self._pace = Pace(limits.calls_per_s, limits.call_burst)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -164,6 +171,9 @@ class Guard:
                 raise _busy()
             headers = dict(scope["headers"])
             node_id = self._authenticate(headers)
+            if wait_s := self._pace.take(str(node_id)):
+                later = [(b"retry-after", str(ceil(wait_s)).encode("ascii"))]
+                raise Refusal(429, "too-often", "This device calls too often.", later)
             self._link.mark_seen(node_id)
             handle = self._handlers.get(scope["path"], Guard._plain)
             await handle(self, scope, headers, body, send, node_id)
