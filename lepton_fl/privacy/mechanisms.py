@@ -262,14 +262,17 @@ class Correlated:
         return self.factorization.mix
 
     def release(self, total: Int64s, round_number: int, stream: Keystream | None = None) -> Release:
-        """Add this round's noise in place.
+        """Add this round's noise in place, and that of rounds before it that have released nothing.
+
+        A round that was left out is one of zeros. Its noise is added here, to the sum of both: so later noise
+        still cancels it, and the sum of two releases costs no more than the two.
 
         Raises:
-            StateConflict: it is another round's turn, or the run is over.
+            StateConflict: the round was released already, or the run is over.
         """
-        if round_number != self.next_round or round_number > self.rounds:
+        if not self.next_round <= round_number <= self.rounds:
             raise StateConflict(
-                f"Expected round {self.next_round} of {self.rounds} of the correlated noise, "
+                f"Expected round {self.next_round} to {self.rounds} of the correlated noise, "
                 f"got {round_number}."
             )
         if total.shape != (self.coordinates,) or total.dtype != np.int64:
@@ -279,12 +282,17 @@ class Correlated:
         following = np.empty_like(memory)
         for start in range(0, self.coordinates, BLOCK):
             part = slice(start, start + BLOCK)
-            noise = source.draw(len(total[part]), words)
-            noise -= self._remembered(memory[:, part], bits)
-            noise += (1 << bits) >> 1
-            noise >>= bits  # round to the updates' grid
-            total[part] += noise
-            self.factorization.remember(memory[:, part], noise, following[:, part])
+            known = memory[:, part]
+            for _ in range(self.next_round, round_number + 1):
+                noise = source.draw(len(total[part]), words)
+                noise -= self._remembered(known, bits)
+                noise += (1 << bits) >> 1
+                noise >>= bits  # round to the updates' grid
+                total[part] += noise
+                after = np.empty_like(known)
+                self.factorization.remember(known, noise, after)
+                known = after
+            following[:, part] = known
         return Release(replace(self, next_round=round_number + 1, memory=following))
 
     def _remembered(self, memory: Floats, bits: int) -> Int64s:

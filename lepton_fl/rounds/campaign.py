@@ -280,7 +280,8 @@ class Campaign:
                 hint="See `lepton run show` for each device's reason; cohort.max_attempts bounds it.",
             )
         retried = after_attempt(state.retried, number, 0)
-        return state.on(round=number, attempt=0, evaluated=number, retried=retried)
+        private = self.private.state if self.private else None
+        return state.on(round=number, attempt=0, evaluated=number, retried=retried, private=private)
 
     def _collect(self, plan: RoundPlan, state: RunState) -> tuple[Collected, NDArray[np.float64] | None]:
         """One attempt; of a private run, its noise is in the mean."""
@@ -294,7 +295,7 @@ class Campaign:
         if self.private:
             redact(collected)
             if mean is None and collected.burnt:
-                self.private.left_out(plan, collected.accepted)
+                self.private.left_out(plan)
             elif mean is None:
                 self.private.void(plan, f"Nothing was added up: {collected.summary()}.")
         return collected, mean

@@ -109,6 +109,7 @@ class PrivateState:
 
     Attributes:
         noise: what the mechanism remembers, sealed; empty if it remembers nothing.
+        noise_round: of the release that it remembers; rounds that are left out release nothing.
         took_part: device -> the last round that it counted in, and how many; forgotten when neither matters.
         charged: what the run has cost so far, counted.
         separation: the smallest number of rounds between two participations of a device; the contract's, if
@@ -118,6 +119,7 @@ class PrivateState:
     """
 
     noise: bytes = field(default=b"", repr=False)
+    noise_round: int = 0
     took_part: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     charged: Mapping[Event, int] = field(default_factory=dict)
     separation: int = 1
@@ -128,6 +130,7 @@ class PrivateState:
         """A line of JSON, and the sealed noise."""
         header = {
             "format": _STATE_FORMAT,
+            "noise_round": self.noise_round,
             "took_part": {device: list(pair) for device, pair in self.took_part.items()},
             "charged": [[to_json(event), count] for event, count in self.charged.items()],
             "separation": self.separation,
@@ -151,7 +154,8 @@ class PrivateState:
             took_part = {str(d): (int(last), int(times)) for d, (last, times) in header["took_part"].items()}
             charged = {from_json(text): int(count) for text, count in header["charged"]}
             contract = int(header["separation"]), int(header["times"])
-            return cls(noise, took_part, charged, *contract, float(header.get("clip", 0.0)))
+            clip, noise_round = float(header.get("clip", 0.0)), int(header.get("noise_round", 0))
+            return cls(noise, noise_round, took_part, charged, *contract, clip)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateCorrupt(
                 f"Expected the state of private rounds, got bytes that are none ({error})."
@@ -189,6 +193,7 @@ class PrivateRounds:
         self._clip = self._next_clip = ready.clip
         self._figures: dict[str, float] = {}  # what the last release told besides the update
         self._pending: list[Event] = []  # what the attempt in hand costs
+        self._owed: list[Event] = []  # for broken contracts in rounds that were left out
         self._state = self._fresh()
 
     def resume(self, state: PrivateState | None, round_number: int) -> None:
@@ -210,9 +215,15 @@ class PrivateRounds:
         self._mechanism, self._pending, self._clip = self._start, [], self._ready.clip
         if self._clip is not None and self._state.clip:
             self._clip = replace(self._clip, clip_norm=self._state.clip)
-        if state is not None and isinstance(self._start, Correlated):
-            opened = unseal(state.noise, self._key, run_id=self._run_id, round_number=round_number)
+        if state is not None and state.noise and isinstance(self._start, Correlated):
+            last = state.noise_round or round_number  # earlier versions did not say
+            opened = unseal(state.noise, self._key, run_id=self._run_id, round_number=last)
             self._mechanism = self._start.restored(opened)
+
+    @property
+    def state(self) -> PrivateState:
+        """As after the last round that was committed, or left out."""
+        return self._state
 
     def _fresh(self) -> PrivateState:
         return PrivateState(separation=self._privacy.min_separation, times=self._privacy.max_participations)
@@ -280,14 +291,18 @@ class PrivateRounds:
         self._ledger.void(self._run_id, plan.round, plan.attempt, evidence)
         self._pending = []
 
-    def left_out(self, plan: RoundPlan, accepted: Iterable[str]) -> None:
+    def left_out(self, plan: RoundPlan) -> None:
         """Leave charged what was set aside for a burnt round, which is not tried again.
 
         Devices have agreed on a sum. Under distributed trust the coordinator may have learnt it, if only to
         find that it is of too few; and a charge for the whole run, made in its first round, is made once.
+        Whose updates they are nobody can tell after a crash: all that were asked have taken part.
         """
         self._ledger.releasing(self._run_id, plan.round, plan.attempt)
-        self._state = self._spent(self._seen(self._state, plan.round, sorted(accepted)))
+        before = self._state
+        self._state = self._spent(self._seen(before, plan.round, sorted(plan.cohort)))
+        if (extra := self._violation(before, self._state)) is not None:
+            self._owed.append(extra)
         self._round = plan.round
 
     # --- the release --------------------------------------------------------------------------------
@@ -342,11 +357,14 @@ class PrivateRounds:
         self._mechanism, self._round, self._clip = self._following, plan.round, self._next_clip
         before = self._state
         seen = self._spent(self._seen(before, plan.round, sorted(accepted)))
-        if (extra := self._violation(before, seen)) is not None:
+        if (found := self._violation(before, seen)) is not None:
+            self._owed.append(found)
+        for extra in self._owed:
             self._ledger.record(self._run_id, plan.round, plan.attempt, extra)
             seen = _charged(seen, extra)
+        self._owed = []
         clip = self._clip.clip_norm if self._clip else 0.0
-        self._state = replace(seen, noise=self._sealed(plan.round), clip=clip)
+        self._state = replace(seen, noise=self._sealed(plan.round), noise_round=plan.round, clip=clip)
         return self._state
 
     def _spent(self, state: PrivateState) -> PrivateState:

@@ -14,6 +14,7 @@ import base64
 import contextlib
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from lepton_fl.errors import BudgetRefused, ConfigError, NotFound, StateConflict
 from lepton_fl.files import read_private, remove, write_private
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.privacy.budget import epsilon_of
-from lepton_fl.privacy.events import Event, to_json
+from lepton_fl.privacy.events import Event, from_json, to_json
 from lepton_fl.privacy.planning import Prepared
 from lepton_fl.privacy.record import FLEET, Charge, Key, Policy, accounts_of, admitted, scope_of
 from lepton_fl.privacy.sealing import KEY_BYTES
@@ -33,6 +34,7 @@ from lepton_server.store import SignedBudget, Store, Transaction
 
 Insist = Callable[[Callable[[], object]], object]  # see ``patience.Patience.insist``
 
+SPENT = ("reserved", "releasing", "committed")  # of a charge: all but voided
 NOT_BEGUN = "The coordinator ended before the release was begun; nothing was added up."
 
 
@@ -364,15 +366,22 @@ def stored_state(
     """
     if spec.privacy is None or spec.privacy.unit != "device":
         return None
+    over = store.run(run_id).committed  # the last round that was committed, or left out
+    if not over:
+        return None
+    state = PrivateState(separation=spec.privacy.min_separation, times=spec.privacy.max_participations)
+    charges = [c for c in store.charges(run_id, states=SPENT) if c.round <= over]
     done = [r.round for r in store.rounds(run_id) if r.state == "committed"]
-    if not done:
-        fresh = PrivateState(separation=spec.privacy.min_separation, times=spec.privacy.max_participations)
-        return fresh if store.run(run_id).committed else None  # rounds were left out, none was released
-    found = {c.round: c.state_sha256 for c in store.charges(run_id, states=("committed",))}
-    sha256 = found.get(done[-1])
-    if sha256 is None:
-        raise StateConflict(f"Round {done[-1]} of run {run_id} is committed without its privacy.")
-    return replace(PrivateState.from_bytes(read(sha256)), took_part=store.participations(run_id))
+    if done:
+        found = {c.round: c.state_sha256 for c in charges if c.state == "committed"}
+        sha256 = found.get(done[-1])
+        if sha256 is None:
+            raise StateConflict(f"Round {done[-1]} of run {run_id} is committed without its privacy.")
+        state = PrivateState.from_bytes(read(sha256))
+        if state.noise_round not in (0, done[-1]):
+            raise StateCorrupt(f"The noise of run {run_id} is that of round {state.noise_round}.")
+    charged = Counter(from_json(text) for c in charges for text in (*c.events, *c.extra))
+    return replace(state, charged=dict(charged), took_part=store.participations(run_id))
 
 
 def may_go_on(store: Store, plan: RoundPlan) -> bool:

@@ -64,7 +64,7 @@ def refuse_unknown(spec: RunSpec, *, authority: bool) -> None:
     Raises:
         ConfigError: names all that stands in the way of the privacy.
     """
-    refuse_run(spec, central_evaluation=bool(spec.central_data), also=_not_masked(spec))
+    refuse_run(spec, central_evaluation=bool(spec.central_data))
     if spec.secure_aggregation == "required" and not authority:
         raise ConfigError(
             "run.secure_aggregation is 'required', and no enrolment authority says whose keys are whose.",
@@ -76,17 +76,6 @@ def refuse_unknown(spec: RunSpec, *, authority: bool) -> None:
             hint="Buffered runs work in `lepton simulate` and over a stock Flower deployment "
             "(lepton_strategies.run_campaign).",
         )
-
-
-def _not_masked(spec: RunSpec) -> list[str]:
-    """What a round that gives no sum, and is not tried again, would break."""
-    correlated = spec.privacy is not None and spec.privacy.mechanism in ("blt", "banded")
-    if not correlated or spec.secure_aggregation != "required":
-        return []
-    return [
-        "its noise is correlated over the rounds, and a secure round may be left out; use "
-        "mechanism='independent', or trust='distributed'"
-    ]
 
 
 def lineage(store: Store, run: Run, sha256: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,16 @@ from lepton_fl.privacy.budget import epsilon_of
 from lepton_fl.privacy.events import Gaussian, to_json
 from lepton_fl.privacy.mechanisms import Correlated, Independent
 from lepton_fl.privacy.record import Policy
+from lepton_fl.rounds.secure_ideal import IdealRounds
+from lepton_fl.secagg.server import Stage
 from lepton_fl.vector import to_grid
 from lepton_fl.wire.messages import Ticket, TrainReply
 from lepton_server import cli_privacy
 from lepton_server.config import PrivacySection
+from lepton_server.fleet import Report, Secrecy, TaskState
 from lepton_server.privacy import NOT_BEGUN, Ledger, PrivacyKeys, guard_run, set_budget
 
+TASK, VERSION = "lepton_fl.tasks.images:digits", "1"
 BANDED = {
     "mechanism": "banded",
     "clip_norm": 1.0,
@@ -413,3 +418,91 @@ def test_the_guard_opens_a_budget_once(crowd):
         guard_run(crowd.store, keys(crowd), "r1", spec, ready, devices=6, committed=0)
     assert [(b.policy.account, b.policy.version) for b, _ in crowd.store.budgets()] == [("run:r1", 1)]
     assert to_json(Gaussian(4.0))
+
+
+# --- secure rounds that are left out ----------------------------------------------------------------------
+
+
+class Ended(BaseException):
+    """The coordinator is gone."""
+
+
+SECRET = {
+    "secure_aggregation": "required",
+    "secure": {"min_cohort": 4},
+    "cohort": {"size": 5, "min_reports": 4},
+}
+SKELLAM = {
+    "trust": "distributed",
+    "mechanism": "skellam",
+    "epsilon": 20.0,
+    "delta": 1e-3,
+    "clip_norm": 1.0,
+    "min_survivors": 0.8,
+}
+
+
+def drive_secure(works, burnt, ends_at=0):
+    """As ``drive``, with the sums of the ideal functionality; in ``burnt`` rounds devices sign and leave."""
+    leaves = lambda plan: dict.fromkeys(plan.cohort, Stage.CONSENTS) if plan.round in burnt else {}  # noqa: E731
+    ideal = IdealRounds(lambda plan, device: None, leaves=leaves)
+
+    def collect(plan, *rest):
+        if plan.round == ends_at:
+            raise Ended
+        return ideal.collect(plan, *rest)
+
+    driver = works.driver()
+    driver._signing = object()  # there is an authority
+    driver._secure = lambda *_: SimpleNamespace(collect=collect)
+    with contextlib.suppress(Ended):
+        driver._drive("r1")
+    works.fleet.release("r1")
+    return works.store.run("r1")
+
+
+@pytest.fixture
+def sworn(works):
+    """Devices that can take part in secure rounds."""
+    for device in works.register(7):
+        report = Report((TaskState(TASK, VERSION, "", True, ""),), "0.1", ())
+        works.fleet.check_in(device, report, secrecy=Secrecy(credential_ends=2.0**31))
+    return works
+
+
+@pytest.mark.parametrize(("burnt", "ends_at"), [({1}, 0), ({2}, 3), ({1, 2}, 3)])
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        INDEPENDENT,
+        {**INDEPENDENT, "max_participations": 3},
+        {**BLT, "min_separation": 1, "max_participations": 3},
+        {**BANDED, "min_separation": 1, "max_participations": 3},
+        SKELLAM,
+        {**SKELLAM, "max_participations": 3},
+    ],
+    ids=lambda p: p["mechanism"] + ("-contract" if "max_participations" in p else ""),
+)
+def test_a_secure_round_that_is_left_out_stays_charged_also_over_a_restart(sworn, privacy, burnt, ends_at):
+    queue(sworn, privacy=privacy, **SECRET)
+    run = drive_secure(sworn, burnt, ends_at)
+    if ends_at:
+        assert run.state == "running"
+        run = drive_secure(sworn, burnt)
+    assert run.state == "completed", run.reason
+    charges = sworn.store.charges("r1")
+    assert {c.round for c in charges if c.state == "releasing"} == burnt
+    assert {c.round for c in charges if c.state == "committed"} == {1, 2, 3, 4} - burnt
+    contract = "max_participations" in privacy
+    counted = [c for c in charges if c.state != "voided"]
+    assert [len(c.events) for c in counted] == ([1, 0, 0, 0] if contract else [1, 1, 1, 1])
+    last = [r for r in sworn.store.rounds("r1") if r.state == "committed"][-1]
+    assert last.metrics["epsilon_charged"] == pytest.approx(spent(sworn, "run:r1"), rel=1e-12)
+    assert last.metrics["epsilon"] <= last.metrics["epsilon_charged"] * (1 + 1e-12)
+    proven(sworn)
+    # Nobody knows whose updates were in the sums that may have been learnt: all that were asked count.
+    asked = [p for r in sworn.store.rounds("r1") if r.round in burnt for p in r.plan["cohort"]]
+    took = sworn.store.participations("r1")
+    assert all(took[device][1] >= asked.count(device) for device in asked)
+    if contract:
+        assert max(times for _, times in took.values()) <= 3

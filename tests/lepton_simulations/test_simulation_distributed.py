@@ -59,6 +59,35 @@ def test_central_noise_is_the_same_with_secure_aggregation_on_or_off():
         assert len({tuple(getattr(row, name) for row in r.rows) for r in (off, ideal, full)}) == 1
 
 
+def test_rows_that_devices_protect_may_be_in_a_masked_sum_that_says_nothing_else():
+    asked = {
+        "unit": "example",
+        "trust": "local",
+        "mechanism": "dp-sgd",
+        "noise_multiplier": 1.0,
+        "delta": 1e-4,
+    }
+    more = {"clip_norm": 1.0, "grid_step": 2.0**-22, "weighting": "equal", "rounds": 1, "evaluate_every": 0}
+    off, ideal, full = (
+        run(asked, *way, **more) for way in (("off",), ("required", "ideal"), ("required", "full"))
+    )
+    assert off.verdict.outcome == "completed", off.verdict.reason
+    assert off.weights_sha256 == ideal.weights_sha256 == full.weights_sha256
+    assert all(tally.examples <= 1 for result in (off, ideal, full) for tally in result.tallies.values())
+
+
+def test_rows_that_devices_protect_in_a_sum_without_a_bound_are_refused():
+    asked = {
+        "unit": "example",
+        "trust": "local",
+        "mechanism": "dp-sgd",
+        "noise_multiplier": 1.0,
+        "delta": 1e-4,
+    }
+    with pytest.raises(ValueError, match="clip_norm=0"):
+        run(asked, weighting="equal", evaluate_every=0)
+
+
 @pytest.mark.parametrize("kind", ["skellam", "ddgauss"])
 @pytest.mark.parametrize("bits", [16, 32])
 def test_the_whole_protocol_and_the_sum_it_must_bring(kind, bits):
@@ -143,8 +172,19 @@ def test_what_was_void_is_not_charged():
     assert result.rows[-1].epsilon <= 30.0
 
 
+@pytest.mark.parametrize("kind", ["blt", "banded"])
+def test_correlated_noise_on_a_secure_sum_is_that_on_a_plain_one(kind):
+    asked = {**CENTRAL, "mechanism": kind, "max_participations": 3}
+    off, ideal, full = (
+        run(asked, *way, rounds=3, grid_step=2.0**-22)
+        for way in (("off",), ("required", "ideal"), ("required", "full"))
+    )
+    assert off.verdict.outcome == "completed"
+    assert off.weights_sha256 == ideal.weights_sha256 == full.weights_sha256
+
+
 @pytest.mark.parametrize("contract", [{}, {"max_participations": 8}])
-@pytest.mark.parametrize("privacy", [CENTRAL, SKELLAM])
+@pytest.mark.parametrize("privacy", [CENTRAL, SKELLAM, {**CENTRAL, "mechanism": "blt"}])
 def test_a_burnt_round_counts_as_spent(privacy, contract):
     """Its sum may have been learnt; and what the first round pays for the whole run is paid, too."""
     burning, attempts = {"drop_consents": 0.35}, {"size": 20, "max_attempts": 5}

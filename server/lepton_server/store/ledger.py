@@ -14,7 +14,7 @@ from sqlalchemy import Connection, RowMapping, Select, and_, func, or_, select
 from lepton_fl.files import GENESIS
 from lepton_fl.privacy.events import Event, from_json
 from lepton_fl.privacy.record import ANYBODY, SUBJECT, TRUSTS, Policy, reads
-from lepton_server.store.tables import BUDGET, CHARGE, EVENT, PARTICIPATION, ROUND, TOTAL
+from lepton_server.store.tables import BUDGET, CHARGE, EVENT, PARTICIPATION, ROUND, RUN, TOTAL
 from lepton_server.store.views import ChargeRecord, Head, SignedBudget
 
 _event = lru_cache(maxsize=4096)(from_json)  # a reservation reads the same few again and again
@@ -92,6 +92,23 @@ def participations_query(run_id: str) -> Select[Any]:
             ROUND.c.state == "committed",
         )
         .group_by(PARTICIPATION.c.device_id)
+    )
+
+
+def left_out_query(run_id: str) -> Select[Any]:
+    """Round and plan of the last attempts at rounds that are over without a model."""
+    newest = (
+        select(ROUND.c.round, func.max(ROUND.c.attempt).label("attempt"))
+        .where(ROUND.c.run_id == run_id)
+        .group_by(ROUND.c.round)
+        .subquery()
+    )
+    same = and_(ROUND.c.round == newest.c.round, ROUND.c.attempt == newest.c.attempt)
+    return (
+        select(ROUND.c.round, ROUND.c.plan)
+        .join_from(ROUND, newest, same)
+        .join(RUN, RUN.c.id == ROUND.c.run_id)
+        .where(ROUND.c.run_id == run_id, ROUND.c.state == "abandoned", ROUND.c.round <= RUN.c.committed)
     )
 
 

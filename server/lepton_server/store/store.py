@@ -464,10 +464,20 @@ class Store:
             return ledger.missed(connection)
 
     def participations(self, run_id: str) -> dict[str, tuple[int, int]]:
-        """Return device -> the last committed round that it counted in, and how many there were."""
+        """Return device -> the last round that it counted in, and how many there were.
+
+        Of a committed round those count whose updates are in its sum; of one that was left out, after devices
+        had agreed on a sum, all that were asked.
+        """
         with reading(self._engine) as connection:
             rows = connection.execute(ledger.participations_query(run_id))
-            return {device_id: (last, times) for device_id, last, times in rows}
+            found = {device_id: (last, times) for device_id, last, times in rows}
+            left_out = connection.execute(ledger.left_out_query(run_id)).all()
+        for number, plan in left_out:
+            for device_id in json.loads(plan)["cohort"]:
+                last, times = found.get(device_id, (0, 0))
+                found[device_id] = max(last, number), times + 1
+        return found
 
     def memory_users(self, sha256: str) -> int:
         """Return how many charges have this sealed memory of a mechanism."""

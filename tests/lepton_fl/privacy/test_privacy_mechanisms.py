@@ -63,6 +63,27 @@ def test_the_release_depends_on_the_data_only_through_their_sum(kind):
     assert np.array_equal(run(mechanism, some, fixed(1)) - some, run(mechanism, none, fixed(1)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gone", [{1}, {3}, {1, 2, 3}, {2, 3, 7}])
+def test_the_noise_of_rounds_that_were_left_out_comes_with_the_next_release(kind, gone):
+    """Sums over time are those of the whole matrix, with zeros for the data of those rounds."""
+    mechanism = whole = KINDS[kind](**RUN, norm_bound=2.0**12, coordinates=5)
+    some, stream, words = np.random.default_rng(1).integers(-(10**6), 10**6, (9, 5)), fixed(1), fixed(1)
+    owed = np.zeros(5, np.int64)
+    for number in range(1, 10):
+        left_out = number in gone
+        total, expected = some[number - 1].copy(), some[number - 1] * (not left_out)
+        whole = whole.release(expected, number, words).following
+        owed += expected
+        if not left_out:
+            mechanism = mechanism.release(total, number, stream).following
+            assert np.array_equal(total, owed)
+            owed[:] = 0
+            assert np.array_equal(mechanism.memory, whole.memory)
+            assert mechanism.next_round == whole.next_round == number + 1
+            mechanism = KINDS[kind](**RUN, norm_bound=2.0**12, coordinates=5).restored(mechanism.state())
+
+
 def test_many_blocks_are_one_vector():
     from lepton_fl.privacy.noise import BLOCK
 
