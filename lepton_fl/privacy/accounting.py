@@ -47,6 +47,7 @@ LARGEST_MULTIPLIER = 1e7  # of a calibration
 SMALLEST_MULTIPLIER = 1e-3
 LEAST_DIVERGENCE = 1e-12  # of a sampled event, an order
 PRECISION = 1e-6  # of a calibrated multiplier, relative
+CLEARLY = 1e-6  # of a multiplier: far above the error of any search for it
 
 
 class Accountant(Protocol):
@@ -120,6 +121,11 @@ class GdpExact(_Base):
         """Exact (Balle and Wang 2018)."""
         return gaussian_epsilon(composed_multiplier(self._checked(events, delta)), delta)
 
+    def clearly_within(self, events: Events, epsilon: float, delta: float) -> bool:
+        """Whether ``epsilon`` is enough by a margin, for a thousandth of the time; False: it may be."""
+        found = composed_multiplier(self._checked(events, delta))
+        return found >= _least_multiplier(epsilon, delta) * (1 + CLEARLY)  # NaN compares false
+
 
 class RdpGate(_Base):
     """Rényi differential privacy of any mix of events."""
@@ -177,10 +183,15 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     """The exact epsilon of one Gaussian release (Balle and Wang 2018)."""
     import dp_accounting
 
-    if noise_multiplier == inf:
-        return 0.0
+    if noise_multiplier in (0.0, inf):
+        return 0.0 if noise_multiplier else inf
     with np.errstate(divide="ignore"):  # the logarithm of a delta of zero, on the way
         return float(dp_accounting.get_epsilon_gaussian(noise_multiplier, delta))
+
+
+@lru_cache(maxsize=4096)
+def _least_multiplier(epsilon: float, delta: float) -> float:
+    return gaussian_multiplier(epsilon, delta)
 
 
 def gaussian_multiplier(epsilon: float, delta: float) -> float:

@@ -98,6 +98,14 @@ def admit(budget: Budget, events: Events, event: Event, count: int = 1) -> float
     )
 
 
+def clearly_affordable(budget: Budget, events: Events, event: Event) -> bool:
+    """Whether one more release fits by a margin, found without solving for epsilon; False: ask ``admit``."""
+    total = dict(events)
+    total[event] = total.get(event, 0) + 1
+    reader = budget.reader(total)
+    return isinstance(reader, GdpExact) and reader.clearly_within(total, budget.epsilon, budget.delta)
+
+
 def refuse_overspent(budget: Budget, events: Events) -> float:
     """What is spent, if it is not more than the cap: the gate of an attempt that is paid already.
 

@@ -10,7 +10,7 @@ so a tampered ledger cannot run code.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from math import floor, isfinite, log, sqrt
+from math import floor, inf, isfinite, log, sqrt
 from typing import ClassVar
 
 from lepton_fl.errors import ConfigError, StateCorrupt
@@ -148,7 +148,8 @@ def composed_multiplier(events: Mapping[Event, int]) -> float:
     for event, count in events.items():
         if not isinstance(event, Gaussian):
             raise ConfigError(f"Expected Gaussian events only, got {event.kind!r}.")
-        total += count / event.noise_multiplier**2
+        square = event.noise_multiplier**2
+        total += count / square if square else inf  # too small a number to have a square
     return 1 / sqrt(total) if total else float("inf")
 
 

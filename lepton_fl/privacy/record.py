@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, StateCorrupt, TrustError
 from lepton_fl.files import GENESIS, canonical_json, event_hash
 from lepton_fl.privacy.accounting import Adjacency
-from lepton_fl.privacy.budget import Budget, admit, epsilon_of, refuse_overspent
+from lepton_fl.privacy.budget import Budget, admit, clearly_affordable, epsilon_of, refuse_overspent
 from lepton_fl.privacy.events import Event, from_json
 
 if TYPE_CHECKING:
@@ -150,8 +150,13 @@ class Policy:
             ) from error
 
 
-def admitted(policy: Policy, counts: Mapping[Event, int], charge: Charge) -> float:
-    """Epsilon of a covered account with this charge.
+def refuse_beyond(policy: Policy, counts: Mapping[Event, int], charge: Charge) -> None:
+    """Refuse a charge that a budget cannot afford.
+
+    Args:
+        policy: of an account that pays.
+        counts: everything reserved or committed there so far, counted.
+        charge: what is asked for.
 
     Raises:
         BudgetRefused: it would pass the cap, or the promise is one that the charge cannot keep.
@@ -166,12 +171,11 @@ def admitted(policy: Policy, counts: Mapping[Event, int], charge: Charge) -> flo
         )
     budget, total = policy.budget, dict(counts)
     if not charge.events:
-        return refuse_overspent(budget, total)
-    spent = 0.0
+        refuse_overspent(budget, total)
     for event in map(from_json, charge.events):
-        spent = admit(budget, total, event)
+        if not clearly_affordable(budget, total, event):
+            admit(budget, total, event)
         total[event] = total.get(event, 0) + 1
-    return spent
 
 
 # ----------------------------------------------------------------------------------------- verification
@@ -304,7 +308,7 @@ class Verifier:
     def _reserve(self, charge: Charge) -> None:
         for policy in self._covering(charge):
             try:
-                admitted(_widened(policy), self._total(policy), charge)
+                refuse_beyond(_widened(policy), self._total(policy), charge)
             except BudgetRefused as refusal:
                 raise StateCorrupt(f"{_shown(charge.key)} should have been refused: {refusal}") from None
         self._state.charges[charge.key] = charge

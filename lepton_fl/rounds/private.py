@@ -216,7 +216,7 @@ class PrivateRounds:
         if self._clip is not None and self._state.clip:
             self._clip = replace(self._clip, clip_norm=self._state.clip)
         if state is not None and state.noise and isinstance(self._start, Correlated):
-            last = state.noise_round or round_number  # earlier versions did not say
+            last = min(state.noise_round or round_number, round_number)  # earlier versions did not say
             opened = unseal(state.noise, self._key, run_id=self._run_id, round_number=last)
             self._mechanism = self._start.restored(opened)
 

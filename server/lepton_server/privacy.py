@@ -26,7 +26,7 @@ from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.privacy.budget import epsilon_of
 from lepton_fl.privacy.events import Event, from_json, to_json
 from lepton_fl.privacy.planning import Prepared
-from lepton_fl.privacy.record import FLEET, Charge, Key, Policy, accounts_of, admitted, scope_of
+from lepton_fl.privacy.record import FLEET, Charge, Key, Policy, accounts_of, refuse_beyond, scope_of
 from lepton_fl.privacy.sealing import KEY_BYTES
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, budget_of
 from lepton_server.config import PrivacySection
@@ -229,9 +229,9 @@ class Ledger:
                 asked=float("inf"),
                 hint="Restore the newest copy. Nothing private is released under this one.",
             )
-        for budget in change.budgets_over(charge.accounts, charge.unit):
+        for budget, counts in change.covering(charge.accounts, charge.unit):
             self._check(budget)
-            admitted(budget.policy, change.spent(budget.policy), charge)
+            refuse_beyond(budget.policy, counts, charge)
         body = _attempt(charge.key) | {"events": list(charge.events), "accounts": list(charge.accounts)}
         change.record("privacy.reserved", body | {"unit": charge.unit, "trust": charge.trust})
         if (

@@ -444,7 +444,10 @@ SKELLAM = {
 
 def drive_secure(works, burnt, ends_at=0):
     """As ``drive``, with the sums of the ideal functionality; in ``burnt`` rounds devices sign and leave."""
-    leaves = lambda plan: dict.fromkeys(plan.cohort, Stage.CONSENTS) if plan.round in burnt else {}  # noqa: E731
+
+    def leaves(plan):
+        return dict.fromkeys(plan.cohort, Stage.CONSENTS) if plan.round in burnt else {}
+
     ideal = IdealRounds(lambda plan, device: None, leaves=leaves)
 
     def collect(plan, *rest):

@@ -5,7 +5,7 @@ All functions take a connection in a transaction, so that a reservation is judge
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from lepton_server.store.tables import BUDGET, CHARGE, EVENT, PARTICIPATION, ROU
 from lepton_server.store.views import ChargeRecord, Head, SignedBudget
 
 _event = lru_cache(maxsize=4096)(from_json)  # a reservation reads the same few again and again
+_CHUNK = 500  # accounts in one IN (…)
 _PLACE = (BUDGET.c.account, BUDGET.c.unit, BUDGET.c.trust)
 
 
@@ -51,19 +52,28 @@ def budgets(
     return [_budget(row) for row in newest.values()]
 
 
-def counts(connection: Connection, policy: Policy) -> dict[Event, int]:
-    """What is charged to a budget, counted; its cost is per distinct event, however long the ledger is."""
-    trusts = [trust for trust in TRUSTS if policy.counts(trust)]
-    query = (
-        select(TOTAL.c.event, func.sum(TOTAL.c.count))
-        .where(
-            TOTAL.c.account.in_(reads(policy.account)),
-            TOTAL.c.unit == policy.unit,
-            TOTAL.c.trust.in_(trusts),
-        )
-        .group_by(TOTAL.c.event)
-    )
-    return {_event(event): int(count) for event, count in connection.execute(query) if count}
+def counts(connection: Connection, policies: Sequence[Policy]) -> list[dict[Event, int]]:
+    """What is charged to each budget, counted; the cost is per distinct event, however long the ledger is."""
+    wanted = sorted({account for policy in policies for account in reads(policy.account)})
+    totals: dict[tuple[str, str, str], list[tuple[Event, int]]] = {}
+    columns = TOTAL.c.account, TOTAL.c.unit, TOTAL.c.trust, TOTAL.c.event, TOTAL.c.count
+    for start in range(0, len(wanted), _CHUNK):
+        here = TOTAL.c.account.in_(wanted[start : start + _CHUNK])
+        for account, unit, trust, event, count in connection.execute(select(*columns).where(here)):
+            if count:
+                totals.setdefault((account, unit, trust), []).append((_event(event), int(count)))
+    return [_added(policy, totals) for policy in policies]
+
+
+def _added(
+    policy: Policy, totals: Mapping[tuple[str, str, str], Sequence[tuple[Event, int]]]
+) -> dict[Event, int]:
+    total: dict[Event, int] = {}
+    for account in reads(policy.account):
+        for trust in filter(policy.counts, TRUSTS):
+            for event, count in totals.get((account, policy.unit, trust), ()):
+                total[event] = total.get(event, 0) + count
+    return total
 
 
 def charges_query(run_id: str | None = None, states: Iterable[str] | None = None) -> Select[Any]:

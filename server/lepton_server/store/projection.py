@@ -21,6 +21,7 @@ Rules:
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,6 @@ from lepton_server.store.tables import (
     TOKEN,
     TOKEN_USE,
     TOLD,
-    TOTAL,
 )
 
 _CHUNK = 500  # ids in one IN (…)
@@ -655,15 +655,17 @@ def _count(
     connection: Connection, accounts: Sequence[str], unit: str, trust: str, events: Sequence[str], by: int
 ) -> None:
     """Add to the totals of every account that pays."""
-    for event in events:
-        key = and_(TOTAL.c.unit == unit, TOTAL.c.trust == trust, TOTAL.c.event == event)
-        here = and_(TOTAL.c.account.in_(accounts), key)
-        known = set(connection.execute(select(TOTAL.c.account).where(here)).scalars())
-        if known:
-            connection.execute(update(TOTAL).where(here).values(count=TOTAL.c.count + by))
-        fresh = {"unit": unit, "trust": trust, "event": event, "count": by}
-        if new := [fresh | {"account": account} for account in accounts if account not in known]:
-            connection.execute(insert(TOTAL), new)
+    found = Counter(events)
+    rows = [(a, unit, trust, event, by * n) for event, n in found.items() for a in dict.fromkeys(accounts)]
+    if rows:
+        marks = ", ".join(["?" if connection.dialect.name == "sqlite" else "%s"] * 5)
+        connection.exec_driver_sql(_ADD_TO_TOTALS.format(marks=marks), rows)
+
+
+_ADD_TO_TOTALS = """
+    INSERT INTO privacy_total (account, unit, trust, event, count) VALUES ({marks})
+    ON CONFLICT (account, unit, trust, event) DO UPDATE SET count = privacy_total.count + excluded.count
+"""
 
 
 def _nothing(connection: Connection, when: When, body: ev.Body) -> None:

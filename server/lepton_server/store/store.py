@@ -32,7 +32,6 @@ from sqlalchemy import Connection, Engine, RowMapping, Select, insert, select, u
 from lepton_fl.errors import NotFound, StateError, StateLocked
 from lepton_fl.files import event_hash
 from lepton_fl.privacy.events import Event as PrivacyEvent
-from lepton_fl.privacy.record import Policy
 from lepton_server.store import attempts, journal, ledger
 from lepton_server.store.engine import make_engine, parse_url, reading, writing
 from lepton_server.store.events import Body, LedgerBody, TaskRegistered, encode_body, parse_body
@@ -159,9 +158,12 @@ class Transaction:
         """Return the budgets that a charge to these accounts falls under, all of them when None."""
         return ledger.budgets(self._connection, accounts, unit)
 
-    def spent(self, policy: Policy) -> dict[PrivacyEvent, int]:
-        """Return everything that is reserved or committed under a budget, counted."""
-        return ledger.counts(self._connection, policy)
+    def covering(
+        self, accounts: Sequence[str], unit: str
+    ) -> list[tuple[SignedBudget, dict[PrivacyEvent, int]]]:
+        """Return the budgets over these accounts, each with all that is reserved or committed under it."""
+        found = ledger.budgets(self._connection, accounts, unit)
+        return list(zip(found, ledger.counts(self._connection, [b.policy for b in found]), strict=True))
 
     def missed_head(self) -> int | None:
         """Return the number of a ledger's event that a device has seen and that is not here, if any."""
@@ -445,7 +447,8 @@ class Store:
     def budgets(self) -> list[tuple[SignedBudget, dict[PrivacyEvent, int]]]:
         """Return every budget's newest version, and what is reserved or committed under it, of one moment."""
         with reading(self._engine) as connection:
-            return [(b, ledger.counts(connection, b.policy)) for b in ledger.budgets(connection)]
+            found = ledger.budgets(connection)
+            return list(zip(found, ledger.counts(connection, [b.policy for b in found]), strict=True))
 
     def charges(
         self, run_id: str | None = None, *, states: Iterable[str] | None = None

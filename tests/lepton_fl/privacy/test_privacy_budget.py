@@ -14,6 +14,7 @@ from lepton_fl.privacy.budget import (
     Budget,
     admit,
     affordable,
+    clearly_affordable,
     epsilon_of,
     reserve_all,
     smallest_multiplier,
@@ -169,3 +170,25 @@ def test_affordable_is_the_largest_number_that_fits(multiplier, cap):
     assert count == 0 or epsilon_of(budget, {}, event, count) <= cap
     assert epsilon_of(budget, {}, event, count + 1) > cap
     assert affordable(budget, {}, event, limit=2) == min(2, count)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.3, 500.0), st.integers(1, 1000)), max_size=8),
+    st.floats(0.3, 500.0),
+    st.floats(0.01, 60.0),
+    st.sampled_from([1e-2, 1e-5, 1e-10]),
+    st.sampled_from(["zero-out", "replace-one"]),
+)
+def test_what_is_clearly_affordable_is_affordable(spent, asked, cap, delta, adjacency):
+    budget = Budget("b", cap, delta, adjacency=adjacency)
+    counts = {Gaussian(multiplier): count for multiplier, count in spent}
+    found = epsilon_of(budget, counts, Gaussian(asked))
+    if clearly_affordable(budget, counts, Gaussian(asked)):
+        assert found <= cap
+    else:
+        assert found > cap * (1 - 1e-4)  # the fast answer is missing only near the cap
+    assert not clearly_affordable(budget, {Zcdp(0.1): 1}, Gaussian(asked))  # of a mix it says nothing
+
+
+def test_nothing_is_clearly_affordable_by_a_number_that_is_none():
+    assert not clearly_affordable(Budget("b", 1e300, 0.5), {Gaussian(1e-300): 2**62}, Gaussian(1e-300))
