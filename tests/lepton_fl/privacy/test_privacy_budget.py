@@ -191,4 +191,4 @@ def test_what_is_clearly_affordable_is_affordable(spent, asked, cap, delta, adja
 
 
 def test_nothing_is_clearly_affordable_by_a_number_that_is_none():
-    assert not clearly_affordable(Budget("b", 1e300, 0.5), {Gaussian(1e-300): 2**62}, Gaussian(1e-300))
+    assert not clearly_affordable(Budget("b", 50.0, 0.5), {Gaussian(1e-300): 2**62}, Gaussian(1e-300))
