@@ -49,9 +49,16 @@ Result = dict[str, Any]
 # -- state --------------------------------------------------------------------------------------------
 
 
-def populate(folder: Path, devices: int, connections: int) -> None:
-    """Register ``devices`` devices; the first ``connections`` of them get key and certificate files."""
-    authority = Authority.open(folder / "tls")
+def populate(folder: Path, devices: int, connections: int, keys_in: str = "tls") -> None:
+    """Register ``devices`` devices; the first ``connections`` of them get keys and certificates.
+
+    Args:
+        folder: Of the state; ``devices.json`` is left there.
+        devices: To register.
+        connections: So many get a certificate.
+        keys_in: Folder of the authority, there.
+    """
+    authority = Authority.open(folder / keys_in)
     secrets: list[tuple[str, str]] = []
     with open_store(folder / "lepton.db") as store:
         for start in range(0, devices, PER_TOKEN):

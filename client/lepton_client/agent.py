@@ -240,8 +240,9 @@ class Agent:
             raise
         except Busy as error:  # it is there; a new connection would only cost both sides
             self._diary.say("connection", f"The coordinator is busy: {error}", logging.WARNING, key="busy")
-            self._rest_until = self._clock.now() + error.wait_s
-            return error.wait_s
+            wait_s = error.wait_s or self._backoff.next()
+            self._rest_until = self._clock.now() + wait_s
+            return wait_s
         except LeptonError as error:
             return self._offline(error)
         return self._online(answer)
@@ -459,7 +460,7 @@ class Agent:
         self._listener = None
         if isinstance(event.error, Refused):
             raise event.error
-        if isinstance(event.error, Busy):
+        if isinstance(event.error, Busy) and event.error.wait_s:
             return event.error.wait_s
         if self._clock.now() - self._stream_began >= STEADY_S:
             self._stream_backoff.reset()

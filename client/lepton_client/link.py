@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import grpc
 
 from lepton_fl.errors import ConnectionFailed, LeptonError, TrustError
-from lepton_fl.wire.status import CODE_KEY, error_from, retry_after
+from lepton_fl.wire.status import CODE_KEY, PATIENCE_KEY, error_from, retry_after
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_fl.wire.v1 import device_pb2_grpc
 
@@ -40,7 +40,7 @@ class HungUp(ConnectionFailed):
 
 
 class Busy(ConnectionFailed):
-    """The coordinator is there and asks to come back."""
+    """The coordinator is there and asks to come back: after so many seconds, or it does not say (0)."""
 
     def __init__(self, message: str, hint: str, wait_s: float) -> None:
         super().__init__(message, hint=hint)
@@ -124,7 +124,8 @@ class Link:
 
     def _call(self, method: Any, request: object, kind: type[T]) -> T:  # noqa: ANN401 - grpc has no types
         """Call and wait, but not longer than the caller wants to live."""
-        future = method.future(request, timeout=self._timeout)
+        metadata = ((PATIENCE_KEY, f"{self._timeout:.3f}"),)
+        future = method.future(request, timeout=self._timeout, metadata=metadata)
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
         while not done.wait(0.2):
@@ -176,6 +177,11 @@ def _translated(error: Any, address: str) -> LeptonError:  # noqa: ANN401 - grpc
         return Refused(str(translated), hint=translated.hint)
     if told and (wait_s := retry_after(metadata)):
         return Busy(str(translated), translated.hint, wait_s)
+    if not told and code in (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.CANCELLED,
+    ):  # gRPC's own bounds
+        return Busy(f"{address} has too much to do ({code.name}).", "", 0.0)
     if not told and code is grpc.StatusCode.UNAVAILABLE and "Socket closed" in detail:
         return HungUp(
             f"{address} closed the connection.",

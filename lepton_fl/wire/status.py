@@ -7,6 +7,11 @@ metadata, so that the client raises the class that the server meant:
 * ``lepton-hint-bin``: the hint, UTF-8 (gRPC wants the suffix ``-bin`` for bytes);
 * ``retry-after``: after how many seconds to come again, where a call came too soon or to a busy coordinator.
 
+With a call, in metadata:
+
+* ``lepton-patience``: how many seconds the caller gives it, as its deadline also says. gRPC tells a server
+  only what is left of a deadline, and what is gone is how long the call has waited in line.
+
 Nothing here imports grpc: statuses are their names.
 """
 
@@ -37,6 +42,7 @@ from lepton_fl.errors import (
 CODE_KEY = "lepton-code"
 HINT_KEY = "lepton-hint-bin"
 RETRY_KEY = "retry-after"
+PATIENCE_KEY = "lepton-patience"
 MAX_RETRY_S = 3600.0  # a peer can ask for no longer rest
 MAX_DETAIL = 500  # characters of a message or a hint that cross the wire
 
@@ -93,7 +99,7 @@ def metadata_of(error: LeptonError, retry_s: float = 0.0) -> tuple[tuple[str, st
     if error.hint:
         found.append((HINT_KEY, error.hint[:MAX_DETAIL].encode()))
     if retry_s > 0:
-        found.append((RETRY_KEY, f"{retry_s:.3f}"))
+        found.append((RETRY_KEY, f"{max(retry_s, 0.001):.3f}"))  # 0 would say nothing
     return tuple(found)
 
 
@@ -106,6 +112,22 @@ def retry_after(metadata: Iterable[tuple[str, str | bytes]] | None) -> float:
             except ValueError:
                 continue
             return min(seconds, MAX_RETRY_S) if seconds > 0 else 0.0  # NaN is not
+    return 0.0
+
+
+def waited_s(metadata: Iterable[tuple[str, str | bytes]] | None, left_s: float | None) -> float:
+    """Return how long a call has waited before somebody looked at it; 0 = not known.
+
+    Args:
+        metadata: Of the call.
+        left_s: Seconds that are left of its deadline; None = it has none.
+    """
+    for key, value in metadata or ():
+        if key == PATIENCE_KEY and left_s is not None:
+            try:
+                return max(0.0, float(value) - left_s)
+            except ValueError:
+                return 0.0
     return 0.0
 
 

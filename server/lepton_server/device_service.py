@@ -50,7 +50,7 @@ from lepton_fl.delivery.rollout import Service
 from lepton_fl.errors import ConfigError, ConnectionFailed, Fault, LeptonError, NotFound, TrustError
 from lepton_fl.plan import PROTOCOL_VERSION
 from lepton_fl.privacy.head import HASH_BYTES, MAX_KEY, MAX_SIGNATURE, LedgerHead
-from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of
+from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of, waited_s
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.admission import Door, Pace
 from lepton_server.authority import Authority, DeviceCertificate
@@ -87,6 +87,9 @@ ENROLMENTS_AT_ONCE = 512  # more are put off, ...
 ENROLMENTS_OF_ADDRESS = 32  # ... and more from one address
 CALLS_OF_DEVICE = 16  # in hand at a time; it needs two
 READ_S: Final = 10.0  # for the request of a call to arrive
+LATE_S: Final = (
+    0.5  # a call that has waited longer for its turn shows that there are too many; half of them are put off
+)
 MAX_FAILED = 9  # failed releases in one check-in
 MAX_DOWNLOAD_CALLS = 4_000  # served or in line
 _SERVICE = "lepton.v1.DeviceService"
@@ -174,6 +177,7 @@ class DeviceService:
         self._limiter = FailureLimiter(limits.enrolment_failures, limits.enrolment_window_s)
         self._pace = Pace(limits.calls_per_s, limits.call_burst)
         self._door = Door(limits.max_concurrent, CALLS_OF_DEVICE)
+        self._shed = False  # the last late call was put off
         self._enrolment_door = Door(ENROLMENTS_AT_ONCE, ENROLMENTS_OF_ADDRESS)
         self._pool: ThreadPoolExecutor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -459,12 +463,19 @@ class DeviceService:
         self._fleet.require(device_id)  # nobody learns what we think of a message before that
         if wait_s := self._pace.take(device_id):
             raise _busy("This device calls too often.", wait_s)
-        if not self._door.enter(device_id, counted=not stream):
+        if (not stream and self._sheds(context)) or not self._door.enter(device_id, counted=not stream):
             raise _busy("The coordinator is busy.", self._fleet.next_turn_s())
         try:
             yield identity
         finally:
             self._door.leave(device_id, counted=not stream)
+
+    def _sheds(self, context: Context) -> bool:
+        """Whether to put a call off because it has waited long: every second one, so the line moves on."""
+        if waited_s(context.invocation_metadata(), context.time_remaining()) <= LATE_S:
+            return False
+        self._shed = not self._shed
+        return self._shed
 
     async def _check_in(self, data: bytes, _context: Context, identity: _Identity) -> pb.CheckInResponse:
         request = _parse(pb.CheckInRequest(), data)
@@ -787,7 +798,8 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", config.limits.max_message_bytes),
         ("grpc.max_metadata_size", 8192),
         ("grpc.absolute_max_metadata_size", 16384),
-        ("grpc.max_concurrent_streams", 8),  # per connection; a device needs two
+        # Of a connection: more than we take in hand, for a stream that gRPC itself refuses is told no reason.
+        ("grpc.max_concurrent_streams", 2 * CALLS_OF_DEVICE),
         ("grpc.server_handshake_timeout_ms", 20_000),
         # A silent waiting device is noticed after 80 s; idle connections are not pinged.
         ("grpc.keepalive_time_ms", 60_000),

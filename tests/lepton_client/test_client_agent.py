@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 
+import grpc
 import pytest
 
 from lepton_client.agent import Agent
@@ -208,6 +209,21 @@ def test_a_busy_coordinator_is_left_alone_for_as_long_as_it_asks(coordinator, ag
     coordinator.refusal = None
     coordinator.heard()
     assert "is busy: too much to do" in caplog.text
+
+
+def test_what_grpc_itself_puts_off_is_no_lost_connection(coordinator, agent, running, monkeypatch):
+    def full(request, context):
+        coordinator.refused_at.append(time.monotonic())
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many pending requests for this server")
+
+    monkeypatch.setattr(coordinator, "CheckIn", full)
+    coordinator.stop()
+    coordinator.start()
+    link = []
+    running(agent)
+    until(lambda: len(coordinator.refused_at) >= 2 and link.append(agent._link) is None)
+    until(lambda: len(coordinator.refused_at) >= 5)
+    assert agent._link is link[0]  # no new handshakes
 
 
 def test_revoked_means_the_end_with_a_clear_text(coordinator, agent, running, enrolled):

@@ -12,11 +12,13 @@ from lepton_fl.wire.status import (
     HINT_KEY,
     MAX_DETAIL,
     MAX_RETRY_S,
+    PATIENCE_KEY,
     RETRY_KEY,
     error_from,
     metadata_of,
     retry_after,
     status_of,
+    waited_s,
 )
 
 
@@ -87,10 +89,19 @@ def test_what_a_stranger_sends_is_cut_and_printable():
 def test_when_to_come_again_is_told_and_bounded():
     error = errors.ConnectionFailed("busy", hint="later")
     assert retry_after(metadata_of(error, 1.5)) == 1.5
+    assert retry_after(metadata_of(error, 1e-9)) == 0.001
     assert type(error_from(status_of(error), "busy", metadata_of(error, 1.5))) is errors.ConnectionFailed
     for none in (metadata_of(error), None, [(RETRY_KEY, "soon")], [(RETRY_KEY, b"-1")], [(RETRY_KEY, "nan")]):
         assert retry_after(none) == 0
     assert retry_after([(RETRY_KEY, "inf")]) == MAX_RETRY_S
+
+
+def test_how_long_a_call_has_waited():
+    assert waited_s([("other", "x"), (PATIENCE_KEY, "20.0")], 17.5) == 2.5
+    assert waited_s([(PATIENCE_KEY, "20.0")], 21.0) == 0
+    for unknown in (None, [], [(PATIENCE_KEY, "long")], [(PATIENCE_KEY, b"\xff")], [(PATIENCE_KEY, "nan")]):
+        assert not waited_s(unknown, 1.0) > 0
+    assert waited_s([(PATIENCE_KEY, "20.0")], None) == 0
 
 
 def test_nothing_here_imports_grpc():

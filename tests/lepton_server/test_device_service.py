@@ -19,7 +19,7 @@ from lepton_fl.delivery.shelf import Shelf
 from lepton_fl.errors import ConfigError, ConnectionFailed, LeptonError, TrustError
 from lepton_fl.privacy.head import LedgerHead, sign_head
 from lepton_fl.privacy.record import Policy
-from lepton_fl.wire.status import CODE_KEY, RETRY_KEY, error_from, retry_after
+from lepton_fl.wire.status import CODE_KEY, PATIENCE_KEY, RETRY_KEY, error_from, retry_after
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_fl.wire.v1.device_pb2_grpc import DeviceServiceStub
 from lepton_server import device_service
@@ -712,6 +712,21 @@ def test_too_much_in_hand_is_put_off_to_the_next_turn(world, device):
         finish(None)
     assert until(lambda: not world.service._door._counted)
     other.check_in()
+
+
+def test_of_calls_that_have_waited_long_every_second_one_is_put_off(world, device):
+    stub, late = device.stub(), ((PATIENCE_KEY, str(PATIENCE + 1)),)  # as if a second had gone by in line
+    put_off = []
+    for _ in range(6):
+        try:
+            call(stub.CheckIn, check_in_request(), metadata=late)
+        except ConnectionFailed as error:
+            put_off.append(retry_after(error.metadata.items()))
+    assert len(put_off) == 3
+    assert all(45 <= wait_s <= 75 for wait_s in put_off)
+    for fresh in (((PATIENCE_KEY, str(PATIENCE)),), ((PATIENCE_KEY, "nonsense"),), ()):
+        for _ in range(3):
+            call(stub.CheckIn, check_in_request(), metadata=fresh)
 
 
 def test_one_address_cannot_hold_the_enrolment_port(world):

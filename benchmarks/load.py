@@ -1,0 +1,380 @@
+"""A real coordinator under load and overload: check-ins of 10,000 devices, 500 at a time, over mutual TLS.
+
+    python benchmarks/load.py                               # about three minutes
+    python benchmarks/load.py --devices 1000 --concurrent 100 --seconds 5
+
+One ``lepton server`` process with a fleet in its store, and a load process that speaks as devices do, each
+with a key and a certificate of its own. In turn:
+
+* sweep: every device dials, checks in and hangs up, so many at a time; from the dial to the answer;
+* kept: kept connections, each with one call under way: what is sustainable here;
+* half: calls at half of that rate, whatever the answers do (Poisson); latency counts from when one was due;
+* scarce: as "kept", while the coordinator is stopped for 60 % of the time, so that this process can ask for
+  more than it can give; so in the next two:
+* double: calls at twice that rate, by devices that do not listen when they are put off; meanwhile a run
+  trains with updates of 4 MB, from devices that take part as real ones do;
+* polite: all connections call eight times at once and stay away for as long as they are told.
+
+Exit code 1 unless: every call was answered or put off with a time to come again (no other error), the run
+under overload committed every update that was acknowledged, the polite herd was served, memory kept its
+bound, and the coordinator was well afterwards.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+from _fleet import Lepton, answers
+from checkins import METHOD, populate
+from rich.console import Console
+from rich.table import Table
+
+from lepton_fl.wire.status import PATIENCE_KEY, retry_after
+from lepton_fl.wire.v1 import device_pb2 as pb
+
+TRAINING = 10  # devices of the run under overload
+ROUNDS = 3
+MAX_GROWTH_MB = 200.0  # of the coordinator, from idle with the fleet to its peak
+SHARE, PERIOD_S = 0.4, 0.05  # of the time, for a coordinator with little of it
+AT_ONCE = 8  # calls of one connection; a device has two
+PATIENCE_S = 20.0  # of one call, as a device has it
+METADATA = ((PATIENCE_KEY, str(PATIENCE_S)),)
+Result = dict[str, Any]
+
+
+@dataclass
+class Seen:
+    """What became of calls."""
+
+    served: int = 0
+    put_off: int = 0  # with a time to come again
+    errors: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)  # of those served
+
+    def result(self, elapsed: float) -> Result:
+        """Figures of a phase that took so long."""
+        ordered = sorted(self.seconds) or [float("nan")]
+        at = [ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3 for share in (0.5, 0.99)]
+        asked = self.served + self.put_off + sum(self.errors.values())
+        return {
+            "offered": asked / elapsed,
+            "served": self.served / elapsed,
+            "put_off": self.put_off / elapsed,
+            "errors": dict(self.errors),
+            "p50_ms": at[0],
+            "p99_ms": at[1],
+        }
+
+
+# -- the devices (one process) ------------------------------------------------------------------------------
+
+
+class Herd:
+    """Virtual devices and their calls."""
+
+    def __init__(self, folder: Path, port: int, seconds: float, concurrent: int) -> None:
+        self.secrets = json.loads((folder / "devices.json").read_text())
+        self.ca = (folder / "ca.pem").read_bytes()
+        self.address, self.seconds, self.concurrent = f"127.0.0.1:{port}", seconds, concurrent
+        task = pb.TaskReport(name="pkg.tasks:digits", version="1", layout_digest="ab" * 32, ready=True)
+        self.lines = [asyncio.Semaphore(AT_ONCE) for _ in range(concurrent)]
+        self.request = pb.CheckInRequest(
+            protocol=1, status=pb.STATUS_IDLE, tasks=[task], client_version="0.1.0"
+        )
+
+    def channel(self, index: int) -> grpc.aio.Channel:
+        """A connection of its own for one device."""
+        key, certificate = self.secrets[index]
+        credentials = grpc.ssl_channel_credentials(self.ca, key.encode(), certificate.encode())
+        return grpc.aio.secure_channel(self.address, credentials, [("grpc.use_local_subchannel_pool", 1)])
+
+    async def call(self, channel: grpc.aio.Channel, seen: Seen, due: float) -> float:
+        """One check-in; returns after how many seconds to come again if it was put off, else 0."""
+        plain: Any = channel
+        self.request.device_time = time.time()
+        try:
+            await plain.unary_unary(METHOD)(
+                self.request.SerializeToString(), timeout=PATIENCE_S, metadata=METADATA
+            )
+        except grpc.aio.AioRpcError as error:
+            metadata: Any = error.trailing_metadata() or ()
+            if wait_s := retry_after(tuple(metadata)):
+                seen.put_off += 1
+                return wait_s
+            seen.errors[f"{error.code().name}: {(error.details() or '')[:60]}"] += 1
+            return 0.0
+        seen.served += 1
+        seen.seconds.append(time.perf_counter() - due)
+        return 0.0
+
+    async def sweep(self, seen: Seen) -> None:
+        """Every device once, each on a connection of its own."""
+        waiting = iter(range(len(self.secrets)))
+
+        async def worker() -> None:
+            for index in waiting:
+                async with self.channel(index) as channel:
+                    await self.call(channel, seen, time.perf_counter())
+
+        await asyncio.gather(*(worker() for _ in range(self.concurrent)))
+
+    async def kept(self, seen: Seen, channels: list[grpc.aio.Channel]) -> None:
+        """As fast as it goes, one call of each connection at a time."""
+        ends = time.perf_counter() + self.seconds
+
+        async def worker(channel: grpc.aio.Channel) -> None:
+            while (begin := time.perf_counter()) < ends:
+                await self.call(channel, seen, begin)
+
+        await asyncio.gather(*map(worker, channels))
+
+    async def open(self, seen: Seen, channels: list[grpc.aio.Channel], rate: float) -> None:
+        """So many calls a second, whatever becomes of them."""
+        tasks: set[asyncio.Task[float]] = set()
+        begin = due = time.perf_counter()
+        while due - begin < self.seconds:
+            due += random.expovariate(rate)
+            if (wait := due - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            elif len(tasks) % 64 == 0:
+                await asyncio.sleep(0)  # this process is behind: answers must be read all the same
+            index = random.randrange(len(channels))
+            task = asyncio.ensure_future(self.one(channels[index], self.lines[index], seen, due))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        await asyncio.gather(*tasks)
+
+    async def one(self, channel: grpc.aio.Channel, line: asyncio.Semaphore, seen: Seen, due: float) -> float:
+        """A call of a device that has only so many under way; the wait for the others is its own."""
+        free = not line.locked()
+        async with line:
+            return await self.call(channel, seen, due if free else time.perf_counter())
+
+    async def polite(self, seen: Seen, channels: list[grpc.aio.Channel]) -> None:
+        """Eight calls of each connection at once; whoever is put off comes when it was told to."""
+
+        async def worker(channel: grpc.aio.Channel) -> None:
+            while wait_s := await self.call(channel, seen, time.perf_counter()):
+                await asyncio.sleep(wait_s)
+
+        await asyncio.gather(*(worker(channel) for channel in channels for _ in range(AT_ONCE)))
+
+    async def run(self, phase: str, rate: float) -> Result:
+        """One phase."""
+        seen, channels = Seen(), list[grpc.aio.Channel]()
+        if phase != "sweep":
+            channels = [self.channel(index) for index in range(self.concurrent)]
+            for first in range(0, len(channels), 50):  # connect
+                some = channels[first : first + 50]
+                await asyncio.gather(*(self.call(c, Seen(), time.perf_counter()) for c in some))
+        phases: dict[str, Callable[[], Awaitable[None]]] = {
+            "sweep": lambda: self.sweep(seen),
+            "kept": lambda: self.kept(seen, channels),
+            "scarce": lambda: self.kept(seen, channels),
+            "half": lambda: self.open(seen, channels, rate),
+            "double": lambda: self.open(seen, channels, rate),
+            "polite": lambda: self.polite(seen, channels),
+        }
+        print("ready", flush=True)
+        begin = time.perf_counter()
+        await phases[phase]()
+        result = seen.result(time.perf_counter() - begin)
+        await asyncio.gather(*(channel.close(None) for channel in channels))
+        return result
+
+
+# -- measuring ----------------------------------------------------------------------------------------------
+
+
+class Scarce:
+    """Stops a process for most of the time, as a machine does that has other things to do."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._done = pid, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._done.wait(SHARE * PERIOD_S):
+                os.kill(self._pid, signal.SIGSTOP)
+                self._done.wait((1 - SHARE) * PERIOD_S)
+                os.kill(self._pid, signal.SIGCONT)
+        finally:
+            os.kill(self._pid, signal.SIGCONT)
+
+
+class Measurement:
+    """The coordinator, its fleet, and the phases."""
+
+    def __init__(self, fleet: Lepton, args: argparse.Namespace) -> None:
+        self.fleet, self.args = fleet, args
+        self.server = fleet.serve()
+        self.state = fleet.folder / "state"
+        self.port = int(fleet.config.read_text().partition("device_port = ")[2].split()[0])
+        self.results: dict[str, Result] = {}
+
+    def mb(self, name: str) -> float:
+        """Memory of the coordinator: VmRSS now, or VmHWM, its peak."""
+        text = Path(f"/proc/{self.server.pid}/status").read_text()
+        return int(text.partition(name + ":")[2].split()[0]) / 1024
+
+    def phase(self, name: str, rate: float = 0.0, meanwhile: Callable[[], None] = lambda: None) -> Result:
+        """One phase in a load process of its own; ``meanwhile`` runs beside it."""
+        settings = [self.state, self.port, self.args.seconds, self.args.concurrent, rate]
+        command = [sys.executable, __file__, "--role", name, *map(str, settings)]
+        load = subprocess.Popen(command, stdout=subprocess.PIPE, env=self.fleet.environment)
+        self.fleet.running.append(load)
+        assert load.stdout is not None
+        if load.stdout.readline() != b"ready\n":
+            raise SystemExit(f"the load process of {name!r} has failed")
+        meanwhile()
+        result: Result = json.loads(load.stdout.readline())
+        load.wait()
+        self.fleet.running.remove(load)
+        result |= {"rate": rate, "peak_mb": self.mb("VmHWM")}
+        self.results[name] = result
+        return result
+
+    def training(self) -> subprocess.Popen[bytes]:
+        """Devices that take part in rounds."""
+        folder = self.fleet.folder / "training"
+        command = [sys.executable, Path(__file__).with_name("memory.py"), "--role", "load", TRAINING, folder]
+        load = subprocess.Popen(
+            [str(word) for word in command],
+            env={**self.fleet.environment, "TOKEN": self.fleet.token(TRAINING)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.fleet.running.append(load)
+        assert load.stdout is not None
+        if load.stdout.readline() != b"ready\n":
+            raise SystemExit("the devices that train did not start")
+        return load
+
+
+def measure(args: argparse.Namespace, console: Console) -> bool:
+    """All phases; whether all was well."""
+    from lepton_server.authority import Authority
+    from lepton_server.store import open_store
+
+    with Lepton() as fleet:
+        state = fleet.folder / "state"
+        Authority.open(state / "keys", ("127.0.0.1",))
+        console.print(f"registering {args.devices:,} devices …")
+        populate(state, args.devices, args.devices, "keys")
+        (state / "ca.pem").write_bytes(Authority.open(state / "keys").ca_pem)
+        made = Measurement(fleet, args)
+        made.training()
+        idle = made.mb("VmRSS")
+        runs: list[str] = []
+        made.phase("sweep")
+        rate = made.phase("kept")["served"]
+        made.phase("half", rate / 2)
+        with Scarce(made.server.pid):
+            rate = made.phase("scarce")["served"]
+            made.phase("double", 2 * rate, lambda: runs.append(fleet.queue(TRAINING, ROUNDS)))
+            made.phase("polite")
+        with open_store(fleet.store_url) as store:
+            fleet.wait(lambda: store.run(runs[0]).finished, 300, "the run under overload")
+            run = store.run(runs[0])
+            counted = [
+                sum(p.outcome == "counted" for p in store.participation(runs[0], number))
+                for number in range(1, ROUNDS + 1)
+            ]
+        well = answers(fleet.ops + "/readyz")
+        show(console, made.results, args)
+        return judge(console, made.results, idle, f"{run.state} with {counted} updates", well, args) and (
+            run.state == "completed" and counted == [TRAINING] * ROUNDS
+        )
+
+
+def show(console: Console, results: dict[str, Result], args: argparse.Namespace) -> None:
+    """The table."""
+    title = f"{args.devices:,} devices, {args.concurrent} connections, {os.cpu_count()} cores"
+    table = Table(title=f"{title}, load {os.getloadavg()[0]:.1f}")
+    for column in (
+        "",
+        "aim/s",
+        "asked/s",
+        "served/s",
+        "put off/s",
+        "errors",
+        "p50 ms",
+        "p99 ms",
+        "MB",
+    ):
+        table.add_column(column, justify="right")
+    for name, r in results.items():
+        figures = [r["offered"], r["served"], r["put_off"], sum(r["errors"].values())]
+        wanted = f"{r['rate']:,.0f}" if r["rate"] else ""
+        times = f"{r['p50_ms']:.1f}", f"{r['p99_ms']:.1f}", f"{r['peak_mb']:.0f}"
+        table.add_row(name, wanted, *(f"{f:,.0f}" for f in figures), *times)
+    console.print(table)
+    for name, r in results.items():
+        for error, count in r["errors"].items():
+            console.print(f"{name}: {count} x {error}")
+
+
+def judge(
+    console: Console, results: dict[str, Result], idle: float, run: str, well: bool, args: argparse.Namespace
+) -> bool:
+    """Say what is well and what is not."""
+    growth = max(r["peak_mb"] for r in results.values()) - idle
+    polite = results["polite"]
+    wants = AT_ONCE * args.concurrent
+    checks = {
+        "no call ended otherwise than answered or put off": not any(r["errors"] for r in results.values()),
+        f"the polite herd was served in the end, {wants:,} calls": not polite["errors"],
+        f"memory grew by {growth:.0f} MB, at most {MAX_GROWTH_MB:.0f}": growth <= MAX_GROWTH_MB,
+        f"the run under overload: {run}": True,
+        "the coordinator is ready afterwards": well,
+    }
+    for words, good in checks.items():
+        console.print(f"{'met' if good else 'MISSED'}: {words}")
+    return all(checks.values())
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--devices", type=int, default=10_000)
+    parser.add_argument("--concurrent", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--role", nargs=6, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    soft = min(65_536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
+    if args.role:
+        phase, folder, port, seconds, concurrent, rate = args.role
+        herd = Herd(Path(folder), int(port), float(seconds), int(concurrent))
+        print(json.dumps(asyncio.run(herd.run(phase, float(rate)))), flush=True)
+        return 0
+    return 0 if measure(args, Console()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
