@@ -184,10 +184,10 @@ class BufferSpec(Frozen):
 class SecureSpec(Frozen):
     """How secure aggregation is done where it is required (``docs/secure_aggregation.md``)."""
 
-    bits: Literal[32, 16] = 32  # of a coordinate on the wire; 16 are rotated and rounded, half the upload
+    bits: Annotated[int, Field(ge=8, le=32)] = 32  # of a coordinate on the wire; fewer: rotated and rounded
     min_cohort: Annotated[int, Field(ge=4, le=1000)] = 16  # devices take part in no smaller sum
     max_dropout: Annotated[float, Field(ge=0, le=0.333)] = 0.3  # share that may leave; more give no result
-    spread: Annotated[float, Field(ge=1, le=16)] = 4.0  # 16 bits: deviations before a coordinate saturates
+    spread: Annotated[float, Field(ge=1, le=16)] = 4.0  # rotated: deviations before a coordinate saturates
     max_cohort: Annotated[int, Field(ge=4, le=1000)] = MOST_SECURE  # more make several sums, which are added
     # EXPERIMENTAL: "hidden" leaves out most masks of large cohorts, which ones nobody can see; not reviewed.
     mask_graph: Literal["complete", "hidden"] = "complete"
@@ -211,6 +211,23 @@ class SecureSpec(Frozen):
     def least_survivors(self, devices: int) -> int:
         """Of so many devices, these must come through, or there is no sum."""
         return max(2 * devices // 3 + 1, -(-(1000 - self.per_thousand) * devices // 1000))
+
+
+class QuantisationSpec(Frozen):
+    """Send updates in few bits, with and without secure aggregation (``docs/wire.md``)."""
+
+    bits: Literal[8, 4, 2] = 4  # how finely one device's coordinate is rounded; the wire takes a few more
+    ring: Annotated[int, Field(ge=0, le=32)] = 0  # bits of a coordinate's sum; 0 = as few as will do
+    headroom: Annotated[float, Field(ge=1, le=100)] = 1.5  # a sum may be so much longer than those before it
+
+
+class Quantisation(Frozen):
+    """How the updates of one attempt become few bits; the same for every device of it."""
+
+    bits: Annotated[int, Field(ge=2, le=32)]  # of the ring in which a coordinate is added
+    reach: Positive  # the largest norm of a sum that the ring is made for, updates of weight 1 counting 1
+    risk: Annotated[int, Field(ge=1, le=128)]  # such a sum leaves the ring with p <= 2**-risk
+    cohort: Annotated[int, Field(ge=1)]  # devices of one sum
 
 
 class EarlyStop(Frozen):
@@ -440,6 +457,7 @@ class RunSpec(Frozen):
     privacy: Annotated[PrivacySpec | None, WrapValidator(_preset_by_name)] = None
     secure_aggregation: Literal["required", "off"] = "off"  # required: the coordinator learns sums only
     secure: SecureSpec = SecureSpec()  # how, where it is required; implies grid_step
+    quantisation: QuantisationSpec | None = None  # updates in few bits; none = every coordinate in 32
     evaluate_every: Annotated[int, Field(ge=0)] = 1  # federated evaluation every n rounds; 0 = never
     evaluate_cohort: Annotated[int, Field(ge=0)] = 0  # devices asked to evaluate; 0 = as many as train
     central_data: str = ""  # folder of the task's data set on the coordinator, or "built-in"; empty = none
@@ -474,7 +492,7 @@ class RunSpec(Frozen):
             return self
         if wrong := self._unfit_for_secrecy():
             raise ValueError(f"secure_aggregation='required' cannot be combined with {'; '.join(wrong)}")
-        if self.secure.bits == 16:  # scaled to the ring by the encoding, whatever the grid
+        if self.secure.bits < 32 or self.quantisation:  # scaled to the ring, whatever the grid
             return self
         if self.privacy and self.privacy.trust == "distributed":  # its plan finds the grid
             return self
@@ -528,9 +546,42 @@ class RunSpec(Frozen):
         central = privacy.trust == "central"
         bits = f"privacy.bits={privacy.bits}, above secure.bits={self.secure.bits}"
         return {
-            "privacy.trust='central' with secure.bits=16: its noise is made for exact sums; set "
-            "secure.bits=32, or trust='distributed'": central and self.secure.bits == 16,
+            f"privacy.trust='central' with secure.bits={self.secure.bits}: its noise is made for exact sums; "
+            "set secure.bits=32, or trust='distributed'": central and self.secure.bits < 32,
             bits: not central and "bits" in privacy.model_fields_set and privacy.bits > self.secure.bits,
+        }
+
+    @model_validator(mode="after")
+    def _fit_for_few_bits(self) -> Self:
+        """What needs more of an update than an unbiased estimate of a sum of them."""
+        if self.quantisation is None:
+            return self
+        found = {
+            f"aggregation.name={self.aggregation.name!r}, which compares single updates": (
+                not self.aggregation.is_sum
+            ),
+            "mode='buffered', whose sums are not of one cohort": self.mode == "buffered",
+            "local.control_variates: a device adds to its control exactly what it has sent": (
+                self.local.control_variates
+            ),
+            "clip_norm=0: nothing would bound the first sum": not self.clip_norm,
+            **self._privacy_unfit_for_few_bits(),
+            f"secure.bits={self.secure.bits}, another way to few bits": self.secure.bits < 32,
+        }
+        if wrong := [why for why, is_so in found.items() if is_so]:
+            raise ValueError(f"quantisation cannot be combined with {'; '.join(wrong)}")
+        return self
+
+    def _privacy_unfit_for_few_bits(self) -> dict[str, bool]:
+        """Rounding at random may make an update longer; noise is made for a norm that nothing exceeds."""
+        if self.privacy is None or self.privacy.unit == "example":
+            return {}
+        return {
+            "privacy.trust='central': rounding may lengthen an update beyond clip_norm, and a sum that wraps "
+            "around is not bounded by it": self.privacy.trust == "central",
+            "privacy.trust='distributed': set secure.bits, which rounds within the norm": (
+                self.privacy.trust == "distributed"
+            ),
         }
 
     @property
@@ -683,6 +734,7 @@ class RoundPlan(Frozen):
     aggregation: AggregationSpec = AggregationSpec()
     secure: SecureSpec | None = None  # set: only a sum is learnt, by secure aggregation
     private: PrivatePart | None = None  # what devices do for the run's privacy, besides clipping
+    quantisation: Quantisation | None = None  # how updates become few bits; none = they do not
     auxiliary: int = 0  # further coordinates of an update, after those of the model: SCAFFOLD's controls
     auxiliary_sha256: str = ""  # of the server's control, where there is one
     population: int = 0  # devices that could ever be asked; 0 = not known, and not needed
@@ -703,6 +755,12 @@ class RoundPlan(Frozen):
     def tail_size(self) -> int:
         """Coordinates behind those of the update: see ``PrivatePart``."""
         return self.private.tail if self.private else 0
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of an update on the wire, at most, but for what travels with it."""
+        bits = self.quantisation.bits if self.quantisation else self.secure.bits if self.secure else 32
+        return -(-self.update_size * bits // 8)
 
     def counted(self, round_number: int, attempt: int) -> bool:
         """Whether that training attempt of this run has become part of the model; see ``attempt_counted``."""

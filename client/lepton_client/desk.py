@@ -5,6 +5,7 @@ answers for the first time.
 """
 
 import logging
+import os
 import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -64,7 +65,9 @@ class Office:
         """Do what a request asks; a failure becomes the answer."""
         if self._secure:
             return _refuse_plain(records)
-        return self.respond(records, should_stop)
+        from lepton_fl.rounds.quantised import compressed
+
+        return compressed(records, self.respond(records, should_stop), os.urandom)
 
     def respond(self, records: "Records", should_stop: Callable[[], bool]) -> "Records":
         """The same, of a round that hides this device."""

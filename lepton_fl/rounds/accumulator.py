@@ -40,7 +40,7 @@ BLOCK = 1 << 14  # coordinates handled at a time, so that temporaries stay in ca
 class UpdateBatch:
     """K devices' updates; a deployed reply is K = 1, a simulation adds a chunk."""
 
-    updates: NDArray[np.int32]  # (K, P), grid steps
+    updates: NDArray[Any]  # (K, P) int32, grid steps; or uint8, see ``rounds.quantised``
     num_examples: NDArray[np.int64]  # (K,)
 
 

@@ -27,6 +27,7 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, example_metrics, redact
+from lepton_fl.rounds.quantised import next_expected, planned_for
 from lepton_fl.rounds.secure import SecureRounds
 from lepton_fl.rounds.secure_sum import prove_fits
 from lepton_fl.tasks.metrics import Metrics, Sums
@@ -73,6 +74,7 @@ class RunState:
     stale: int = 0  # evaluations since the best one
     retried: tuple[tuple[int, int], ...] = ()  # (round, attempt) of rounds whose first attempt did not count
     private: PrivateState | None = None  # of a private run, after its first round
+    expected: float = 0.0  # norm of the next sum, where updates are quantised; 0 = nothing is known
 
     @cached_property
     def model_sha256(self) -> str:
@@ -169,6 +171,8 @@ class Campaign:
     look_s: float = 1.0  # a waiting run looks around at least so often; inf in virtual time, which can jump
     private: PrivateRounds | None = None  # of a run with privacy
     secure: SecureRounds | None = None  # of a run with secure aggregation
+    # Further figures of a round that counts, which only a simulation can know.
+    measure: Callable[[Collected, NDArray[np.float64]], Mapping[str, float]] = lambda collected, mean: {}
     unfinished: RoundPlan | None = None  # an attempt that a restart cut off and ``secure`` can go on with
     _blamed: set[str] = field(default_factory=set, init=False)  # broke the protocol: not asked again
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
@@ -248,6 +252,8 @@ class Campaign:
             self._blamed |= {d for d, e in collected.participation.items() if e.outcome == Rejection.BLAMED}
             if mean is None:
                 stopped = should_stop()
+                if collected.wrapped:
+                    state = state.on(expected=0.0)
                 cause, failures = collected.summary(), failures + 1
                 self.book.abandoned(collected, f"Stopped on request: {cause}" if stopped else cause)
                 if stopped:
@@ -255,10 +261,12 @@ class Campaign:
                 if collected.burnt:
                     return self._skip(state, cause)
                 continue
+            measured = self.measure(collected, mean)
             after = advance(self.spec, self.work, plan, state, mean, collected.reports)
             del mean
             seconds = self.clock() - began
             after, metrics = self._settled(after, collected)
+            metrics |= measured
             self.book.committed(Committed(after, collected, metrics, seconds, _bytes_down(plan)))
             self._void = 0
             return after
@@ -303,9 +311,10 @@ class Campaign:
     def _settled(self, after: RunState, collected: Collected) -> tuple[RunState, dict[str, float]]:
         """The state to commit, and what may be told of the round."""
         if self.private is None:
+            after, figures = learnt(after, collected), collected.figures()
             if self.spec.privacy is not None:
-                return after, example_metrics(self.spec.privacy)
-            return after, TRAINING.summarise(collected.sums)
+                return after, example_metrics(self.spec.privacy) | figures
+            return after, TRAINING.summarise(collected.sums) | figures
         private = self.private.commit(collected.plan, collected.accepted)
         return after.on(private=private), self.private.metrics()
 
@@ -441,6 +450,9 @@ def plan_round(
 ) -> RoundPlan:
     """Freeze one attempt: round ``number``, asking ``cohort`` and closing at ``size`` reports."""
     control = control_of(spec.local, state.server, work.num_coordinates) if kind == "train" else None
+    secure = spec.secure if kind == "train" and spec.secure_aggregation == "required" else None
+    devices = max(secure.sums(len(cohort))) if secure else len(cohort)
+    few = planned_for(spec, state.expected, devices, work.num_coordinates) if kind == "train" else None
     return RoundPlan(
         run_id=run_id,
         round=number,
@@ -461,7 +473,8 @@ def plan_round(
         grid_step=spec.grid_step,
         clip_norm=spec.clip_norm,
         aggregation=spec.aggregation,
-        secure=spec.secure if kind == "train" and spec.secure_aggregation == "required" else None,
+        secure=secure,
+        quantisation=few,
         auxiliary=0 if control is None else len(control),
         auxiliary_sha256="" if control is None else vector_digest(control),
         retried=state.retried if spec.local.keeps_state or spec.has_contract else (),
@@ -500,6 +513,13 @@ def advance(
         server = ServerState({**server.slots, CONTROL: next_control(plan, control, mean[size:], reports)})
     retried = after_attempt(state.retried, plan.round, plan.attempt)
     return replace(state, model=model, server=server, round=plan.round, attempt=0, retried=retried)
+
+
+def learnt(after: RunState, collected: Collected) -> RunState:
+    """The state after a round whose sum tells what to expect of the next one."""
+    if collected.few_bits is None:
+        return after
+    return after.on(expected=next_expected(after.expected, collected.few_bits.norm))
 
 
 def after_attempt(

@@ -17,6 +17,7 @@ from lepton_fl.errors import Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, Aggregator, UpdateBatch
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
+from lepton_fl.rounds.quantised import FewBits, QuantisedSum
 from lepton_fl.rounds.robust import RobustAggregator
 from lepton_fl.tasks.metrics import Metrics, Sums, TrainingLoss
 from lepton_fl.vector import Vector
@@ -54,6 +55,21 @@ class Collected:
     bytes_up: int = 0
     burnt: bool = False  # a survivor set went out for signing: nobody signs another one in this round
     elapsed_s: Callable[[], float] = lambda: 0.0  # since the attempt began
+    few_bits: FewBits | None = None  # of a sum of quantised updates
+
+    def in_few_bits(self, mean: NDArray[np.float64], found: FewBits) -> NDArray[np.float64] | None:
+        """Note what a sum tells of itself; its mean, unless it has left its ring."""
+        self.few_bits = found
+        return None if found.wrapped else mean
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the sum has left its ring, and was thrown away."""
+        return self.few_bits is not None and self.few_bits.wrapped
+
+    def figures(self) -> dict[str, float]:
+        """What the sum tells of itself, as the round reports it."""
+        return self.few_bits.figures() if self.few_bits else {}
 
     @cached_property
     def asked(self) -> frozenset[str]:
@@ -80,6 +96,8 @@ class Collected:
         rule = "secure aggregation" if self.plan.secure else self.plan.aggregation.name
         if not self.enough and (self.plan.secure or not self.plan.aggregation.is_sum):
             head += f" ({rule} needs {self.plan.min_reports})"
+        if self.few_bits is not None and self.wrapped:
+            head += f" (their sum has left its ring of {self.few_bits.bits} bits)"
         causes = ", ".join(f"{n} {name.replace('-', ' ')}" for name, n in sorted(others.items()))
         return f"{head}: {causes}" if causes else head
 
@@ -121,6 +139,8 @@ def collect_training(
     collected = collect(plan, request, exchange, TRAINING, take, take_many, clock)
     if not collected.enough:
         return collected, None
+    if isinstance(aggregator, QuantisedSum):
+        return collected, collected.in_few_bits(*aggregator.decode())
     return collected, (finish(aggregator) if finish else aggregator.finalize())
 
 
@@ -130,6 +150,8 @@ def make_aggregator(plan: RoundPlan) -> Aggregator:
     Raises:
         RunError: a robust rule would need more memory than this machine can spare.
     """
+    if plan.quantisation is not None:
+        return QuantisedSum(plan)
     return Accumulator(plan) if plan.aggregation.is_sum else RobustAggregator(plan)
 
 

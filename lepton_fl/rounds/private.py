@@ -83,7 +83,7 @@ def prepared(spec: RunSpec, coordinates: int) -> Prepared:
     privacy, ring = _privacy(spec), None
     if spec.secure_aggregation == "required":
         width = rotation_width(coordinates + privacy.tail_size)
-        flat = spec.secure.spread / sqrt(width) if spec.secure.bits == 16 else 0.0
+        flat = spec.secure.spread / sqrt(width) if spec.secure.bits < 32 else 0.0
         ring = Ring(spec.secure.bits, min(spec.most_asked, spec.secure.max_cohort), flat)
     return prepare(
         privacy,

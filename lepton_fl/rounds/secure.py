@@ -310,7 +310,8 @@ def collect_secure(
     if not totals or not collected.enough:
         collected.burnt = any(party.session.stage > Stage.UPLOADS for party in parties)
         return collected, None
-    mean, collected.sums = decode_total(plan, encoding, totals, collected.reports, finish)
+    mean = decode_total(plan, encoding, totals, collected, finish)
+    collected.burnt = mean is None
     return collected, mean
 
 

@@ -22,6 +22,7 @@ from typing import Any, Final, NoReturn, Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lepton_fl.errors import ConfigError, TrustError
+from lepton_fl.rounds.secure_sum import SumEncoding
 from lepton_fl.secagg.client import ClientSession, Ledger, Policy, Prekey
 from lepton_fl.secagg.context import COMPLETE, RoundContext, Rules
 from lepton_fl.secagg.encoding import Counter, Exact, Rotated
@@ -29,6 +30,7 @@ from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.identity import Trust
 from lepton_fl.secagg.masks import Ring
 from lepton_fl.secagg.messages import Roster
+from lepton_fl.secagg.quantised import Quantised
 from lepton_fl.wire.messages import malformed
 
 VALID_S: Final = 7 * 86_400  # seconds for which an advert is good
@@ -37,7 +39,11 @@ MOST_SPARE: Final = 4  # keys made ahead; the oldest go
 DEFAULT_POLICY: Final = Policy()
 MOST_COORDINATES: Final = 2**31
 
-_KINDS: Final[Mapping[str, type[Exact] | type[Rotated]]] = {"exact": Exact, "rotated": Rotated}
+_KINDS: Final[Mapping[str, type[Exact] | type[Rotated] | type[Quantised]]] = {
+    "exact": Exact,
+    "rotated": Rotated,
+    "quantised": Quantised,
+}
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,14 @@ class Offer:
     attempt: int
     request: bytes  # SHA-256
     model: bytes  # SHA-256
-    encoding: Exact | Rotated
+    encoding: SumEncoding
     rules: Rules
     cohort: int = 0  # which of the round's cohorts
 
     @classmethod
     def of(cls, context: RoundContext) -> Self:
         """The offer of a context."""
-        assert isinstance(context.encoding, Exact | Rotated)  # there are no others
+        assert isinstance(context.encoding, SumEncoding)  # there are no others
         return cls(
             context.run,
             context.round,
@@ -90,8 +96,7 @@ class Offer:
             "attempt": self.attempt,
             "request": self.request.hex(),
             "model": self.model.hex(),
-            "encoding": {"kind": "exact" if isinstance(self.encoding, Exact) else "rotated"}
-            | asdict(self.encoding),
+            "encoding": {"kind": type(self.encoding).__name__.lower()} | asdict(self.encoding),
             "min_cohort": self.rules.min_cohort,
             "max_dropout": self.rules.max_dropout,
             "edge_odds": self.rules.edge_odds,

@@ -14,6 +14,7 @@ from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, TRAINING, Clock, Collect
 from lepton_fl.rounds.collect import collect as collect_answers
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.rounds.secure_sum import (
+    SumEncoding,
     decode_total,
     encode_reply,
     encoding_of,
@@ -23,7 +24,7 @@ from lepton_fl.rounds.secure_sum import (
     secure_part,
     share_law,
 )
-from lepton_fl.secagg.encoding import Exact
+from lepton_fl.secagg.encoding import Exact, wire_bytes
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.masks import Ring, ring_type
 from lepton_fl.secagg.server import Stage
@@ -44,7 +45,7 @@ class IdealRounds:
         """Prepare.
 
         Args:
-            random_of: the randomness that a device rounds with, for 16 bits.
+            random_of: the randomness that a device rounds with, for fewer than 32 bits.
             stream_of: of the noise that a device adds; None = fresh.
             leaves: who falls silent at which stage of the protocol.
         """
@@ -75,11 +76,13 @@ class IdealRounds:
 
         collected = collect_answers(plan, request, exchange, TRAINING, take, _refuse_sum, clock)
         _forget_counts(collected)
+        _count_bytes(collected, encoding, groups)
         good = _settle(plan, groups, collected, left)
         if not collected.enough:
             return collected, None
         chosen = [totals[i] for i in good]
-        mean, collected.sums = decode_total(plan, encoding, chosen, collected.reports, finish)
+        mean = decode_total(plan, encoding, chosen, collected, finish)
+        collected.burnt = mean is None
         return collected, mean
 
     def _exact(
@@ -98,6 +101,7 @@ class IdealRounds:
             accumulator.merge(part.subtotal)
 
         collected = collect_answers(plan, request, exchange, TRAINING, take, take_many, clock)
+        _count_bytes(collected, encoding_of(plan), [plan.cohort])
         _settle(plan, [plan.cohort], collected, self._leaves(plan))
         _forget_counts(collected)
         if not collected.enough:
@@ -153,6 +157,21 @@ def _end_of(plan: RoundPlan, group: Sequence[str], collected: Collected, left: M
         if len(there) < least:
             return stage
     return Stage.DONE
+
+
+def protocol_bytes(devices: int) -> int:
+    """What a device of a sum of so many sends besides its vector, about."""
+    return 144 * devices + 700
+
+
+def _count_bytes(collected: Collected, encoding: SumEncoding, groups: Sequence[Sequence[str]]) -> None:
+    """What those who have answered would have sent in the protocol."""
+    size = {d: wire_bytes(encoding) + protocol_bytes(len(group)) for group in groups for d in group}
+    collected.participation = {
+        device: replace(entry, num_bytes=size[device]) if entry.num_bytes else entry
+        for device, entry in collected.participation.items()
+    }
+    collected.bytes_up = sum(entry.num_bytes for entry in collected.participation.values())
 
 
 def read_reply(answer: Answer, plan: RoundPlan) -> TrainReply:

@@ -2,13 +2,12 @@
 
     encoding = encoding_of(plan)
     vector = encode_reply(plan, encoding, reply, os.urandom)     # a device: its update, its counts, its noise
-    mean, sums = decode_total(plan, encoding, totals, reports)   # the coordinator
+    mean = decode_total(plan, encoding, totals, collected)       # the coordinator
 
-The mean is bit for bit that of a plain round whose inputs are the same (with 32 bits; 16 bits round at
-random). Example counts and losses of single devices travel in the sum.
+The mean is bit for bit that of a plain round whose inputs are the same; with ``secure.bits`` below 32 it is
+rounded at random. Example counts and losses of single devices travel in the sum.
 """
 
-import hashlib
 from collections.abc import Sequence
 from math import ceil, sqrt
 from typing import Final
@@ -19,13 +18,16 @@ from numpy.typing import NDArray
 from lepton_fl.errors import ConfigError, Rejection, UpdateRejected
 from lepton_fl.plan import PrivatePart, RoundPlan, RunSpec, SecureSpec
 from lepton_fl.privacy.noise import DiscreteGaussian, IntegerNoise, Keystream, Skellam
+from lepton_fl.rounds import quantised
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal
-from lepton_fl.rounds.collect import Finish
+from lepton_fl.rounds.collect import Collected, Finish
+from lepton_fl.rounds.quantised import encoding_for, rotation_seed, weight_of
 from lepton_fl.secagg.cohorts import add_sums, pinned, split
 from lepton_fl.secagg.context import RoundContext, Rules, hidden_rules
 from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, Sum, noise_room
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.masks import Ring
+from lepton_fl.secagg.quantised import Quantised
 from lepton_fl.tasks.metrics import Sums
 from lepton_fl.wire.messages import Fields, Request, Ticket, TrainReply, malformed
 from lepton_fl.wire.records import Records
@@ -35,7 +37,7 @@ _LOSS_HALF: Final = 2**56  # steps; losses beyond +-this are cut
 _EXAMPLES: Final = Counter("examples", 2**40)
 _LOSS: Final = Counter("loss", 2 * _LOSS_HALF)
 
-SumEncoding = Exact | Rotated
+SumEncoding = Exact | Rotated | Quantised
 
 
 def encoding_of(plan: RoundPlan) -> SumEncoding:
@@ -44,8 +46,10 @@ def encoding_of(plan: RoundPlan) -> SumEncoding:
     Raises:
         ConfigError: a sum could leave the ring; ``RunSpec`` has refused that before.
     """
-    seed = hashlib.sha256(f"rotation {_named(plan)}".encode()).hexdigest()
+    seed = rotation_seed(plan.nonce)
     steps, spec = plan.clip_norm / plan.grid_step, secure_part(plan)
+    if plan.quantisation is not None:
+        return encoding_for(plan, plan.update_size, _counters(weight_of(plan, plan.max_weight)))
     if plan.private is not None:
         return _private_encoding(spec, plan.private, plan.update_size, steps, seed)
     weight = plan.max_weight if plan.weighting == "examples" else 1
@@ -63,10 +67,13 @@ def groups_of(plan: RoundPlan) -> tuple[tuple[str, ...], ...]:
 
 
 def _encoding(spec: SecureSpec, size: int, cohort: int, weight: int, steps: float, seed: str) -> SumEncoding:
-    counters = (Counter(WEIGHT, weight), _EXAMPLES, _LOSS)
     if spec.bits == 32:
-        return Exact(size, cohort, weight, int(steps), counters)
-    return Rotated(size, cohort, weight, steps, seed, spec.spread, counters)
+        return Exact(size, cohort, weight, int(steps), _counters(weight))
+    return Rotated(size, cohort, weight, steps, seed, spec.spread, _counters(weight), bits=spec.bits)
+
+
+def _counters(weight: int) -> tuple[Counter, ...]:
+    return Counter(WEIGHT, weight), _EXAMPLES, _LOSS
 
 
 def _private_encoding(spec: SecureSpec, part: PrivatePart, size: int, steps: float, seed: str) -> SumEncoding:
@@ -86,7 +93,8 @@ def _private_encoding(spec: SecureSpec, part: PrivatePart, size: int, steps: flo
         spec.spread,
         counters,
         half - part.asked * part.limit,
-        survivors=part.survivors,
+        spec.bits,
+        part.survivors,
     )
 
 
@@ -94,12 +102,15 @@ def prove_fits(spec: RunSpec, coordinates: int) -> None:
     """Refuse a run whose sums could leave the ring, before anybody is asked.
 
     Args:
-        spec: of the run; without secure aggregation there is nothing to refuse.
+        spec: of the run; without secure aggregation or quantisation there is nothing to refuse.
         coordinates: of one update.
 
     Raises:
         ConfigError: with the numbers.
     """
+    if spec.quantisation is not None:
+        quantised.prove_fits(spec, coordinates)
+        return
     if spec.secure_aggregation == "off" or (spec.privacy and spec.privacy.unit == "device"):
         return  # a plan of device-level privacy proves it
     weight = spec.max_weight if spec.weighting == "examples" else 1
@@ -145,18 +156,18 @@ def encode_reply(
         plan: of the attempt, or the request that a device has got.
         encoding: from ``encoding_of``.
         reply: what the device would send in a plain round.
-        random: for the rounding of 16 bits: the operating system's; it hides the fractions.
+        random: for the rounding of fewer than 32 bits: the operating system's; it hides the fractions.
         stream: of the noise; None = fresh, of the operating system. Only simulations give one.
 
     Raises:
         UpdateRejected: a value is outside the bounds of the plan.
     """
-    if plan.private is not None:
+    if plan.private is not None and not isinstance(encoding, Quantised):
         noise = noise_share(plan.private, encoding, len(reply.update), stream)
         if isinstance(encoding, Exact):
             return encoding.encode(reply.update, 1, {}, noise)
         return encoding.encode(reply.update, 1, random, {}, noise)
-    weight = 1 if plan.weighting == "equal" else min(reply.num_examples, plan.max_weight)
+    weight = weight_of(plan, reply.num_examples)
     examples = min(int(reply.sums["examples"][0]), _EXAMPLES.bound)
     counters = {"examples": examples, "loss": _loss_steps(reply.sums) + _LOSS_HALF}
     if isinstance(encoding, Exact):
@@ -247,29 +258,32 @@ def decode_total(
     plan: RoundPlan,
     encoding: SumEncoding,
     totals: Sequence[Ring],
-    reports: int,
+    collected: Collected,
     finish: Finish | None = None,
-) -> tuple[NDArray[np.float64], Sums]:
-    """The mean update, (P + A,), and the devices' added counts.
+) -> NDArray[np.float64] | None:
+    """The mean update, (P + A,); None if the sum has left its ring.
 
     Args:
         plan: of the attempt.
         encoding: from ``encoding_of``.
         totals: the sum of the vectors of each cohort; they may be overwritten.
-        reports: how many vectors were added.
+        collected: of the attempt; is told the devices' added counts, and what the sum tells of itself.
         finish: of a private run; makes the update of the sum.
     """
-    found = add_sums([encoding.decode(total) for total in totals])
+    found, reports = add_sums([encoding.decode(total) for total in totals]), collected.reports
     if finish is not None:
-        return finish(_as_aggregate(plan, encoding, found, reports)), {}
+        collected.sums = {}
+        return finish(_as_aggregate(plan, encoding, found, reports))
     if found.counters.keys() != {WEIGHT, "examples", "loss"}:
         raise ConfigError("This sum is not one of a plan's updates.")
     loss = found.counters["loss"] - reports * _LOSS_HALF
-    sums: Sums = {
+    collected.sums = {
         "loss_sum": np.array([loss * _LOSS_STEP]),
         "examples": np.array([found.counters["examples"]], np.int64),
     }
-    return _mean(plan, encoding, found, reports), sums
+    if isinstance(encoding, Quantised):
+        return collected.in_few_bits(*quantised.decode(plan, encoding, totals, reports))
+    return _mean(plan, encoding, found, reports)
 
 
 def _mean(plan: RoundPlan, encoding: SumEncoding, found: Sum, reports: int) -> NDArray[np.float64]:

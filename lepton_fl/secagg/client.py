@@ -24,9 +24,11 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, TrustError, UpdateRejected
 from lepton_fl.secagg.context import COMPLETE, DEFAULT_COHORT, RoundContext, hidden_odds
+from lepton_fl.secagg.encoding import to_wire
 from lepton_fl.secagg.field import LIMBS, SECRET_BYTES, Random, draw, pack, share, unpack
 from lepton_fl.secagg.identity import Trust
 from lepton_fl.secagg.keys import (
@@ -228,7 +230,7 @@ class ClientSession(_Secret):
         self._dealers: frozenset[int] = frozenset()  # R1
         self._held: dict[int, bytes] = {}  # dealer -> both halves of this device's share
         self._complaints: frozenset[int] = frozenset()
-        self._vector: Ring | None = None  # masked: no secret
+        self._vector: NDArray[np.uint8] | None = None  # masked, as it travels: no secret
         self._survivors: Survivors | None = None
 
     # --- who ----------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ class ClientSession(_Secret):
         The first call decides: repeats give the first vector's bytes, whatever they bring.
 
         Args:
-            vector: (length,) ring elements from the context's encoding; overwritten and kept.
+            vector: (length,) elements from the context's encoding; overwritten and kept.
 
         Returns:
             Message 5 and the masked vector's bytes, for upload in chunks.
@@ -382,8 +384,8 @@ class ClientSession(_Secret):
             masked = masked.copy()
         seeds = [(self_seed(self._b, self._r), 1), *self._pair_masks()]
         add_masks(masked, seeds, workers=self._workers)
-        self._vector = masked
-        digest = hashlib.sha256(byte_view(masked)).digest()
+        self._vector = to_wire(self._context.encoding, masked)
+        digest = hashlib.sha256(byte_view(self._vector)).digest()
         upload = Upload(self._r, self._me, self._dealers_digest(), digest, self._complaints)
         self._forget_round_secrets()
         return upload.encode(len(self._peers), self._signing)

@@ -17,7 +17,7 @@ from typing import Any
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.secagg.codec import Writer
-from lepton_fl.secagg.encoding import Encoding
+from lepton_fl.secagg.encoding import Encoding, wire_bytes
 from lepton_fl.wire.messages import Request
 
 VERSION = b"flsa/1"
@@ -182,12 +182,12 @@ class RoundContext:
 
     @property
     def length(self) -> int:
-        """Ring elements of one upload."""
+        """Elements of one upload."""
         return self.encoding.length
 
     @property
     def bits(self) -> int:
-        """The ring is the integers modulo ``2**bits``."""
+        """The ring of a coordinate is the integers modulo ``2**bits``."""
         return self.encoding.bits
 
     def least_survivors(self, n: int) -> int:
@@ -197,7 +197,7 @@ class RoundContext:
     @property
     def upload_bytes(self) -> int:
         """Bytes of one masked vector."""
-        return self.length * self.bits // 8
+        return wire_bytes(self.encoding)
 
     @property
     def round_key(self) -> str:

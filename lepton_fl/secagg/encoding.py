@@ -10,10 +10,15 @@ that comes out is, bit for bit, the int64 sum of the plain path. It exists only 
 
 holds; :func:`fit` finds the finest grid that does, and refuses with the numbers when none is wanted.
 
-``Rotated`` (16 bits, half the upload): clip the norm, rotate at random, scale, saturate, round to integers at
-random without ever exceeding the clip norm. Saturation, not luck, keeps the sum within 16 bits: one device's
-coordinate is at most ``limit``, and ``cohort * limit`` fits. What saturation costs is accuracy in coordinates
-beyond ``spread`` standard deviations of a flat vector; it never raises the norm.
+``Rotated`` (fewer bits: 16 are half the upload): clip the norm, rotate at random, scale, saturate, round to
+integers at random without ever exceeding the clip norm. Saturation, not luck, keeps the sum within the ring:
+one device's coordinate is at most ``limit``, and ``cohort * limit`` fits. What saturation costs is accuracy
+in coordinates beyond ``spread`` standard deviations of a flat vector; it never raises the norm.
+
+``Quantised`` (``secagg.quantised``, 6 or 7 bits) is for a ring that just holds what a sum is expected to be.
+
+The ring of a coordinate is that of the integers modulo ``2**bits``, any number of bits. Sums are made in
+lanes of 16 or 32 bits; the counters take whole lanes, also on the wire (``to_wire``).
 
 Noise for differential privacy is added by the caller's mechanism as integers; ``noise`` is the part of the
 ring that the plan sets aside for the sum of all noise.
@@ -31,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, Rejection, UpdateRejected
+from lepton_fl.packing import lane_bits, pack, packed_size, signed, unpack
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.masks import Ring, ring_type
 from lepton_fl.secagg.rotation import rotate, rotation_width, unrotate
@@ -58,12 +64,17 @@ class Encoding(Protocol):
 
     @property
     def bits(self) -> int:
-        """Of the ring: 16 or 32."""
+        """Of a coordinate, on the wire and in the ring."""
+        ...
+
+    @property
+    def num_coordinates(self) -> int:
+        """The first elements of a vector; the others are counters, whole lanes."""
         ...
 
     @property
     def length(self) -> int:
-        """Ring elements of one vector."""
+        """Elements of one vector."""
         ...
 
     @property
@@ -90,21 +101,55 @@ class Sum:
         return self.counters[WEIGHT]
 
 
+# --- on the wire ------------------------------------------------------------------------------------
+
+
+def wire_bytes(encoding: Encoding) -> int:
+    """Bytes of one vector on the wire."""
+    lane = ring_type(encoding.bits).itemsize
+    counters = encoding.length - encoding.num_coordinates
+    return packed_size(encoding.num_coordinates, encoding.bits) + counters * lane
+
+
+def to_wire(encoding: Encoding, vector: Ring) -> NDArray[np.uint8]:
+    """A vector as it travels, (``wire_bytes``,): coordinates packed, counters as they are."""
+    if encoding.bits == 8 * vector.itemsize:
+        return vector.view(np.uint8)
+    head, counters = np.split(vector, [encoding.num_coordinates])
+    return np.concatenate([pack(head, encoding.bits), counters.view(np.uint8)])
+
+
+def from_wire(encoding: Encoding, data: NDArray[np.uint8]) -> Ring:
+    """The reverse of ``to_wire``.
+
+    Raises:
+        ValueError: there are more or fewer bytes.
+    """
+    dtype = ring_type(encoding.bits)
+    if len(data) != wire_bytes(encoding):
+        raise ValueError(f"Expected {wire_bytes(encoding)} bytes, got {len(data)}.")
+    head, counters = np.split(data, [packed_size(encoding.num_coordinates, encoding.bits)])
+    lanes = unpack(head, encoding.num_coordinates, encoding.bits, 8 * dtype.itemsize)
+    return np.concatenate([lanes, np.ascontiguousarray(counters).view(dtype)])
+
+
 # --- counters ---------------------------------------------------------------------------------------
 
 
 def _digit_bits(cohort: int, bits: int) -> int:
-    """Bits of one counter digit: ``cohort`` of them must add up within the unsigned ring."""
-    return bits - (cohort - 1).bit_length() if cohort > 1 else bits
+    """Bits of one counter digit: ``cohort`` of them must add up within an unsigned lane."""
+    lane = lane_bits(bits)
+    return lane - (cohort - 1).bit_length() if cohort > 1 else lane
 
 
 def _digits(counter: Counter, cohort: int, bits: int) -> int:
     return -(-counter.bound.bit_length() // _digit_bits(cohort, bits))
 
 
-def _write_counters(
+def write_counters(
     counters: tuple[Counter, ...], values: Mapping[str, int], cohort: int, bits: int
 ) -> list[int]:
+    """The elements that carry these values, UpdateRejected if one is out of its bounds."""
     if set(values) != {c.name for c in counters}:
         raise ConfigError(f"Expected counters {sorted(c.name for c in counters)}, got {sorted(values)}.")
     width, out = _digit_bits(cohort, bits), []
@@ -118,7 +163,8 @@ def _write_counters(
     return out
 
 
-def _read_counters(counters: tuple[Counter, ...], elements: Ring, cohort: int, bits: int) -> dict[str, int]:
+def read_counters(counters: tuple[Counter, ...], elements: Ring, cohort: int, bits: int) -> dict[str, int]:
+    """The sums that the first elements of a sum carry."""
     width, at, out = _digit_bits(cohort, bits), 0, {}
     for counter in counters:
         digits = _digits(counter, cohort, bits)
@@ -127,11 +173,13 @@ def _read_counters(counters: tuple[Counter, ...], elements: Ring, cohort: int, b
     return out
 
 
-def _length(coordinates: int, counters: tuple[Counter, ...], cohort: int, bits: int) -> int:
+def vector_length(coordinates: int, counters: tuple[Counter, ...], cohort: int, bits: int) -> int:
+    """Elements of a vector of coordinates and counters."""
     return coordinates + sum(_digits(c, cohort, bits) for c in counters)
 
 
-def _digest_of(kind: str, encoding: Any) -> bytes:  # noqa: ANN401 - one of the two records below
+def digest_of(kind: str, encoding: Any) -> bytes:  # noqa: ANN401 - one of the records that are encodings
+    """SHA-256 of an encoding's parameters."""
     body = asdict(encoding)
     if not body["survivors"]:
         del body["survivors"]
@@ -139,7 +187,8 @@ def _digest_of(kind: str, encoding: Any) -> bytes:  # noqa: ANN401 - one of the 
     return hashlib.sha256(b"flsa/1 encoding\0" + text.encode()).digest()
 
 
-def _check_common(coordinates: int, cohort: int, counters: tuple[Counter, ...], noise: int) -> None:
+def check_common(coordinates: int, cohort: int, counters: tuple[Counter, ...], noise: int) -> None:
+    """Refuse parameters that no encoding can have, with a ConfigError."""
     if coordinates < 1 or cohort < 1 or noise < 0:
         raise ConfigError(
             f"Expected coordinates >= 1, cohort >= 1 and noise >= 0, got {coordinates}, {cohort}, {noise}."
@@ -151,7 +200,8 @@ def _check_common(coordinates: int, cohort: int, counters: tuple[Counter, ...], 
         )
 
 
-def _check_update(update: NDArray[np.int32], coordinates: int) -> None:
+def check_update(update: NDArray[np.int32], coordinates: int) -> None:
+    """Refuse an update that is not one of so many coordinates on the grid, with an UpdateRejected."""
     if update.shape != (coordinates,) or update.dtype != np.int32:
         raise UpdateRejected(
             Rejection.WRONG_SHAPE,
@@ -169,11 +219,6 @@ def _add_signed(vector: Ring, noise: NDArray[np.int64] | None) -> None:
     vector += noise.astype(vector.dtype)  # two's complement: reduces modulo the ring
 
 
-def _signed(total: Ring, bits: int) -> NDArray[Any]:
-    """Ring elements as the signed integers they stand for; a view."""
-    return total.view(f"<i{bits // 8}")
-
-
 # --- exact ------------------------------------------------------------------------------------------
 
 
@@ -188,7 +233,7 @@ class Exact:
         coordinate_bound: The largest magnitude of one coordinate, in grid steps.
         counters: Sums that travel with the update; one is the weight.
         noise: Ring elements set aside for noise.
-        bits: 32; 16 is possible where it fits.
+        bits: 32; fewer are possible where they fit.
         survivors: The noise is made for at least so many devices; 0 = there is none.
     """
 
@@ -205,7 +250,7 @@ class Exact:
         if WEIGHT not in {c.name for c in self.counters}:
             object.__setattr__(self, "counters", (Counter(WEIGHT, self.max_weight), *self.counters))
         ring_type(self.bits)
-        _check_common(self.num_coordinates, self.cohort, self.counters, self.noise)
+        check_common(self.num_coordinates, self.cohort, self.counters, self.noise)
         if self.max_weight < 1 or self.coordinate_bound < 1:
             raise ConfigError(
                 f"Expected max_weight >= 1 and coordinate_bound >= 1, got {self.max_weight} "
@@ -224,12 +269,12 @@ class Exact:
     @property
     def length(self) -> int:
         """Ring elements of one vector."""
-        return _length(self.num_coordinates, self.counters, self.cohort, self.bits)
+        return vector_length(self.num_coordinates, self.counters, self.cohort, self.bits)
 
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of all parameters."""
-        return _digest_of("exact", self)
+        return digest_of("exact", self)
 
     def encode(
         self,
@@ -249,7 +294,7 @@ class Exact:
         Raises:
             UpdateRejected: WRONG_SHAPE, or OUT_OF_RANGE: a value is outside the bounds of the plan.
         """
-        _check_update(update, self.num_coordinates)
+        check_update(update, self.num_coordinates)
         if not 1 <= weight <= self.max_weight:
             raise UpdateRejected(
                 Rejection.OUT_OF_RANGE, f"The weight is {weight}, the plan says 1 to {self.max_weight}."
@@ -265,14 +310,14 @@ class Exact:
         vector = np.empty(self.length, ring_type(self.bits))
         factor = vector.dtype.type(weight)
         np.multiply(update.astype(vector.dtype), factor, out=vector[: len(update)])
-        vector[len(update) :] = _write_counters(self.counters, values, self.cohort, self.bits)
+        vector[len(update) :] = write_counters(self.counters, values, self.cohort, self.bits)
         _add_signed(vector, noise)
         return vector
 
     def decode(self, total: Ring) -> Sum:
         """The exact sums; the update is a view of ``total`` for a ring of 32 bits."""
-        update = _signed(total, self.bits)[: self.num_coordinates]
-        counters = _read_counters(self.counters, total[self.num_coordinates :], self.cohort, self.bits)
+        update = signed(total[: self.num_coordinates], self.bits)
+        counters = read_counters(self.counters, total[self.num_coordinates :], self.cohort, self.bits)
         return Sum(update.astype(np.int32, copy=False), counters)
 
 
@@ -349,7 +394,7 @@ def limit_update(update: NDArray[np.int32], bound: int) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class Rotated:
-    """Clip, rotate, scale, saturate, round: 16 bits a coordinate.
+    """Clip, rotate, scale, saturate, round: as few bits a coordinate as leave room for rounding.
 
     Attributes:
         num_coordinates: P.
@@ -360,7 +405,7 @@ class Rotated:
         spread: Standard deviations of a flat vector's coordinate before it saturates.
         counters: Sums that travel with the update; one is the weight.
         noise: Ring elements set aside for noise.
-        bits: 16; 32 is possible.
+        bits: of the ring.
         survivors: The noise is made for at least so many devices; 0 = there is none.
     """
 
@@ -379,7 +424,7 @@ class Rotated:
         if WEIGHT not in {c.name for c in self.counters}:
             object.__setattr__(self, "counters", (Counter(WEIGHT, self.max_weight), *self.counters))
         ring_type(self.bits)
-        _check_common(self.num_coordinates, self.cohort, self.counters, self.noise)
+        check_common(self.num_coordinates, self.cohort, self.counters, self.noise)
         if self.max_weight < 1 or not (isfinite(self.clip_norm) and self.clip_norm >= 1):
             raise ConfigError(
                 f"Expected max_weight >= 1 and clip_norm >= 1 grid step, got {self.max_weight}, "
@@ -397,12 +442,12 @@ class Rotated:
     @property
     def length(self) -> int:
         """Ring elements of one vector."""
-        return _length(self.num_coordinates, self.counters, self.cohort, self.bits)
+        return vector_length(self.num_coordinates, self.counters, self.cohort, self.bits)
 
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of all parameters."""
-        return _digest_of("rotated", self)
+        return digest_of("rotated", self)
 
     @property
     def limit(self) -> int:
@@ -454,7 +499,7 @@ class Rotated:
         Raises:
             UpdateRejected: WRONG_SHAPE or OUT_OF_RANGE.
         """
-        _check_update(update, self.num_coordinates)
+        check_update(update, self.num_coordinates)
         if not 1 <= weight <= self.max_weight:
             raise UpdateRejected(
                 Rejection.OUT_OF_RANGE, f"The weight is {weight}, the plan says 1 to {self.max_weight}."
@@ -463,7 +508,7 @@ class Rotated:
         whole = self._round(self._scaled(update, weight), random)
         vector = np.empty(self.length, ring_type(self.bits))
         vector[: len(whole)] = whole.astype(vector.dtype)
-        vector[len(whole) :] = _write_counters(self.counters, values, self.cohort, self.bits)
+        vector[len(whole) :] = write_counters(self.counters, values, self.cohort, self.bits)
         _add_signed(vector, noise)
         return vector
 
@@ -495,8 +540,8 @@ class Rotated:
 
     def decode(self, total: Ring) -> Sum:
         """The exact integer sums, still rotated and scaled (see :meth:`restore`)."""
-        update = _signed(total, self.bits)[: self.num_coordinates]
-        counters = _read_counters(self.counters, total[self.num_coordinates :], self.cohort, self.bits)
+        update = signed(total[: self.num_coordinates], self.bits)
+        counters = read_counters(self.counters, total[self.num_coordinates :], self.cohort, self.bits)
         return Sum(update.astype(np.int32), counters)
 
     def restore(self, total: Sum) -> NDArray[np.float64]:

@@ -6,6 +6,9 @@ block ``LE96(s) || BE32(2)``. The same bytes are what AES-256-GCM makes of zeros
 vector AES. Which of the two is faster here is measured once, for a millisecond; the bytes are the same.
 
     add_masks(vector, [(seed, +1), (other, -1)])    # in place, modulo 2**16 or 2**32
+
+Rings of other widths are added in these lanes, too: what is right modulo ``2**32`` is right modulo ``2**20``,
+and the low 20 bits of a uniform mask are uniform.
 """
 
 import time
@@ -18,6 +21,8 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
+
+from lepton_fl.packing import lane_bits
 
 SEGMENT = 1 << 17  # bytes; all of one segment's buffers stay in the second-level cache
 SEED_BYTES = 32
@@ -34,10 +39,8 @@ Fill = Callable[[int, memoryview], None]  # segment number, SEGMENT + 16 bytes t
 
 
 def ring_type(bits: int) -> np.dtype[Any]:
-    """The numpy type of ring elements: 16 or 32 bits."""
-    if bits not in (16, 32):
-        raise ValueError(f"Expected a ring of 16 or 32 bits, got {bits}.")
-    return np.dtype(f"<u{bits // 8}")
+    """The numpy type of the lanes in which elements of 2 to 32 bits are added: 16 or 32 bits wide."""
+    return np.dtype(f"<u{lane_bits(bits) // 8}")
 
 
 def _gcm(seed: bytes | bytearray) -> Fill:

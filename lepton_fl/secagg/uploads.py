@@ -12,13 +12,16 @@ the spool until the survivor set is certified, because a device may still have t
 
 import hashlib
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 
 from lepton_fl.errors import Rejection, StateCorrupt, UpdateRejected
+from lepton_fl.packing import packed_size, unpack
 from lepton_fl.secagg.codec import Reader, Writer
 from lepton_fl.secagg.context import VERSION, RoundContext
+from lepton_fl.secagg.encoding import Encoding
 from lepton_fl.secagg.masks import Ring, byte_view, ring_type
 from lepton_fl.wire.messages import malformed
 
@@ -161,7 +164,7 @@ class Intake:
         return bytes(writer.raw(hashlib.sha256(body).digest())), body
 
     def _restore(self, stored: memoryview) -> None:
-        size = self._context.upload_bytes
+        size = self.total.nbytes
         body = stored[max(0, len(stored) - size) :]
         reader = Reader(bytes(stored[: max(0, len(stored) - size)]))
         try:
@@ -177,17 +180,53 @@ class Intake:
         self.total[:] = np.frombuffer(body, self.total.dtype)
 
     def _apply(self, device: str, operation: np.ufunc) -> None:
-        start = 0
-        for block in _blocks(self._spool.read(device), self._context.bits // 8):
-            values = np.frombuffer(block, self.total.dtype)
+        start, context = 0, self._context
+        for values in elements(self._spool.read(device), context.encoding):
             target = self.total[start : start + len(values)]
             operation(target, values, out=target)
             start += len(values)
 
 
+def elements(pieces: Iterator[bytes | memoryview], encoding: Encoding) -> Iterator[Ring]:
+    """A vector's elements out of its bytes on the wire, a bounded number at a time.
+
+    Args:
+        pieces: of any size.
+        encoding: of the vector.
+    """
+    dtype, bits, left = ring_type(encoding.bits), encoding.bits, encoding.num_coordinates
+    if bits < 8 * dtype.itemsize:
+        head, pieces = _cut(pieces, packed_size(left, bits))
+        for block in _blocks(head, bits):  # bytes of eight elements
+            count = min(left, 8 * len(block) // bits)
+            yield unpack(np.frombuffer(block, np.uint8), count, bits, 8 * dtype.itemsize)
+            left -= count
+    for block in _blocks(pieces, dtype.itemsize):
+        yield np.frombuffer(block, dtype)
+
+
+def _cut(
+    pieces: Iterator[bytes | memoryview], size: int
+) -> tuple[Iterator[bytes | memoryview], Iterator[bytes | memoryview]]:
+    """The first bytes of a stream, and the others once those are read."""
+    over: list[memoryview] = []
+
+    def first() -> Iterator[memoryview]:
+        need = size
+        for piece in pieces:
+            view = memoryview(piece)
+            yield view[:need]
+            if len(view) >= need:
+                over.append(view[need:])
+                return
+            need -= len(view)
+
+    return first(), chain(over, pieces)
+
+
 def _blocks(pieces: Iterator[bytes | memoryview], item: int) -> Iterator[bytes | memoryview]:
-    """Pieces of any size as pieces of whole elements, of bounded size, mostly without copying."""
-    rest = b""
+    """Pieces of any size as pieces of whole items, of bounded size, mostly not copied; the rest is last."""
+    rest, most = b"", max(item, BLOCK // item * item)
     for piece in pieces:
         view = memoryview(piece)
         if rest:
@@ -199,6 +238,8 @@ def _blocks(pieces: Iterator[bytes | memoryview], item: int) -> Iterator[bytes |
             yield rest
             rest = b""
         whole = len(view) // item * item
-        for start in range(0, whole, BLOCK):
-            yield view[start : min(whole, start + BLOCK)]
+        for start in range(0, whole, most):
+            yield view[start : min(whole, start + most)]
         rest = bytes(view[whole:])
+    if rest:
+        yield rest

@@ -27,6 +27,7 @@ from lepton_fl.plan import (
     PROTOCOL_VERSION,
     LocalPlan,
     PrivatePart,
+    Quantisation,
     RoundPlan,
     attempt_counted,
 )
@@ -115,6 +116,7 @@ class Request:
     auxiliary_sha256: str = ""
     retried: tuple[tuple[int, int], ...] = ()  # see RoundPlan
     private: PrivatePart | None = None  # see RoundPlan
+    quantisation: Quantisation | None = None  # see RoundPlan
 
     @classmethod
     def of(cls, plan: RoundPlan, model: Vector, auxiliary: Vector | None = None) -> "Request":
@@ -135,6 +137,7 @@ class Request:
             plan.auxiliary_sha256,
             plan.retried,
             plan.private,
+            None if plan.secure else plan.quantisation,  # there, it is part of the offer
         )
 
     def counted(self, round_number: int, attempt: int) -> bool:
@@ -158,6 +161,8 @@ class Request:
         }
         if self.private is not None:
             config["private"] = json.dumps(self.private.to_json(), sort_keys=True)
+        if self.quantisation is not None:
+            config["quantisation"] = json.dumps(self.quantisation.to_json(), sort_keys=True)
         arrays = {MODEL: self.model}
         if self.auxiliary is not None:
             arrays[AUXILIARY] = self.auxiliary
@@ -178,6 +183,8 @@ class Request:
             local = LocalPlan.model_validate_json(fields.text("local"))
             told = fields.text("private") if fields.has("private") else "null"
             private = None if told == "null" else PrivatePart.model_validate_json(told)
+            told = fields.text("quantisation") if fields.has("quantisation") else "null"
+            quantisation = None if told == "null" else Quantisation.model_validate_json(told)
         except ValidationError as error:
             raise malformed(f"the plan does not validate: {error.errors()[0]['msg']}") from error
         weighting = fields.text("weighting")
@@ -217,17 +224,18 @@ class Request:
             auxiliary_sha256,
             retried,
             private,
+            quantisation,
         )
 
 
 @dataclass(frozen=True)
 class TrainReply:
-    """One device's update, in grid steps, with its weight."""
+    """One device's update, in grid steps, with its weight; in few bits, weighted already, as it travels."""
 
     ticket: Ticket
     task_version: str
     num_examples: int
-    update: NDArray[np.int32]  # (P + A + E,)
+    update: NDArray[Any]  # (P + A + E,) int32; or uint8, see ``rounds.quantised``
     sums: Sums  # training loss and what else the task counts
     seconds: float  # the device's own time for the work
 
@@ -243,6 +251,9 @@ class TrainReply:
             UpdateRejected: the reason says what is wrong; a device's own report of failure is raised, too.
         """
         version, num_examples, sums, seconds, ticket = _read_reply(records, plan)
+        if plan.quantisation and not plan.secure:  # who adds it up reads it
+            (update,) = _arrays(records, (UPDATE,), np.dtype(np.uint8))
+            return cls(ticket, version, num_examples, update, sums, seconds)
         (update,) = _arrays(records, (UPDATE,), np.dtype(np.int32))
         if update.shape != (plan.update_size,):
             raise UpdateRejected(

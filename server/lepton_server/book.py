@@ -20,6 +20,7 @@ from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated, after_attempt
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Collected
 from lepton_fl.rounds.optimizers import ServerState
+from lepton_fl.rounds.quantised import next_expected
 from lepton_fl.vector import Vector
 from lepton_server.ops import Meters
 from lepton_server.patience import Patience, Stopped, one_line
@@ -79,6 +80,7 @@ class Progress:
     best: Best | None = None
     stale: int = 0
     retried: tuple[tuple[int, int], ...] = ()  # see RunState
+    expected: float = 0.0  # see RunState
 
 
 def fold(progress: Progress, event: Event) -> Progress:
@@ -89,6 +91,8 @@ def fold(progress: Progress, event: Event) -> Progress:
             return replace(progress, model_sha256=body["model_sha256"])
         case "round.planned":
             return replace(progress, attempt=body["attempt"], open=True)
+        case "round.abandoned" if body.get("wrapped") and progress.expected:
+            return fold(replace(progress, expected=0.0), event)
         case "round.abandoned" if body.get("burnt"):
             retried = after_attempt(progress.retried, body["round"], 0)
             over = replace(progress, round=body["round"], attempt=0, open=False, retried=retried)
@@ -98,6 +102,8 @@ def fold(progress: Progress, event: Event) -> Progress:
         case "round.committed":
             retried = after_attempt(progress.retried, body["round"], body["attempt"])
             done = replace(progress, round=body["round"], attempt=0, open=False, retried=retried)
+            if (norm := body["metrics"].get("sum_norm")) is not None:
+                done = replace(done, expected=next_expected(progress.expected, norm))
             return replace(done, model_sha256=body["model_sha256"], state_sha256=body["state_sha256"])
         case "round.evaluated":
             return replace(progress, evaluated=body["round"], stale=body["stale"])
@@ -211,7 +217,8 @@ class RunBook:
 
         def write() -> None:
             with self._store.transaction() as transaction:
-                transaction.record("round.abandoned", self._run_id, body | {"burnt": collected.burnt})
+                lost = {"burnt": collected.burnt, "wrapped": collected.wrapped}
+                transaction.record("round.abandoned", self._run_id, body | lost)
                 if self._ledger:
                     self._ledger.write_voided(transaction)
 

@@ -381,6 +381,7 @@ class RunDriver:
             best=progress.best,
             stale=progress.stale,
             retried=progress.retried,
+            expected=progress.expected,
             private=stored_state(self._store, self._blobs.read, run_id, spec),
         )
 

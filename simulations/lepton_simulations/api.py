@@ -40,7 +40,7 @@ from lepton_simulations.labels import simulated
 from lepton_simulations.private import Guard, refuse_scenario
 from lepton_simulations.replaying import as_recorded, recorded_world
 from lepton_simulations.rows import Row, Tally, device_columns, frame, row_columns
-from lepton_simulations.secure import one_by_one, refuse_secure, secure_rounds
+from lepton_simulations.secure import one_by_one, refuse_secure, rounding, secure_rounds
 from lepton_simulations.settings import Strategy, explicit, refused, run_settings
 from lepton_simulations.threads import one_thread
 from lepton_simulations.world import DevicesConfig, FaultsConfig, World
@@ -281,6 +281,7 @@ def _run(
             on_progress=on_progress,
             should_stop=should_stop,
             one_by_one=one_by_one(config),
+            random_of=rounding(config.engine.seed) if config.run.quantisation else None,
         )
         book = _book(config, fleet, rng, on_round, stack)
         labels = simulated(config, len(fleet.devices), fleet.engine.name)
@@ -342,6 +343,7 @@ def _campaign(
                 look_s=inf,
                 private=guard.start(state),
                 secure=secure_rounds(config, fleet.world),
+                measure=exchange.measure,
             )
         try:
             return campaign.run(state, should_stop)

@@ -192,6 +192,9 @@ class MemoryBook:
             clipped=round_.metrics.get("clipped"),
             clip_norm=round_.metrics.get("clip_norm") or round_.collected.plan.clip_norm or None,
             epsilon=round_.metrics.get("epsilon"),
+            ring_bits=round_.metrics.get("ring_bits"),
+            quantisation_error=round_.metrics.get("quantisation_error"),
+            measured_error=round_.metrics.get("measured_error"),
         )
 
     def _count(self, collected: Collected) -> None:
@@ -377,6 +380,7 @@ class FolderBook(MemoryBook):
                 "evaluated": state.evaluated,
                 "stale": state.stale,
                 "retried": state.retried,
+                "expected": state.expected,
                 "private": self._private,
                 "best": asdict(state.best) if state.best else None,
             },
@@ -454,6 +458,7 @@ class FolderBook(MemoryBook):
             saved["stale"],
             tuple((number, attempt) for number, attempt in saved.get("retried", [])),
             private,
+            saved.get("expected", 0.0),
         )
 
     def _tensors(self, digest: str) -> dict[str, Vector]:

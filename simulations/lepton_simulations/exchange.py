@@ -13,13 +13,18 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lepton_fl.errors import UpdateRejected
 from lepton_fl.plan import RoundPlan
+from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
+from lepton_fl.rounds.collect import Collected
 from lepton_fl.rounds.exchange import AddedUp, Answer, Report
+from lepton_fl.rounds.quantised import compressed
 from lepton_fl.rounds.secure_sum import rounded_loss
+from lepton_fl.secagg.field import Random
 from lepton_fl.tasks.metrics import Sums
-from lepton_fl.wire.messages import Request
+from lepton_fl.wire.messages import UPDATE, Request
 from lepton_fl.wire.records import Records
 from lepton_simulations.backend import Backend, Outcome, Trained
 from lepton_simulations.fleet import CENTRAL, VirtualFleet
@@ -53,6 +58,7 @@ class InMemoryExchange:
         on_progress: Progress = lambda done, wanted: None,
         should_stop: Callable[[], bool] = lambda: False,
         one_by_one: bool = False,
+        random_of: Callable[[RoundPlan, str], Random] | None = None,
     ) -> None:
         """Open an exchange.
 
@@ -62,16 +68,20 @@ class InMemoryExchange:
             on_progress: called as devices of a training round are done.
             should_stop: asked after each chunk; True ends the round with ``Interrupted``.
             one_by_one: every device answers with records, because its own update is needed.
+            random_of: what a device rounds with where updates are quantised; None = they are not.
         """
         self._fleet = fleet
         self._backend = backend
         self._on_progress = on_progress
         self._should_stop = should_stop
-        self._one_by_one = one_by_one
+        self._one_by_one, self._random_of = one_by_one, random_of
         # Of the attempt in hand:
         self._accepted = 0  # singly
         self._losses: list[float] = []
         self._seen = 0
+        self._request = Records()
+        self._exact: Accumulator | None = None  # of what is accepted, where updates are quantised
+        self._last: tuple[str, UpdateBatch] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +103,8 @@ class InMemoryExchange:
             CoordinatorCrash: as the scenario says.
         """
         self._backend.begin(plan, request)
+        quantised = plan.quantisation is not None and self._random_of is not None
+        self._request, self._exact = request.to_records(), Accumulator(plan) if quantised else None
         if plan.cohort[0].startswith(CENTRAL):
             for device_id, outcome in self._backend.answer(plan.cohort):
                 yield Answer(device_id, outcome)
@@ -108,7 +120,7 @@ class InMemoryExchange:
         while at < len(fates) and (wanted := plan.wanted_reports - self._accepted - len(counted)) > 0:
             # No more than could be accepted: should some be refused, the next ones take their place.
             now, at = _first(fates, at, wanted)
-            yield from self._singly(now, began, many)
+            yield from self._singly(plan, now, began, many)
             if many:
                 yield from self._together(plan, now, counted)
             world.clock.advance_to(began + now[-1].arrives_s)
@@ -121,6 +133,9 @@ class InMemoryExchange:
     def tell(self, plan: RoundPlan, device_id: str, refusal: UpdateRejected | None) -> None:
         """Count who was accepted; who was not forgets what the attempt left behind."""
         self._accepted += refusal is None
+        if refusal is None and self._exact and self._last and self._last[0] == device_id:
+            self._exact.add(self._last[1])
+        self._last = None
         if refusal is not None and plan.kind == "train" and self._fleet.memory:
             self._fleet.memory.refused(device_id)
 
@@ -131,11 +146,29 @@ class InMemoryExchange:
             plan,
             lambda device_id: self._fleet.examples(plan, device_id),
             4 * plan.sent_size + ENVELOPE,
-            4 * plan.update_size + ENVELOPE if train else ENVELOPE,
+            plan.update_bytes + ENVELOPE if train else ENVELOPE,
         )
         return [fate for fate in fates if fate.arrives_s <= plan.deadline_s]
 
-    def _singly(self, fates: Sequence[Fate], began: float, many: bool) -> Generator[Answer, None, None]:
+    def measure(self, collected: Collected, mean: NDArray[np.float64]) -> dict[str, float]:
+        """How far a mean is from that of the updates as they were before they were quantised."""
+        exact, self._exact = self._exact, None
+        if exact is None or exact.reports != collected.reports:  # a sum of several was lost
+            return {}
+        true = exact.finalize()
+        return {"measured_error": float(np.linalg.norm(mean - true) / max(np.linalg.norm(true), 1e-300))}
+
+    def _in_few_bits(self, plan: RoundPlan, device_id: str, reply: Records) -> Records:
+        """An answer as it travels; without secure aggregation, which encodes it by itself."""
+        if self._exact is None or self._random_of is None or UPDATE not in reply.arrays:
+            return reply
+        update, count = reply.arrays[UPDATE], reply.metrics["num-examples"]
+        self._last = device_id, UpdateBatch(update[None, :], np.array([count], np.int64))
+        return compressed(self._request, reply, self._random_of(plan, device_id))
+
+    def _singly(
+        self, plan: RoundPlan, fates: Sequence[Fate], began: float, many: bool
+    ) -> Generator[Answer, None, None]:
         """Those who answer with records, and those of whom the coordinator hears that they do not."""
         singles = [fate for fate in fates if not (many and fate.answers and fate.ordinary)]
         world = self._fleet.world
@@ -146,6 +179,7 @@ class InMemoryExchange:
                 world.clock.advance_to(began + fate.arrives_s)
                 if isinstance(outcome, Records):
                     outcome = world.spoil(fate, _timed(outcome, fate.seconds))
+                    outcome = self._in_few_bits(plan, fate.device_id, outcome)
                 yield Answer(fate.device_id, outcome, _num_bytes(outcome))
 
     def _together(

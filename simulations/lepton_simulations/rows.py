@@ -43,6 +43,9 @@ class Row:
     clipped: float | None = None  # share of the updates that were clipped; None: clipping is off
     clip_norm: float | None = None  # L2 bound of an update in this round
     epsilon: float | None = None  # spent up to and with this round; None: no privacy
+    ring_bits: float | None = None  # of a coordinate of an update; None: updates are not quantised
+    quantisation_error: float | None = None  # norm of the rounding over that of the sum, as expected
+    measured_error: float | None = None  # of the mean, over its norm, as it was
 
     def metric(self, name: str) -> float | None:
         """The devices' figure if there is one, else the central one."""

@@ -70,11 +70,7 @@ def secure_rounds(config: SimulationConfig, world: World) -> SecureRounds | None
     """How a scenario's secure rounds are collected; None where nothing is to be hidden."""
     if config.run.secure_aggregation == "off":
         return None
-    seed = config.engine.seed
-
-    def random_of(plan: RoundPlan, device: str) -> Random:
-        name = f"rounding {seed} {plan.round} {plan.attempt} {device}"
-        return np.random.default_rng(list(hashlib.sha256(name.encode()).digest())).bytes
+    seed, random_of = config.engine.seed, rounding(config.engine.seed)
 
     def stream_of(plan: RoundPlan, device: str) -> Keystream:
         return Keystream(simulation_key("share", seed, plan.round, plan.attempt, device))
@@ -87,15 +83,25 @@ def secure_rounds(config: SimulationConfig, world: World) -> SecureRounds | None
     return IdealRounds(random_of, stream_of, leaves)
 
 
+def rounding(seed: int) -> Callable[[RoundPlan, str], Random]:
+    """What every device of a scenario rounds its updates with: the same, whoever adds them up."""
+
+    def random_of(plan: RoundPlan, device: str) -> Random:
+        name = f"rounding {seed} {plan.round} {plan.attempt} {device}"
+        return np.random.default_rng(list(hashlib.sha256(name.encode()).digest())).bytes
+
+    return random_of
+
+
 def one_by_one(config: SimulationConfig) -> bool:
     """Whether every device's update is needed by itself."""
     run = config.run
-    if config.engine.one_by_one:
+    if config.engine.one_by_one or run.quantisation:
         return True
     if run.secure_aggregation == "off":
         return False
     several = len(run.secure.sums(run.most_asked)) > 1
-    return config.engine.secure_aggregation == "full" or run.secure.bits == 16 or several
+    return config.engine.secure_aggregation == "full" or run.secure.bits < 32 or several
 
 
 class FullRounds:
@@ -110,7 +116,7 @@ class FullRounds:
         """Prepare; see ``IdealRounds``.
 
         Args:
-            random_of: the randomness that a device rounds with, for 16 bits.
+            random_of: the randomness that a device rounds with, for fewer than 32 bits.
             stream_of: of the noise that a device adds; None = fresh.
             world: says who falls silent, repeats itself or breaks the protocol.
         """
@@ -208,15 +214,15 @@ class _Devices:
         session = self._sessions[device]
         try:
             if stage is Stage.ADVERTS:
-                return Told(device, self._adverts[device])
+                return _told(device, self._adverts[device])
             if stage is Stage.SHARES:
                 self._sizes[device] = len(Roster.decode(message).adverts)
                 shares = session.share_keys(message, os.urandom, 0.0)
-                return Told(device, self._garbled(device, shares) if device in self._dealing else shares)
+                return _told(device, self._garbled(device, shares) if device in self._dealing else shares)
             if stage is Stage.CONSENTS:
-                return Told(device, session.consent(message))
+                return _told(device, session.consent(message))
             revealed = session.reveal(message)
-            return Told(device, self._falsified(device, revealed) if device in self._lying else revealed)
+            return _told(device, self._falsified(device, revealed) if device in self._lying else revealed)
         except TrustError as refusal:
             return Told(device, UpdateRejected(Rejection.FAILED, str(refusal)))
 
@@ -259,3 +265,7 @@ class _Devices:
                     continue
                 tail, masked = self._sessions[device].mask(vector)
                 yield Told(device, tail, masked, reply.seconds, len(tail) + len(masked))
+
+
+def _told(device: str, message: bytes) -> Told:
+    return Told(device, message, num_bytes=len(message))

@@ -60,11 +60,13 @@ def client_app(
     app = ClientApp(mods=list(mods))
 
     def answer(message: "Message", context: "Context") -> "Message":
+        from lepton_fl.rounds.quantised import compressed
         from lepton_fl.training.respond import respond
 
         _one_thread()
+        asked = from_record_dict(message.content)
         desk = _Desk(context, allowed, data or configured_data, seed)
-        reply = respond(from_record_dict(message.content), desk)
+        reply = compressed(asked, respond(asked, desk), os.urandom)
         # Salted: a transport that stores equal content once must not take two nodes' replies for one.
         return Message(content=to_record_dict(reply, salt=os.urandom(16)), reply_to=message)
 

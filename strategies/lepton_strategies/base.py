@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, QuorumError, UpdateRejected
 from lepton_fl.plan import RoundPlan, RunSpec
-from lepton_fl.rounds.campaign import Kind, RunState, advance, after_attempt, plan_round
+from lepton_fl.rounds.campaign import Kind, RunState, advance, after_attempt, learnt, plan_round
 from lepton_fl.rounds.cohort import draw
 from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_evaluation, collect_training
 from lepton_fl.rounds.exchange import Answer, Exchange
@@ -142,10 +142,13 @@ class LeptonStrategy(Strategy):
             collected, mean = collect_training(asked.plan, state.model, _exchange(asked, replies), control)
         if mean is None:
             log.warning("round %d does not count: %s", server_round, collected.summary())
-            self._state = replace(state, retried=after_attempt(state.retried, server_round, 0))
+            expected = 0.0 if collected.wrapped else state.expected
+            retried = after_attempt(state.retried, server_round, 0)
+            self._state = replace(state, retried=retried, expected=expected)
             return None, _metrics({}, collected)
-        self._state = advance(self._spec, self._work, asked.plan, state, mean, collected.reports)
-        figures = TRAINING.summarise(collected.sums)
+        after = advance(self._spec, self._work, asked.plan, state, mean, collected.reports)
+        self._state = learnt(after, collected)
+        figures = TRAINING.summarise(collected.sums) | collected.figures()
         return to_arrays(self._state.model), _metrics(figures, collected)
 
     def configure_evaluate(

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -155,7 +155,8 @@ def _train(
         raise UpdateRejected(Rejection.FAILED, f"The node's function failed: {reply.error.reason}")
     vector = vector_of(asked, reply.content, settings, offer.encoding, os.urandom)
     tail, masked = keeper.call("mask", name, byte_view(vector))
-    array = np.frombuffer(masked, ring_type(offer.encoding.bits))
+    whole = offer.encoding.bits in (16, 32)  # else packed, and only bytes
+    array = np.frombuffer(masked, ring_type(offer.encoding.bits) if whole else np.uint8)
     return _reply(message, tail, masked=array, seconds=time.monotonic() - began)
 
 
@@ -172,7 +173,7 @@ def _reply(
     frame: bytes | memoryview,
     prekey: bytes | memoryview = b"",
     *,
-    masked: np.ndarray[tuple[int], np.dtype[np.unsignedinteger]] | None = None,
+    masked: np.ndarray[tuple[int], np.dtype[Any]] | None = None,
     seconds: float = 0.0,
 ) -> "Message":
     from flwr.app import Message

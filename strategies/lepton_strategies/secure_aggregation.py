@@ -25,15 +25,18 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
 from lepton_fl.errors import ConfigError, QuorumError, Rejection, UpdateRejected
-from lepton_fl.plan import LEAST_STEPS, RunSpec, SecureSpec
+from lepton_fl.plan import LEAST_STEPS, QuantisationSpec, RunSpec, SecureSpec
+from lepton_fl.rounds.quantised import next_expected, planned
 from lepton_fl.rounds.secure import Party, Told, collect_secure, lead
 from lepton_fl.rounds.secure_device import Offer
-from lepton_fl.rounds.secure_sum import context_of, groups_of, rules_of
+from lepton_fl.rounds.secure_sum import SumEncoding, context_of, groups_of, rules_of
 from lepton_fl.rounds.spool import FolderSpool
 from lepton_fl.secagg.cohorts import add_sums, split
 from lepton_fl.secagg.context import MOST_COHORT, RoundContext
-from lepton_fl.secagg.encoding import Exact, Rotated, fit
+from lepton_fl.secagg.encoding import Exact, Rotated, Sum, fit
+from lepton_fl.secagg.masks import Ring
 from lepton_fl.secagg.messages import MAX_ADVERT, Advert
+from lepton_fl.secagg.quantised import Quantised
 from lepton_fl.secagg.server import ServerSession, Stage
 from lepton_fl.secagg.uploads import Intake
 from lepton_fl.wire.messages import Fields, Request
@@ -106,7 +109,8 @@ class SecureAggregation(Strategy):
         clip_norm: float = 0.0,
         max_weight: int = 1,
         metrics: Sequence[str] = (),
-        bits: Literal[16, 32] = 32,
+        bits: int = 32,
+        quantise: Literal[0, 2, 4, 8] = 0,
         min_cohort: int = 16,
         max_dropout: float = 0.3,
         max_cohort: int = MOST_COHORT,
@@ -126,7 +130,9 @@ class SecureAggregation(Strategy):
             max_weight: of a node, by the strategy's ``weighted_by_key``; 1 = all nodes count the same. More
                 make the grid coarser: nodes * max_weight * clip_norm / step has to fit the bits.
             metrics: figures of the nodes to average; others are not told.
-            bits: 16 halve the upload and round the sum.
+            bits: of a coordinate, 8 to 32; fewer than 32 round the sum.
+            quantise: bits that every update is rounded to, in a ring that just holds the sum
+                (``docs/wire.md``); 0 = off. A strategy of ours may say it in its own settings.
             min_cohort: the fewest nodes of a sum; a node may demand more.
             max_dropout: the share of the nodes asked that may fall silent.
             max_cohort: more nodes make several sums, which are added.
@@ -146,6 +152,10 @@ class SecureAggregation(Strategy):
                 "aggregation tells nothing else.",
                 hint="Wrap FedAvg, FedAvgM, FedProx, FedAdagrad, FedAdam or FedYogi.",
             )
+        if quantise and bits < 32:
+            raise ConfigError(
+                f"bits={bits} and quantise={quantise} are two ways to few bits.", hint="Take one."
+            )
         self._inner = strategy
         self._trust = pinned(keys)
         self._secure = SecureSpec(
@@ -157,6 +167,8 @@ class SecureAggregation(Strategy):
         )
         self._clip_norm, self._max_weight = clip_norm, max_weight
         self._metrics, self._bits = tuple(metrics), bits
+        self._quantise = QuantisationSpec(bits=quantise) if quantise else None
+        self._expected = 0.0  # norm of the next sum, of quantised updates
         self._deployment, self._poll_s = deployment, poll_s
         self._deadline_s, self._stage_s = deadline_s, stage_s
         self._key = getattr(strategy, "weighted_by_key", "num-examples")
@@ -177,6 +189,8 @@ class SecureAggregation(Strategy):
         clip = {"clip_norm": self._clip_norm} if self._clip_norm else {}
         weights = {"weighting": "equal"} if self._max_weight == 1 else {"max_weight": self._max_weight}
         secure = {"secure_aggregation": "required", "secure": self._secure}
+        if self._quantise:
+            secure["quantisation"] = self._quantise
         strategy.require(RunSpec.model_validate({**weights, **given, **clip, **secure}))
 
     @property
@@ -306,13 +320,26 @@ class SecureAggregation(Strategy):
     ) -> tuple[list[RoundContext], Settings]:
         cohort, weight, clip = max(map(len, groups)), self._max_weight, self._clip_norm
         draft = Settings(False, _FINE, clip, weight, self._key, self._metrics)
-        encoding: Exact | Rotated
-        if self._bits == 32:
+        encoding: SumEncoding
+        step, seed = _FINE, secrets.token_hex(32)
+        if self._quantise:
+            few = planned(
+                self._quantise,
+                self._expected,
+                clip_norm=clip,
+                max_weight=weight,
+                devices=cohort,
+                coordinates=size,
+            )
+            encoding = Quantised(
+                size, cohort, weight, few.reach / step, seed, few.bits, few.risk, draft.counters
+            )
+        elif self._bits == 32:
             encoding, step = fit(size, cohort, weight, clip, draft.counters)
         else:
-            step = _FINE
-            seed = secrets.token_hex(32)
-            encoding = Rotated(size, cohort, weight, clip / step, seed, counters=draft.counters)
+            encoding = Rotated(
+                size, cohort, weight, clip / step, seed, counters=draft.counters, bits=self._bits
+            )
         if clip / step < LEAST_STEPS:
             raise ConfigError(
                 f"{cohort} nodes with weights of up to {weight} leave an update of {clip:g} only "
@@ -345,16 +372,30 @@ class SecureAggregation(Strategy):
                 log.warning("secure aggregation: %s", party.error)
         blamed = len({blame.device for blame in blames})
         encoding = parties[0].session.context.encoding
-        assert isinstance(encoding, Exact | Rotated)  # made above
-        sums = [encoding.decode(outcome.total) for outcome in outcomes if outcome.total is not None]
-        if not sums:
+        assert isinstance(encoding, SumEncoding)  # made above
+        totals = [outcome.total for outcome in outcomes if outcome.total is not None]
+        sums = [encoding.decode(total) for total in totals]
+        if not sums or not self._in_range(encoding, totals, sums, settings.step):
             return _Round(None, {}, 0, 0, asked, blamed)
         found = add_sums(sums)
-        summed = encoding.restore(found) if isinstance(encoding, Rotated) else found.update.astype(np.float64)
+        summed = found.update.astype(np.float64) if isinstance(encoding, Exact) else encoding.restore(found)
         mean = model + summed * (settings.step / found.weight)
         figures = mean_metrics(settings, found.counters)
         reports = sum(len(outcome.survivors) for outcome in outcomes if outcome.total is not None)
         return _Round(unflatten(mean, arrays), figures, found.weight, reports, asked, blamed)
+
+    def _in_range(
+        self, encoding: SumEncoding, totals: Sequence[Ring], sums: Sequence[Sum], step: float
+    ) -> bool:
+        """Whether no sum of quantised updates has left its ring; what to expect of the next follows."""
+        if not isinstance(encoding, Quantised):
+            return True
+        if any(encoding.has_left_ring(total, found) for total, found in zip(totals, sums, strict=True)):
+            log.warning("secure aggregation: a sum has left its ring of %d bits; not used", encoding.bits)
+            self._expected = 0.0
+            return False
+        self._expected = next_expected(self._expected, step * max(map(encoding.norm, sums)))
+        return True
 
     def _run(self, messages: Sequence[Message]) -> str:
         """The run's name in the protocol: two strategies in one run of Flower's are two."""

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, UpdateRejected
-from lepton_fl.rounds.secure_sum import encode_answer
-from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, Rotated, limit_update
+from lepton_fl.rounds.secure_sum import SumEncoding, encode_answer
+from lepton_fl.secagg.encoding import WEIGHT, Counter, Exact, limit_update
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.masks import Ring
 from lepton_fl.vector import to_grid
@@ -31,8 +31,6 @@ MASKED: Final = "masked"
 MOST_METRIC: Final = 2**20  # magnitude of a figure that is averaged; larger ones are cut
 _METRIC_STEP: Final = 2.0**-20
 _METRIC_HALF: Final = 2**40  # steps
-
-SumEncoding = Exact | Rotated
 
 
 def content_digest(content: "RecordDict") -> bytes:

@@ -16,6 +16,7 @@ from lepton_fl.rounds.campaign import Campaign, RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, collect_training
 from lepton_fl.rounds.exchange import Answer
+from lepton_fl.rounds.quantised import compressed, planned_for
 from lepton_fl.rounds.secure import Party, Told, collect_secure, lead
 from lepton_fl.rounds.secure_device import Offer, SecureMember, check_request
 from lepton_fl.rounds.secure_sum import context_of, encode_reply, encoding_of, groups_of, prove_fits, rules_of
@@ -70,6 +71,7 @@ class Fleet:
             d: SecureMember(d, PLACE, k, self.trust, MemoryLedger(), policy) for d, k in keys.items()
         }
         self.group = {d: i for i, group in enumerate(groups_of(plan)) for d in group}
+        self.random_of = lambda device: os.urandom
         self.asked: list[Stage] = []
         self.revealed: list[str] = []
         self.spoil: dict[tuple[Stage, str], object] = {}
@@ -92,7 +94,7 @@ class Fleet:
             return Told(device, member.shares("r1", offer, message))
         if stage is Stage.UPLOADS:
             member.deliver("r1", message)
-            vector = encode_reply(self.plan, encoding, reply_of(self.plan, device), os.urandom)
+            vector = encode_reply(self.plan, encoding, reply_of(self.plan, device), self.random_of(device))
             tail, body = member.mask("r1", vector)
             return Told(device, tail, body, 0.1, len(tail) + len(body))
         if stage is Stage.CONSENTS:
@@ -511,3 +513,36 @@ def test_the_hidden_graph_is_dense_enough_for_every_roster_it_is_made_for():
 def test_by_default_every_pair_shares_a_mask_however_many_they_are():
     for size in (20, 101, 1000):
         assert rules_of(SecureSpec(), size) == Rules(16, 300, COMPLETE)
+
+
+# --- few bits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quantised_updates_give_the_bits_of_a_plain_round_through_real_masks(bits):
+    """Seven of them are packed; two leave; nobody but the coordinator of a plain round sees an integer."""
+    fields = {"weighting": "examples", "max_weight": 9, "quantisation": {"bits": bits}}
+    plain, request = plan_of(RunSpec.model_validate({**GOOD, **fields}))
+    few = planned_for(RunSpec.model_validate({**GOOD, **fields}), 3.0, 20, SIZE)
+    plain = plain.model_copy(update={"quantisation": few, "min_reports": 1})
+
+    def coins(device):
+        return Random(device).randbytes
+
+    class Compressing(Plain):
+        def ask(self, plan, request):
+            for device in self.devices:
+                answer = reply_of(plan, device).to_records()
+                yield Answer(device, compressed(request.to_records(), answer, coins(device)))
+
+    masked, asked = plan_of(spec_of(**fields), quantisation=few)
+    fleet = Fleet(masked, asked, {COHORT[3]: Stage.UPLOADS, COHORT[4]: Stage.SHARES})
+    fleet.random_of = coins
+    found, mean = secure(fleet)
+    there = [device for device in COHORT if device not in COHORT[3:5]]
+    collected, expected = collect_training(plain, request.model, Compressing(there))
+    assert_array_equal(mean, expected)
+    assert found.figures() == collected.figures()
+    lane = 2 if few.bits <= 16 else 4
+    counters = encoding_of(masked).length - SIZE
+    assert context_of(masked, asked, PLACE).upload_bytes == -(-SIZE * few.bits // 8) + lane * counters

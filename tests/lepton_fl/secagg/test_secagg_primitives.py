@@ -428,8 +428,10 @@ def test_the_engine_is_chosen_and_bad_arguments_are_refused():
     ]:
         with pytest.raises(ValueError, match="Expected"):
             masks.add_masks(vector, seeds)
-    with pytest.raises(ValueError, match="16 or 32"):
-        masks.ring_type(24)
+    assert [masks.ring_type(bits).str for bits in (2, 7, 16, 17, 32)] == ["<u2", "<u2", "<u2", "<u4", "<u4"]
+    for bits in (1, 33):
+        with pytest.raises(ValueError, match="2 to 32"):
+            masks.ring_type(bits)
 
 
 # --- secret sharing -------------------------------------------------------------------------------------
