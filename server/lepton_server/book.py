@@ -102,7 +102,7 @@ def fold(progress: Progress, event: Event) -> Progress:
         case "round.committed":
             retried = after_attempt(progress.retried, body["round"], body["attempt"])
             done = replace(progress, round=body["round"], attempt=0, open=False, retried=retried)
-            if (norm := body["metrics"].get("sum_norm")) is not None:
+            if (norm := body.get("metrics", {}).get("sum_norm")) is not None:
                 done = replace(done, expected=next_expected(progress.expected, norm))
             return replace(done, model_sha256=body["model_sha256"], state_sha256=body["state_sha256"])
         case "round.evaluated":

@@ -57,6 +57,20 @@ def test_a_runs_position_follows_from_its_events():
             event("round.committed", round=2, attempt=1, model_sha256=A, state_sha256=A),
             {"round": 2, "attempt": 0, "open": False, "model_sha256": A},
         ),
+        (event("round.planned", attempt=1), {"attempt": 1, "open": True}),
+        (  # updates in few bits: what to expect of the next sum
+            event(
+                "round.committed",
+                round=3,
+                attempt=1,
+                model_sha256=A,
+                state_sha256=A,
+                metrics={"loss": 1.0, "sum_norm": 2.5},
+            ),
+            {"round": 3, "attempt": 0, "open": False, "expected": 2.5},
+        ),
+        (event("round.planned", attempt=1), {"attempt": 1, "open": True}),
+        (event("round.abandoned", wrapped=True, burnt=False), {"open": False, "expected": 0.0}),
     ]
     progress, expected = Progress(), {}
     for happened, changes in steps:
