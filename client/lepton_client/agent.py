@@ -277,6 +277,7 @@ class Agent:
             desired_digest=self._courier.acknowledged,
             serving=self._courier.report(),
             service=self._courier.service(),
+            trial=self._courier.trial(),
             ledger=_shown(self._witness.seen),
         )
 

@@ -130,7 +130,7 @@ def status(
     state = StateDir(settings.client.state_dir)
     identity = state.identity()
     record, verdicts = describe(state, identity), verdict_rows(state)
-    budgets = budget_rows(state, settings.tasks)
+    budgets = budget_rows(state, settings)
     if format == Format.JSON:
         print_data(record | {"budgets": budgets, "verdicts": verdicts}, format=format)
         return

@@ -243,6 +243,27 @@ class DeliverySection(_Section):
         return _checked_windows(windows)
 
 
+class TrialSection(_Section):
+    """[trial]: what this device says of a release's quality on its own rows: one randomised word each."""
+
+    data: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Labelled rows that releases are tried on: a data source as in [[tasks]], all of it. "
+        "Empty = the rows that [[tasks]] of the same task keeps out of training.",
+    )
+    budget: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="Epsilon that all answers together may cost these rows; 0 = nothing is said of them.",
+    )
+    epsilon: float = Field(
+        default=1.0, gt=0, le=20, allow_inf_nan=False, description="The most that one answer may cost."
+    )
+    rows: int = Field(default=1000, ge=1, le=1_000_000, description="Rows that are looked at, at most.")
+
+
 class ServeSection(_Section):
     """[serve]: the local prediction endpoint."""
 
@@ -303,6 +324,7 @@ class ClientConfig(_Section):
     connection: ConnectionSection = ConnectionSection()
     delivery: DeliverySection = DeliverySection()
     serve: ServeSection = ServeSection()
+    trial: TrialSection = Field(default_factory=TrialSection)
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

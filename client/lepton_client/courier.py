@@ -33,7 +33,8 @@ from lepton_client.config import ClientConfig
 from lepton_client.eligibility import in_window
 from lepton_client.link import Link
 from lepton_client.state import COUNTED, StateDir
-from lepton_fl.errors import LeptonError
+from lepton_client.trials import Trials, asked_about
+from lepton_fl.errors import LeptonError, StateError
 from lepton_fl.files import make_private_folder, write_private
 from lepton_fl.wire.v1 import device_pb2 as pb
 
@@ -61,6 +62,7 @@ class Courier:
         self._config, self._folder, self._clock, self._changed = config, state.delivery, clock, changed
         self._desired = _read_text(self._folder / "desired.json")
         self._task = _full_name(config.delivery.task)
+        self._trials = Trials(state.trials, config.trial)
         self._backoff = Backoff(config.delivery.retry_min_s, RETRY_MAX_S)
         self._due = 0.0  # clock seconds
         self._outcome: Outcomes = {}
@@ -102,10 +104,32 @@ class Courier:
         record = _read_json(self._folder / "record.json")
         if record.get("previous") and given_up(self._folder) == record.get("current"):
             return True
-        if not wanted or wanted == self.serving:
+        if not wanted:
             return False
+        if wanted == self.serving:
+            return self._is_asked() and not self._outcome.get("tried")
         refused = self._outcome.get("state") == "refused" and self._outcome.get("wanted") == wanted
         return not refused
+
+    def _is_asked(self) -> bool:
+        """Whether something is asked of the release in service that was not answered."""
+        return self._may_try and asked_about(self._desired) is not None and not self._said().word
+
+    @property
+    def _may_try(self) -> bool:
+        return bool(self._task) and self._config.trial.budget > 0
+
+    def _said(self) -> pb.Trial:
+        """What this device says of the release in service; empty where nothing is asked or said."""
+        asked = asked_about(self._desired)
+        if not self._may_try or asked is None or asked.release != self.serving:
+            return pb.Trial()
+        try:
+            word = self._trials.word(asked.release, asked.digest)
+        except StateError as error:
+            log.error("%s %s", error, error.hint)
+            return pb.Trial()
+        return pb.Trial(release=asked.release, question=asked.digest, word=word) if word else pb.Trial()
 
     @property
     def serving(self) -> str:
@@ -125,8 +149,17 @@ class Courier:
                 pb.FailedRelease(release=out["wanted"], fault=out["fault"], detail=out["detail"][:500])
             )
         return pb.Serving(
-            task=self._task, profile=self._config.delivery.profile, release=self.serving, failed=failed
+            task=self._task,
+            profile=self._config.delivery.profile,
+            release=self.serving,
+            failed=failed,
+            trials=self._may_try,
         )
+
+    def trial(self) -> pb.Trial | None:
+        """What the coordinator is told of the release in service; randomised. None = nothing."""
+        said = self._said()
+        return said if said.word else None
 
     def service(self) -> pb.Service:
         """What the serving process counted for the release in service."""
@@ -293,6 +326,7 @@ def carry_out(config: ClientConfig, desired: str) -> "Outcome":
     Raises:
         LeptonError: This device's own state cannot be used.
     """
+    from lepton_client.trial import answer
     from lepton_fl.delivery.deliver import Device, deliver
     from lepton_fl.delivery.fetch import Limits
     from lepton_fl.delivery.slots import Slots
@@ -316,7 +350,10 @@ def carry_out(config: ClientConfig, desired: str) -> "Outcome":
         source = _Coordinator(link)
         trust = TrustStore(state.delivery / "metadata", lambda: _pinned(config, state, source))
         device = Device(slots, trust, source, resolve(section.task), limits, self_test, section.profile)
-        return deliver(device, desired)
+        outcome = deliver(device, desired)
+    if outcome.state == "serving":
+        answer(config, state, slots, desired)
+    return outcome
 
 
 def _retreat_if_needed(slots: "Slots", desired: str) -> None:
@@ -418,6 +455,7 @@ def main() -> None:
             "detail": made.detail,
             "fetched": made.tally.fetched,
             "kept": made.tally.kept,
+            "tried": made.state == "serving",
         }
     with os.fdopen(answer, "wb") as out:
         out.write(json.dumps(outcome).encode())

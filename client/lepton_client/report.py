@@ -3,9 +3,10 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from lepton_client.config import TaskSection
+from lepton_client.config import ClientConfig
 from lepton_client.spending import Spending, policies_of
 from lepton_client.state import Identity, StateDir
+from lepton_client.trials import Trials
 
 
 def describe(state: StateDir, identity: Identity) -> dict[str, Any]:
@@ -36,12 +37,14 @@ def verdict_rows(state: StateDir) -> list[dict[str, Any]]:
     return [row | {"at": _time(row.get("at"))} for row in state.status().get("verdicts", [])]
 
 
-def budget_rows(state: StateDir, tasks: tuple[TaskSection, ...]) -> list[dict[str, Any]]:
-    """What each task's rows have paid of their budget; empty where there is none and nothing was charged."""
-    policies = policies_of(tasks)
-    if not policies and not state.spending.exists():
-        return []
-    return Spending(state.spending, policies).accounts()
+def budget_rows(state: StateDir, config: ClientConfig) -> list[dict[str, Any]]:
+    """What rows have paid of their budgets; empty where there is none and nothing was charged."""
+    rows, policies = [], policies_of(config.tasks)
+    if policies or state.spending.exists():
+        rows = Spending(state.spending, policies).accounts()
+    if config.trial.budget or state.trials.exists():
+        rows.append(Trials(state.trials, config.trial).account(config.delivery.task))
+    return rows
 
 
 def _task(task: dict[str, Any]) -> str:

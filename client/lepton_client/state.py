@@ -61,6 +61,7 @@ class StateDir:
         self.signed = folder / "signed.jsonl"  # which survivor set was signed in which round
         self.delivery = folder / "delivery"
         self.spending = folder / "budget.jsonl"
+        self.trials = folder / "trials.json"
         self.witness = folder / "ledger_head.json"  # the newest head of the coordinator's privacy ledger
         self._identity = folder / "identity.json"
         self._status = folder / "status.json"

@@ -18,7 +18,8 @@ Rules:
 * A stage is left for the next one when enough of its devices report the release in service, and it has been
   watched for so long, and nothing is wrong. Time alone promotes nothing.
 * What a device proves (its self-test failed, the release ended its process) breaches at once. What only looks
-  bad (errors, latency) must still look bad after ``settle_s``.
+  bad (errors, latency, answers of a trial) must still look bad after ``settle_s``; answers beyond doubt need
+  not wait.
 * A rollback asks every device that was told, also those that are away: they hear of the good release first.
 """
 
@@ -31,6 +32,16 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
+from lepton_fl.delivery.trial import (
+    CLEARED,
+    IS_BAD,
+    LOOKS_BAD,
+    Trial,
+    counted,
+    doubt,
+    needed,
+    shares,
+)
 from lepton_fl.plan import Frozen
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -42,6 +53,7 @@ Count = Annotated[int, Field(ge=0)]
 
 Phase = Literal["planned", "running", "paused", "rolling-back", "rolled-back", "aborted", "done"]
 OPEN: Final[tuple[Phase, ...]] = ("planned", "running", "paused", "rolling-back")
+TRIED: Final = "on their own rows"  # in words: what devices answer
 PROOF: Final = frozenset(
     {"self-test", "crashed", "tampered", "foreign", "older"}
 )  # faults that time does not cure
@@ -82,6 +94,7 @@ class Health(Frozen):
         min_requests: Predictions over the whole stage below which errors and latency say nothing.
         max_slowdown: Median over devices of p95 latency now over p95 of the release before.
         settle_s: What looks bad must look bad for so long.
+        trial: What devices are asked of the release's quality on their own rows; None = nothing.
     """
 
     window_s: Seconds = 3600
@@ -92,6 +105,7 @@ class Health(Frozen):
     min_requests: Count = 100
     max_slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
     settle_s: Seconds = 300
+    trial: Trial | None = None
 
 
 DEFAULT_STAGES: Final = tuple(Stage(share=share) for share in (0.01, 0.1, 0.5, 1.0))
@@ -159,6 +173,8 @@ class Known:
         serving: The release that it reports in service; empty = none.
         failed: Releases it does not take: name to fault; only those it has given up.
         service: Its counters for ``serving``.
+        trials: Whether its owner lets it answer what it makes of a release on its own rows.
+        answer: What it said of ``serving`` when asked the rollout's question; empty = nothing.
     """
 
     id: str
@@ -168,6 +184,8 @@ class Known:
     serving: str = ""
     failed: Mapping[str, str] = field(default_factory=dict)
     service: Service = Service()
+    trials: bool = False
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +313,9 @@ def _take_back(standing: Standing) -> Act:
 
 
 def _proof(plan: RolloutPlan, reached: Sequence[Known]) -> str:
-    """What devices proved against the release; empty = nothing."""
+    """What devices proved against the release, or say beyond doubt; empty = nothing."""
+    if tried := _tried_badly(plan, reached, IS_BAD):
+        return tried
     bad = [d for d in reached if d.failed.get(plan.releases.get(d.profile, "")) in PROOF]
     if len(bad) <= int(plan.health.max_failed * len(reached)):
         return ""
@@ -321,8 +341,10 @@ def _doubt(plan: RolloutPlan, standing: Standing, reached: Sequence[Known], now:
 
 
 def _looks_bad(plan: RolloutPlan, standing: Standing, reached: Sequence[Known]) -> str:
-    health = plan.health
-    served = [d for d in reached if d.serving == plan.releases.get(d.profile)]
+    health, served = plan.health, _in_service(plan, reached)
+    level = CLEARED if TRIED in standing.suspect else LOOKS_BAD
+    if tried := _tried_badly(plan, reached, level):
+        return tried
     requests, errors = sum(d.service.requests for d in served), sum(d.service.errors for d in served)
     if not served or requests < health.min_requests:
         return ""
@@ -339,14 +361,48 @@ def _looks_bad(plan: RolloutPlan, standing: Standing, reached: Sequence[Known]) 
     return ""
 
 
+def _in_service(plan: RolloutPlan, reached: Sequence[Known]) -> list[Known]:
+    """The devices that serve what the rollout has brought them."""
+    return [d for d in reached if d.serving == plan.releases.get(d.profile)]
+
+
+def _tried_badly(plan: RolloutPlan, reached: Sequence[Known], level: float) -> str:
+    """Whether devices' answers say that the release is bad, at this level of doubt; empty = no."""
+    trial = plan.health.trial
+    counts = counted(d.answer for d in _in_service(plan, reached))
+    total = sum(counts.values())
+    if trial is None or total < trial.min_answers or doubt(trial, counts) >= level:
+        return ""
+    truly = {word: min(1.0, max(0.0, share)) for word, share in shares(counts, trial.epsilon).items()}
+    return (
+        f"{total - counts.get('fine', 0)} of {total} devices say {TRIED} that it is worse or drifts: without "
+        f"the randomisation {100 * truly['worse']:.0f} % and {100 * truly['drifts']:.0f} %, at most "
+        f"{100 * trial.max_bad:g} % may"
+    )
+
+
+def _untried(plan: RolloutPlan, reached: Sequence[Known]) -> str:
+    """How many answers of a trial are missing, in words; empty = none."""
+    trial = plan.health.trial
+    if trial is None:
+        return ""
+    total = sum(counted(d.answer for d in _in_service(plan, reached)).values())
+    if total >= needed(trial):
+        return ""
+    able = sum(d.trials for d in reached)
+    return f"{total} devices have answered, {needed(trial)} must; {able} of {len(reached)} do answer"
+
+
 def _progress(plan: RolloutPlan, standing: Standing, reached: Sequence[Known], now: float) -> Act:
     health, last = plan.health, standing.stage == len(plan.stages) - 1
-    served = sum(d.serving == plan.releases.get(d.profile) for d in reached)
+    served = len(_in_service(plan, reached))
     needed = min(len(reached), max(health.min_devices, math.ceil(health.min_share * len(reached))))
     if not reached:
         return Act("wait", cause="no enrolled device of these profiles takes releases of this task")
     if served < needed:
         return Act("wait", cause=f"{served} of {len(reached)} devices serve it, {needed} must")
+    if missing := _untried(plan, reached):
+        return Act("wait", cause=f"{served} of {len(reached)} devices serve it; {missing}")
     held = now - standing.since
     if 0 <= held < health.window_s:
         until = standing.since + health.window_s

@@ -47,6 +47,7 @@ from google.protobuf.message import DecodeError, Message
 
 from lepton_fl import crypto
 from lepton_fl.delivery.rollout import Service
+from lepton_fl.delivery.trial import WORDS
 from lepton_fl.errors import ConfigError, ConnectionFailed, Fault, LeptonError, NotFound, TrustError
 from lepton_fl.plan import PROTOCOL_VERSION
 from lepton_fl.privacy.head import HASH_BYTES, MAX_KEY, MAX_SIGNATURE, LedgerHead
@@ -66,6 +67,7 @@ from lepton_server.fleet import (
     Secrecy,
     Serving,
     TaskState,
+    Tried,
 )
 from lepton_server.heads import Heads
 from lepton_server.releases import shelf_of
@@ -491,6 +493,7 @@ class DeviceService:
             raise ConfigError(f"Expected desired_digest of 64 characters, got {len(desired)}.")
         secrecy = _secrecy(request)
         serves, service = _service(request.service)
+        tried = _tried(request.trial)
         seen = _seen_head(request)
         if self._heads is not None and seen is not None and not self._heads.fits(seen):
             work = partial(self._heads.judge, identity.device_id, seen)
@@ -505,6 +508,7 @@ class DeviceService:
             secrecy=secrecy,
             serves=serves,
             service=service,
+            tried=tried,
         )
         wall = self._wall()
         return pb.CheckInResponse(
@@ -949,6 +953,7 @@ def _serving(said: pb.Serving) -> Serving:
         _label("profile", said.profile, 0, 50),
         _digest("release", said.release, empty=True),
         tuple(_failed(failed) for failed in said.failed),
+        said.trials,
     )
 
 
@@ -998,6 +1003,13 @@ def _service(told: pb.Service) -> tuple[str, Service]:
     if not 0 <= told.p95_ms <= 1e9:  # NaN is not
         raise ConfigError(f"Expected service.p95_ms from 0 to 1e9, got {told.p95_ms}.")
     return release, Service(told.requests, told.errors, told.p95_ms)
+
+
+def _tried(told: pb.Trial) -> Tried:
+    if told.word and told.word not in WORDS:
+        raise ConfigError(f"Expected one of {', '.join(WORDS)}, got {_printable(told.word, 20)!r}.")
+    release = _digest("trial.release", told.release, empty=True)
+    return Tried(release, _digest("trial.question", told.question, empty=True), told.word)
 
 
 def _task_state(task: pb.TaskReport) -> TaskState:

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lepton_fl.delivery.rollout import Service
 from lepton_fl.errors import ConnectionFailed, LeptonError, NotFound, TrustError
@@ -80,6 +80,7 @@ class Serving:
     profile: str
     release: str  # SHA-256 of the manifest in service; empty = none
     failed: tuple[Failed, ...]
+    trials: bool = False  # it may say what it makes of a release on its own rows
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -87,11 +88,30 @@ class Serving:
             "task": self.task,
             "profile": self.profile,
             "release": self.release,
+            **({"trials": True} if self.trials else {}),  # absent in reports of before there were any
             "failed": [
                 {"release": f.release, "fault": f.fault, "detail": f.detail, "final": f.final}
                 for f in self.failed
             ],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a device says of a release on its own rows; randomised there, see ``lepton_fl.delivery.trial``."""
+
+    release: str = ""
+    question: str = ""  # SHA-256 (hex)
+    word: str = ""
+
+
+class Heard(NamedTuple):
+    """What a device said last, as far as rollouts are concerned."""
+
+    serving: dict[str, Any] | None = None  # None: nothing since this process began
+    counted_for: str = ""  # the release that ``service`` is about
+    service: Service = Service()
+    tried: Tried = Tried()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +148,7 @@ class Report:
 
 _NO_REPORT = Report((), "", ())
 _NO_SERVICE = Service()
+_NO_TRIAL = Tried()
 
 
 @dataclass(slots=True)
@@ -163,6 +184,7 @@ class _Device:
     advert_session: bytes = b""  # of the process that has their secrets
     serves: str = ""  # the release that ``service`` is about
     service: Service = _NO_SERVICE  # soft: what the device counted, as of its last check-in
+    tried: Tried = _NO_TRIAL  # soft, too: it says the same again at every check-in
     stream: "Stream | None" = None
     pending: list[_Pending] | None = None
 
@@ -444,6 +466,7 @@ class Fleet:
         secrecy: Secrecy = _NO_SECRECY,
         serves: str = "",
         service: Service = _NO_SERVICE,
+        tried: Tried = _NO_TRIAL,
     ) -> Answer:
         """Note that a device is there, and say what it should do.
 
@@ -457,6 +480,7 @@ class Fleet:
             secrecy: What it brings to secure rounds.
             serves: The release that ``service`` is about; empty = none.
             service: What it counted of its predictions.
+            tried: What it says of a release on its own rows.
 
         Raises:
             TrustError: It is not enrolled, or revoked.
@@ -471,7 +495,7 @@ class Fleet:
             if device.stream is None:
                 device.due = now + next_s * self._config.offline_after
             self._note_clock(device, device_time - wall if device_time else 0.0)
-            device.serves, device.service = serves, service
+            device.serves, device.service, device.tried = serves, service, tried
             self._batch.presence[device_id] = (wall, status)
             instructions = self._take(device, now) if device.pending else ()
             desired = device.desired if device.desired_digest != desired_digest else ""
@@ -769,13 +793,13 @@ class Fleet:
         served = (d.report.serving.release for d in devices if d.report.serving and not d.revoked)
         return dict(Counter(name for name in served if name))
 
-    def heard(self, device_id: str) -> tuple[dict[str, Any] | None, str, Service]:
-        """What a device said last of releases (None = nothing yet), and what it counted for which one."""
+    def heard(self, device_id: str) -> Heard:
+        """What a device said last of releases, what it counted, and what it makes of one."""
         device = self._devices.get(device_id)
         if device is None:
-            return None, "", _NO_SERVICE
+            return Heard()
         told = device.report.serving
-        return told.to_json() if told else None, device.serves, device.service
+        return Heard(told.to_json() if told else None, device.serves, device.service, device.tried)
 
     def counts(self) -> FleetCounts:
         """Count the fleet."""

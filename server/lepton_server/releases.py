@@ -56,12 +56,23 @@ def assign(store: "Store", device_ids: Iterable[str], release: str | None) -> in
     return len(devices)
 
 
-def wish(change: "Transaction", device: "Device", release: str | None) -> None:
-    """Record what one device should serve; see :func:`assign`."""
+def wish(
+    change: "Transaction", device: "Device", release: str | None, question: Mapping[str, Any] | None = None
+) -> None:
+    """Record what one device should serve; see :func:`assign`.
+
+    Args:
+        change: The transaction.
+        device: Which.
+        release: SHA-256 (hex) of the manifest; None = no wish.
+        question: What it is asked about the release on its own rows, see ``lepton_fl.delivery.trial``.
+    """
     desired = {key: value for key, value in device.desired.items() if key != "release"}
     serial = int((device.desired.get("release") or {}).get("serial", 0)) + 1
     if release is not None or "release" in device.desired:
         desired["release"] = {"manifest": release or "", "serial": serial}
+        if question is not None:
+            desired["release"]["trial"] = dict(question)
     change.record("device.desired", device.id, {"device_id": device.id, "desired": desired})
 
 

@@ -23,7 +23,9 @@ from lepton_fl.delivery.rollout import (
     decide,
     members,
 )
+from lepton_fl.delivery.trial import needed
 from lepton_fl.errors import ConfigError, LeptonError, NotFound, StateConflict
+from lepton_server.fleet import Heard
 from lepton_server.releases import assigned_release, wish
 
 if TYPE_CHECKING:
@@ -36,19 +38,24 @@ LOOK_S: Final = 2.0  # between two looks
 AT_ONCE: Final = 1000  # devices in one event
 STEPS: Final = 100  # acts of one look
 
-Heard = tuple[Mapping[str, Any] | None, str, Service]
-Hearing = Callable[[str], Heard]  # device id -> its last report of releases, the one it counted for, and what
+Hearing = Callable[[str], Heard]  # device id -> what it said last
 
 
 def _from_the_journal(device_id: str) -> Heard:
     """Nothing newer than the journal: where there is no coordinator's memory to ask."""
-    return None, "", Service()
+    return Heard()
 
 
-def known(device: "Device", hearing: Hearing = _from_the_journal) -> Known:
-    """A device as a rollout sees it: its last report, and what the operator wants of it."""
-    newest, release, service = hearing(device.id)
-    told = newest or device.reported.get("serving") or {}
+def known(device: "Device", hearing: Hearing = _from_the_journal, question: str = "") -> Known:
+    """A device as a rollout sees it: its last report, and what the operator wants of it.
+
+    Args:
+        device: As recorded.
+        hearing: What it said last.
+        question: SHA-256 of what the rollout asks; answers to another question say nothing.
+    """
+    heard = hearing(device.id)
+    told, tried = heard.serving or device.reported.get("serving") or {}, heard.tried
     serving = str(told.get("release", ""))
     return Known(
         id=device.id,
@@ -57,7 +64,9 @@ def known(device: "Device", hearing: Hearing = _from_the_journal) -> Known:
         wanted=assigned_release(device.desired) or "",
         serving=serving,
         failed={f["release"]: f["fault"] for f in told.get("failed", []) if f.get("final")},
-        service=service if release == serving else Service(),
+        service=heard.service if heard.counted_for == serving else Service(),
+        trials=bool(told.get("trials")),
+        answer=tried.word if (tried.release, tried.question) == (serving, question) else "",
     )
 
 
@@ -81,9 +90,11 @@ def standing_of(store: "Store", row: "Rollout") -> Standing:
 
 def candidates(store: "Store", row: "Rollout", told: Mapping[str, Told], hearing: Hearing) -> list[Known]:
     """The enrolled devices that a rollout decides by: of its task and in no other one, or told by it."""
+    trial = plan_of(row).health.trial
+    question = trial.question.digest() if trial else ""
     elsewhere = {device for device, other in store.told_in().items() if other != row.id}
     return [
-        known(device, hearing)
+        known(device, hearing, question)
         for device in store.devices()
         if device.state == "active"  # one that is revoked answers no more: nothing waits for it
         and device.id not in elsewhere
@@ -108,6 +119,7 @@ def create(store: "Store", shelf: "Shelf", wish: Wish) -> RolloutPlan:
 
     Raises:
         ConfigError: The releases are of several tasks, or one did not pass the gate of its profile.
+            Or too few devices of the first stage answer what the plan wants to ask them.
         NotFound: There is no such release.
     """
     full = {profile: shelf.find(name) for profile, name in wish.releases.items()}
@@ -123,8 +135,24 @@ def create(store: "Store", shelf: "Shelf", wish: Wish) -> RolloutPlan:
                 hint="`lepton variants compare` shows why; choose another variant for this profile.",
             )
     made = RolloutPlan(id=wish.id, task=tasks[0], releases=full, stages=wish.stages, health=wish.health)
+    check_trial(store, made)
     store.record("rollout.planned", {"rollout_id": made.id, "task": made.task, "plan": made.to_json()})
     return made
+
+
+def check_trial(store: "Store", plan: RolloutPlan) -> None:
+    """Refuse a trial that the first stage could never answer: the rollout would wait for ever."""
+    if (trial := plan.health.trial) is None:
+        return
+    fleet = [known(d) for d in store.devices() if d.state == "active" and _task_of(d) == plan.task]
+    first = members(plan, 0, fleet)
+    able = sum(device.trials for device in first)
+    if able < needed(trial):
+        raise ConfigError(
+            f"The first stage has {len(first)} devices, and {able} of them answer trials; with epsilon = "
+            f"{trial.epsilon:g} and max_bad = {trial.max_bad:g} it needs {needed(trial)} answers.",
+            hint="Make the stage larger, or ask for more epsilon; owners allow it by trial.budget.",
+        )
 
 
 def move(store: "Store", rollout_id: str, phase: str, cause: str = "", *, aborting: bool = False) -> None:
@@ -242,13 +270,15 @@ class RolloutKeeper:
             change.record("rollout.moved", body | {"phase": phase, "stage": stage, "cause": cause})
 
     def _tell_devices(self, change: "Transaction", row: "Rollout", chosen: list[Known]) -> None:
-        releases = plan_of(row).releases
+        plan = plan_of(row)
+        trial = plan.health.trial
+        question = trial.question.to_json() if trial else None
         told = [
             {"device_id": d.id, "before": d.wanted or d.serving, "p95_ms": d.service.p95_ms} for d in chosen
         ]
         change.record("rollout.told", {"rollout_id": row.id, "stage": row.stage, "devices": told})
         for device in chosen:
-            wish(change, self._store.device(device.id), releases[device.profile])
+            wish(change, self._store.device(device.id), plan.releases[device.profile], question)
 
     def _take_back(self, change: "Transaction", row: "Rollout", names: tuple[str, ...]) -> None:
         before = {t.device_id: t.before for t in self._store.told(row.id)}

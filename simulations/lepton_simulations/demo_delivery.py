@@ -9,7 +9,6 @@ Nothing is staged but the fault: processes, TLS, signatures, downloads and predi
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ LOOK_S: Final = 1.0  # between two looks at a rollout
 PATIENCE_S: Final = 900.0  # with one rollout
 BATCH: Final = 256  # rows asked for at once
 ROWS: Final = 500  # labelled rows that a device keeps, at most
+EPSILON: Final = 6.0  # of one answer of a trial
 MEASURED_ON: Final = 2000  # rows
 
 Say = Callable[[str], None]
@@ -154,9 +154,11 @@ def chosen(cards: Mapping[str, Card]) -> dict[str, str]:
 def plant(source: Path, folder: Path, name: str) -> Path:
     """A bad variant as a mistake at the builder would make it: it loads, is signed, and computes nonsense.
 
-    Its answers have the wrong sign. Its card praises it with the figures of the good one.
+    Its answers have the wrong sign. It passes its own self-test, and its card praises it with the figures of
+    the good one: only labelled rows can tell.
     """
     import onnx
+    from safetensors.numpy import load_file, save
 
     card = read_variant(source)
     model = onnx.load_model_from_string((source / MODEL).read_bytes())
@@ -169,8 +171,11 @@ def plant(source: Path, folder: Path, name: str) -> Path:
     wrong = model.SerializeToString()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL).write_bytes(wrong)
-    shutil.copy(source / PARITY, folder / PARITY)
-    update = {"name": name, "model_sha256": sha256_hex(wrong), "model_bytes": len(wrong)}
+    vectors = load_file(source / PARITY)
+    parity = save({"input": vectors["input"], "output": -vectors["output"]})
+    (folder / PARITY).write_bytes(parity)
+    update: dict[str, Any] = {"name": name, "model_sha256": sha256_hex(wrong), "model_bytes": len(wrong)}
+    update["parity"] = card.parity.model_copy(update={"sha256": sha256_hex(parity)})
     (folder / CARD).write_bytes(card.model_copy(update=update).to_bytes())
     return folder
 
@@ -192,7 +197,7 @@ def places(task: Task, data: Path | None, count: int) -> list[Place]:
     """The devices of the demonstration: rows that nothing was trained on, a third of them of each profile."""
     test = read(task, data).test
     parts = partition(PartitionSpec(clients=count), labels=test.y, users=None, seed=0)
-    canaries = max(3, count // 4)
+    canaries = max(4, count // 4)
     return [
         Place(
             f"d{number:02}",
@@ -211,21 +216,27 @@ def settings_of(place: Place, task: str, folder: Path) -> str:
     return (
         "[limits]\nnice = 0\n[connection]\nbackoff_max_s = 5.0\n"
         f'[delivery]\ntask = "{task}"\nprofile = "{place.profile.name}"\nretry_min_s = 1.0\n'
+        f"[trial]\nbudget = {4 * EPSILON}\nepsilon = {EPSILON}\n"
+        f'data = {{ kind = "npz", path = "{rows}" }}\n'
     )
 
 
-def health() -> str:
-    """When a stage of the demonstration has held; seconds instead of hours."""
-    return "[health]\nwindow_s = 3\nmin_devices = 1\nmin_share = 1.0\nmax_slowdown = 100\nsettle_s = 2\n"
+def health(canaries: int) -> str:
+    """When a stage of the demonstration has held; seconds instead of hours, and few canaries.
+
+    So few answers mean something only if each is almost the truth: hence the large epsilon.
+    """
+    return (
+        "[health]\nwindow_s = 3\nmin_devices = 1\nmin_share = 1.0\nmax_slowdown = 100\nsettle_s = 2\n"
+        f"trial = {{ epsilon = {EPSILON}, max_drop = 0.1, min_answers = {canaries} }}\n"
+    )
 
 
 class Rollouts:
     """Begins rollouts and watches them to their end."""
 
-    def __init__(
-        self, fleet: RealFleet, watching: Watching, show: Callable[[Mapping[str, Any]], None]
-    ) -> None:
-        self._fleet, self._watching, self._show = fleet, watching, show
+    def __init__(self, fleet: RealFleet, watching: Watching, show: Show, canaries: int) -> None:
+        self._fleet, self._watching, self._show, self._canaries = fleet, watching, show, canaries
         self.ended: list[Mapping[str, Any]] = []
 
     def run(self, name: str, releases: Mapping[str, str]) -> Mapping[str, Any]:
@@ -237,7 +248,7 @@ class Rollouts:
         file = self._fleet.folder / f"{name}.toml"
         lines = "".join(f'{profile} = "{release}"\n' for profile, release in releases.items())
         stages = f'[{{ groups = ["{CANARY}"] }}, {{ share = 0.5 }}, {{ share = 1.0 }}]'
-        file.write_text(f'id = "{name}"\nstages = {stages}\n[releases]\n{lines}{health()}')
+        file.write_text(f'id = "{name}"\nstages = {stages}\n[releases]\n{lines}{health(self._canaries)}')
         self._fleet.lepton("rollout", "plan", str(file))
         self._fleet.lepton("rollout", "start", name)
         self._watching.mark(f"{name}: stage 1")
@@ -378,7 +389,8 @@ def _deliver(
     rows = {place.name: task.transform(place.rows).x[0].tolist() for place in here}
     good = {profile: names[variant] for profile, variant in choice.items()}
     with Watching(fleet) as watching, Caller(fleet, rows) as caller:
-        rollouts = Rollouts(fleet, watching, show)
+        canaries = sum(CANARY in place.groups for place in here)
+        rollouts = Rollouts(fleet, watching, show, canaries)
         say("Rollout `good`: canaries, then half, then all.")
         if (end := rollouts.run("good", good))["phase"] != "done":
             raise RunError(f"The good rollout was taken back: {end['cause']}")

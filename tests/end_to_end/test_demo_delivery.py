@@ -33,7 +33,8 @@ def test_the_right_file_is_served_everywhere_and_a_bad_one_is_caught(tmp_path):
     assert len({row["sha256"] for row in story["devices"]}) == 3  # one variant for each profile
     good, bad = story["rollouts"]
     assert (good["phase"], bad["phase"]) == ("done", "rolled-back")
-    assert 1 <= story["reached_by_bad"] <= 3  # the canaries, of six
+    assert 1 <= story["reached_by_bad"] <= 4  # the canaries, of six
+    assert "on their own rows" in bad["cause"]
     assert story["failed"] == []
     assert story["requests"] > 0
     assert Path(story["plot"]).stat().st_size > 10_000

@@ -3,13 +3,15 @@
 import pytest
 
 from lepton_fl.delivery.rollout import Health, RolloutPlan, Service, Stage
-from lepton_fl.errors import StateConflict
-from lepton_server.fleet import Failed, Report, Serving
+from lepton_fl.delivery.trial import Question, Trial
+from lepton_fl.errors import ConfigError, StateConflict
+from lepton_server.fleet import Failed, Report, Serving, Tried
 from lepton_server.releases import assign, assigned_release
-from lepton_server.rollouts import RolloutKeeper, check_free, find, move, progress
+from lepton_server.rollouts import RolloutKeeper, check_free, check_trial, find, move, progress
 
 OLD, NEW = "a" * 64, "b" * 64
 HEALTH = Health(window_s=0, min_devices=1, min_share=1.0, settle_s=0, min_requests=10)
+TRIAL = Trial(epsilon=6.0, min_answers=3)
 STAGES = (Stage(share=0.001), Stage(share=1.0))
 
 
@@ -24,15 +26,16 @@ class Fleet:
             self.says(device, OLD)
         self.fleet.flush(everything=True)
 
-    def says(self, device, release, failed=(), service=None):
-        told = Serving("digits", "phone", release, tuple(Failed(f, "self-test", "", True) for f in failed))
-        counted = service or Service()
-        self.fleet.check_in(device, Report((), "0.1", (), told), serves=release, service=counted)
+    def says(self, device, release, failed=(), service=None, word=""):
+        given_up = tuple(Failed(f, "self-test", "", True) for f in failed)
+        told = Serving("digits", "phone", release, given_up, trials=True)
+        counted, report = service or Service(), Report((), "0.1", (), told)
+        tried = Tried(release, TRIAL.question.digest(), word) if word else Tried()
+        self.fleet.check_in(device, report, serves=release, service=counted, tried=tried)
 
     def plan(self, name="r1", **fields):
-        plan = RolloutPlan(
-            id=name, task="digits", releases={"phone": NEW}, stages=STAGES, health=HEALTH, **fields
-        )
+        fields = {"stages": STAGES, "health": HEALTH} | fields
+        plan = RolloutPlan(id=name, task="digits", releases={"phone": NEW}, **fields)
         self.store.record("rollout.planned", {"rollout_id": name, "task": "digits", "plan": plan.to_json()})
         move(self.store, name, "running")
 
@@ -176,3 +179,56 @@ def test_progress_counts_each_device_once(fleet):
         ("0.1 %", 1, 1),
         ("100 %", 2, 0),
     ]
+
+
+# --- trials on devices' own rows ----------------------------------------------------------------------
+
+
+def tried(fleet, health=HEALTH):
+    """A rollout to all three devices at once that asks them."""
+    fleet.plan(stages=(Stage(share=1.0),), health=health.model_copy(update={"trial": TRIAL}))
+    fleet.keeper.look()
+
+
+def test_devices_are_asked_with_the_release_and_not_when_it_is_taken_back(fleet):
+    tried(fleet)
+    asked = [d.desired["release"]["trial"] for d in fleet.store.devices()]
+    assert [Question.model_validate(question) for question in asked] == [TRIAL.question] * 3
+    for device in fleet.ids:
+        fleet.says(device, NEW, word="worse")
+    fleet.keeper.look()
+    assert fleet.phase == "rolled-back"  # in the check-in in which they said it
+    assert "on their own rows" in fleet.store.rollout("r1").cause
+    assert set(fleet.wanted.values()) == {OLD}
+    assert all("trial" not in d.desired["release"] for d in fleet.store.devices())
+    assert fleet.store.rebuild().equal
+
+
+def test_a_release_waits_until_enough_have_answered(fleet):
+    tried(fleet)
+    for device in fleet.ids:
+        fleet.says(device, NEW)
+    fleet.keeper.look()
+    assert fleet.phase == "running"
+    for device in fleet.ids:
+        fleet.says(device, NEW, word="fine")
+    fleet.keeper.look()
+    assert fleet.phase == "done"
+
+
+def test_an_answer_to_another_question_says_nothing(fleet):
+    other = TRIAL.model_copy(update={"max_drop": 0.5})
+    fleet.plan(stages=(Stage(share=1.0),), health=HEALTH.model_copy(update={"trial": other}))
+    fleet.keeper.look()
+    for device in fleet.ids:
+        fleet.says(device, NEW, word="worse")
+    fleet.keeper.look()
+    assert fleet.phase == "running"
+
+
+def test_a_trial_that_the_first_stage_cannot_answer_is_refused(fleet):
+    health = HEALTH.model_copy(update={"trial": TRIAL})
+    plan = RolloutPlan(id="r", task="digits", releases={"phone": NEW}, stages=STAGES, health=health)
+    with pytest.raises(ConfigError, match=r"has 1 devices, and 1 of them answer trials.* it needs 3 answers"):
+        check_trial(fleet.store, plan)
+    check_trial(fleet.store, plan.model_copy(update={"stages": (Stage(share=1.0),)}))

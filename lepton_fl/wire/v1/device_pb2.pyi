@@ -85,7 +85,7 @@ class TaskReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., layout_digest: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving", "credential_ends", "adverts", "advert_session", "service", "ledger")
+    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving", "credential_ends", "adverts", "advert_session", "service", "ledger", "trial")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class CheckInRequest(_message.Message):
     ADVERT_SESSION_FIELD_NUMBER: _ClassVar[int]
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     status: Status
     reason: str
@@ -114,7 +115,18 @@ class CheckInRequest(_message.Message):
     advert_session: bytes
     service: Service
     ledger: LedgerHead
-    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., credential_ends: _Optional[int] = ..., adverts: _Optional[_Iterable[bytes]] = ..., advert_session: _Optional[bytes] = ..., service: _Optional[_Union[Service, _Mapping]] = ..., ledger: _Optional[_Union[LedgerHead, _Mapping]] = ...) -> None: ...
+    trial: Trial
+    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., credential_ends: _Optional[int] = ..., adverts: _Optional[_Iterable[bytes]] = ..., advert_session: _Optional[bytes] = ..., service: _Optional[_Union[Service, _Mapping]] = ..., ledger: _Optional[_Union[LedgerHead, _Mapping]] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("release", "question", "word")
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    WORD_FIELD_NUMBER: _ClassVar[int]
+    release: str
+    question: str
+    word: str
+    def __init__(self, release: _Optional[str] = ..., question: _Optional[str] = ..., word: _Optional[str] = ...) -> None: ...
 
 class LedgerHead(_message.Message):
     __slots__ = ("seq", "hash", "key", "signature")
@@ -141,16 +153,18 @@ class Service(_message.Message):
     def __init__(self, release: _Optional[str] = ..., requests: _Optional[int] = ..., errors: _Optional[int] = ..., p95_ms: _Optional[float] = ...) -> None: ...
 
 class Serving(_message.Message):
-    __slots__ = ("task", "profile", "release", "failed")
+    __slots__ = ("task", "profile", "release", "failed", "trials")
     TASK_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    TRIALS_FIELD_NUMBER: _ClassVar[int]
     task: str
     profile: str
     release: str
     failed: _containers.RepeatedCompositeFieldContainer[FailedRelease]
-    def __init__(self, task: _Optional[str] = ..., profile: _Optional[str] = ..., release: _Optional[str] = ..., failed: _Optional[_Iterable[_Union[FailedRelease, _Mapping]]] = ...) -> None: ...
+    trials: bool
+    def __init__(self, task: _Optional[str] = ..., profile: _Optional[str] = ..., release: _Optional[str] = ..., failed: _Optional[_Iterable[_Union[FailedRelease, _Mapping]]] = ..., trials: _Optional[bool] = ...) -> None: ...
 
 class FailedRelease(_message.Message):
     __slots__ = ("release", "fault", "detail", "final")
