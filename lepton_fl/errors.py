@@ -204,10 +204,47 @@ class Rejection(StrEnum):
     NOT_SELECTED = "not-selected"  # the sender is not in the cohort
     DATA_CONTRACT = "data-contract"  # the device's data break the task's contract
     FAILED = "failed"  # the device tried and reports an error
+    OUT_OF_MEMORY = "out-of-memory"  # training needed more memory than the device, or its owner, gives
+    DISK_FULL = "disk-full"  # the device could not write down what it must before it works
+    INTERRUPTED = "interrupted"  # the device's process ended in the midst of the work; it works once only
     BUDGET = "budget"  # the device's own privacy budget, or its owner, does not allow it
     BLAMED = "blamed"  # its messages of a secure aggregation were provably wrong
     OFFLINE = "offline"  # no answer by the deadline
     REVOKED = "revoked"  # the device lost its enrolment
+
+
+class Cause(StrEnum):
+    """Why somebody or something does not move; ``lepton_server.watchdog`` says what to do about each."""
+
+    GONE = "gone"  # the device's connection ended, or it fell silent: it is off, or its process is
+    HALF_OPEN = "half-open"  # its connection looks alive, but nothing comes through it any more
+    SLOW_LINK = "slow-link"  # it is sending or receiving, too slowly
+    HUNG_TRAINING = "hung-training"  # the device answers, its training does not move
+    OUT_OF_MEMORY = "out-of-memory"
+    INTERRUPTED = "interrupted"  # its process was ended in the midst of the work
+    DISK_FULL = "disk-full"  # of the device
+    DATA_CONTRACT = "data-contract"
+    WRONG_CERTIFICATE = "wrong-certificate"  # not of this coordinator's authority, or not for its key
+    EXPIRED_CERTIFICATE = "expired-certificate"
+    REVOKED = "revoked"
+    EVICTED = "evicted"  # enrolled, but its node was shut out of the fleet port
+    CLOCK_OFF = "clock-off"
+    WRONG_VERSION = "wrong-version"
+    TASK_MISSING = "task-missing"
+    NOT_ELIGIBLE = "not-eligible"  # a rule of its owner
+    NOT_CERTIFIED = "not-certified"
+    FAILED = "failed"
+    SLOW = "slow"  # it was still at work at the deadline
+    QUARANTINED = "quarantined"
+    OFFLINE = "offline"  # has not called since the coordinator started, or for long
+    SERVER_DISK_FULL = "server-disk-full"
+    DATABASE_LOCKED = "database-locked"
+    DATABASE_LOST = "database-lost"
+    COORDINATOR_DOWN = "coordinator-down"
+    NO_QUORUM = "no-quorum"
+    AT_WORK = "at-work"  # devices train: nothing is wrong
+    BUILDING = "building"  # the coordinator makes the first model, or evaluates
+    QUEUE = "queue"  # other runs are under way
 
 
 class UpdateRejected(LeptonError):
@@ -215,9 +252,12 @@ class UpdateRejected(LeptonError):
 
     code = "update-rejected"
 
-    def __init__(self, reason: Rejection, message: str, *, hint: str = "") -> None:
+    def __init__(
+        self, reason: Rejection, message: str, *, hint: str = "", cause: Cause | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.reason = reason
+        self.cause = cause  # where the coordinator knows more than the reason says
 
     def __reduce__(self) -> tuple[type["UpdateRejected"], tuple[Rejection, str], dict[str, object]]:
         """Survive the way back from a worker process."""

@@ -24,6 +24,7 @@ PROTOCOL_VERSION = 1  # of the messages of a round
 MAX_RETRIED = 256  # rounds of which a plan says that not their first attempt counted
 MOST_SECURE = 1000  # devices of one secure sum
 LEAST_STEPS = 1024  # grid steps in the clip norm of a secure run, at least
+CORRECTION_SCALE = 16  # weights that correct for who answers are integers: multiples of 1/16
 STALENESS_SCALE = 2**8  # weights of buffered updates are integers: multiples of 1/256
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -127,6 +128,15 @@ class CohortSpec(Frozen):
     quorum_wait_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3_600.0  # for enough eligible devices
     max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5  # at one round, before the run stops
     groups: tuple[str, ...] = ()  # only devices with one of these labels; empty = all
+    # An update counts 1/p times as much, p being how often its device answered in time when it was asked.
+    correction: Literal["none", "inverse-probability"] = "none"
+    correction_bound: Annotated[int, Field(ge=2, le=64)] = 8  # no update counts more than so many times
+    coverage_floor: Fraction = 0.0  # a run of which a smaller share of the fleet was part is flagged; 0 = off
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether who answers rarely counts more."""
+        return self.correction != "none"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -604,6 +614,35 @@ class RunSpec(Frozen):
         return step
 
     @model_validator(mode="after")
+    def _correctable(self) -> Self:
+        """Who counts more than others must be allowed to: by the guarantee, the protocol and the rule."""
+        if not self.cohort.is_corrected:
+            return self
+        found = {
+            "privacy of unit='device': its noise is made for devices that all count alike": (
+                self.privacy is not None and self.privacy.unit == "device"
+            ),
+            "secure_aggregation='required': the coordinator sees no single update that it could weigh": (
+                self.secure_aggregation == "required"
+            ),
+            f"aggregation.name={self.aggregation.name!r}, which counts every report the same": (
+                not self.aggregation.is_sum
+            ),
+            "mode='buffered', where nobody waits for a deadline": self.mode == "buffered",
+            "quantisation, whose ring is made for weights that devices give themselves": (
+                self.quantisation is not None
+            ),
+            "local.control_variates: the server's control is the plain mean of the devices'": (
+                self.local.control_variates
+            ),
+        }
+        if wrong := [why for why, is_so in found.items() if is_so]:
+            raise ValueError(
+                f"cohort.correction={self.cohort.correction!r} cannot go with {'; '.join(wrong)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exact_grid(self) -> Self:
         mantissa, _ = frexp(self.grid_step)
         if mantissa != 0.5:
@@ -612,6 +651,9 @@ class RunSpec(Frozen):
         reports = int(self.cohort.size * self.cohort.over_selection) + 1
         weight = self.max_weight if self.weighting == "examples" else 1
         what = f"cohort of up to {reports}"
+        if self.cohort.is_corrected:
+            reports *= CORRECTION_SCALE * self.cohort.correction_bound
+            what += f" times {CORRECTION_SCALE} times correction_bound={self.cohort.correction_bound}"
         if self.mode == "buffered":
             what = f"buffer.size={self.buffer.size} times {STALENESS_SCALE}"
             reports = self.buffer.size * STALENESS_SCALE
@@ -739,6 +781,7 @@ class RoundPlan(Frozen):
     auxiliary_sha256: str = ""  # of the server's control, where there is one
     population: int = 0  # devices that could ever be asked; 0 = not known, and not needed
     retried: tuple[tuple[int, int], ...] = ()  # rounds of which not the first attempt counted; 0: none
+    corrections: tuple[int, ...] = ()  # of each device of the cohort, sixteenths; empty = all count alike
     nonce: str  # hex; tells two attempts apart even after a crash between them
 
     @property
@@ -761,6 +804,11 @@ class RoundPlan(Frozen):
         """Bytes of an update on the wire, at most, but for what travels with it."""
         bits = self.quantisation.bits if self.quantisation else self.secure.bits if self.secure else 32
         return -(-self.update_size * bits // 8)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether updates may be added up by whoever has them, without knowing whose they are."""
+        return self.aggregation.is_sum and not self.corrections
 
     def counted(self, round_number: int, attempt: int) -> bool:
         """Whether that training attempt of this run has become part of the model; see ``attempt_counted``."""

@@ -31,10 +31,10 @@ from lepton_client.contracts import Contracts
 from lepton_client.courier import Courier
 from lepton_client.desk import Office
 from lepton_client.diary import Diary
-from lepton_client.eligibility import Machine, first_objection
+from lepton_client.eligibility import Machine, disk_objection, first_objection
 from lepton_client.inspection import Finding, Inspector, inspect
 from lepton_client.ledger import Ledger
-from lepton_client.limits import apply_limits
+from lepton_client.limits import apply_limits, memory_kills
 from lepton_client.link import PROTOCOL, Busy, Cancelled, HungUp, Link, Listener, Refused
 from lepton_client.memory import FileMemory
 from lepton_client.secure import Seat
@@ -42,7 +42,7 @@ from lepton_client.spending import Spending, policies_of
 from lepton_client.state import Identity, StateDir
 from lepton_client.witness import Witness
 from lepton_client.worker import Answerer, Node, Selection, Worker
-from lepton_fl.errors import LeptonError, StateError, TrustError
+from lepton_fl.errors import Cause, LeptonError, Rejection, StateError, TrustError
 from lepton_fl.files import read_private
 from lepton_fl.privacy.head import LedgerHead
 from lepton_fl.wire.v1 import device_pb2 as pb
@@ -61,6 +61,9 @@ STEADY_S: Final = 5.0  # a stream that lived so long was a good one
 MAX_TASK_S: Final = 7 * 86_400.0  # no round lasts longer
 RETRY_PUSH_S: Final = 30.0  # Flower's node repeats an upload so long before the worker joins anew
 GIVE_BACK_S: Final = 5.0  # that the message of a round that was cut off is looked for
+BUSY_SLICE_S: Final = 2.0  # longest nap while something trains: its steps are looked at
+LINK_S: Final = 15.0  # a message that is on its way for longer has a slow link
+SCAR_S: Final = 120.0  # how long the coordinator is told of the work that a kill has cut off
 SUSPECT_AFTER: Final = 3  # times in a row that the coordinator hung up: our certificate may be why
 
 NodeFactory = Callable[[str, bytes, "PrivateKey"], Node]
@@ -125,6 +128,10 @@ class Agent:
         self._hung_up = 0  # of these, the last ones in a row in which the other side hung up
         self._renewal_wanted = False
         self._renewal_tried = -math.inf
+        self._scar: tuple[Cause, str, float] | None = (
+            None  # what ended the process before us, told until then
+        )
+        self._stalled: Cause | None = None  # what holds the work up, as the coordinator knows it
         self._link: Link | None = None
         self._listener: Listener | None = None
         self._stream = 0  # number of the current Wait stream
@@ -149,7 +156,7 @@ class Agent:
         with self._state.locked():
             self._identity = self._state.identity()
             self._key_pem = read_private(self._state.key)
-            ledger = Ledger(self._state.ledger)
+            ledger = Ledger(self._state.ledger, memory_kills)
             self._seat = Seat(self._state, self._config.client, self._office, wall=self._clock.wall)
             self._seat.belongs_to(self._identity)
             apply_limits(self._config.limits)
@@ -177,12 +184,18 @@ class Agent:
 
     def _give_back(self, ledger: Ledger) -> None:
         """Answer what a kill cut off with a failure, so that the round need not wait for its deadline."""
+        reason = Rejection.OUT_OF_MEMORY if ledger.killed_for_memory else Rejection.INTERRUPTED
         for entry in ledger.interrupted():
-            log.warning(
-                "round %d of run %s was cut off by a restart; it is not redone", entry.round, entry.run_id
-            )
+            why = f"round {entry.round} of run {entry.run_id} was cut off when the process ended"
+            if ledger.killed_for_memory:
+                why += "; meanwhile the machine ended a process for want of memory"
+            log.warning("%s; it is not redone", why)
+            self._scar = (Cause(reason.value), why, self._clock.now() + SCAR_S)
             key = (entry.run_id, entry.round, entry.nonce)
-            self._worker.select(Selection(key, self._clock.now() + GIVE_BACK_S, 0.0))
+            deadline = self._clock.now() + GIVE_BACK_S
+            self._worker.select(
+                Selection(key, deadline, 0.0, f"On this device {why}; it works once only.", reason)
+            )
             try:
                 ledger.answered(entry)  # once: the next start does not ask again
             except StateError as error:
@@ -199,9 +212,12 @@ class Agent:
     def _handle_until(self, deadline: float) -> None:
         """Handle events until the deadline, or until one asks for an earlier check-in."""
         while not self._stopping and (left := deadline - self._clock.now()) > 0:
+            nap = BUSY_SLICE_S if self._worker.busy else SLICE_S
             try:
-                event = self._events.get(timeout=min(left, SLICE_S))
+                event = self._events.get(timeout=min(left, nap))
             except queue.Empty:
+                if self._held_up() != self._stalled:
+                    return  # the coordinator should know
                 continue
             sooner = self._handle(event)
             self._diary.flush()
@@ -274,12 +290,36 @@ class Agent:
             credential_ends=self._seat.credential_ends,
             adverts=self._seat.adverts,
             advert_session=self._seat.session,
+            troubles=self._troubles(),
             desired_digest=self._courier.acknowledged,
             serving=self._courier.report(),
             service=self._courier.service(),
             trial=self._courier.trial(),
             ledger=_shown(self._witness.seen),
         )
+
+    def _held_up(self) -> Cause | None:
+        """Whether the work in hand does not get on."""
+        if self._worker.stalled_s >= self._config.limits.stall_s:
+            return Cause.HUNG_TRAINING
+        return Cause.SLOW_LINK if self._worker.moving_s >= LINK_S else None
+
+    def _troubles(self) -> list[pb.Trouble]:
+        """What is wrong here, each with its cause in one word."""
+        found: list[tuple[Cause, str]] = []
+        self._stalled = self._held_up()
+        if self._stalled is Cause.HUNG_TRAINING:
+            found.append((Cause.HUNG_TRAINING, f"no step of training for {self._worker.stalled_s:.0f} s"))
+        elif self._stalled is Cause.SLOW_LINK:
+            words = f"a message of the round has been on its way for {self._worker.moving_s:.0f} s"
+            found.append((Cause.SLOW_LINK, words))
+        if self._diary.trouble and self._diary.full:
+            found.append((Cause.DISK_FULL, self._diary.trouble))
+        elif words := disk_objection(self._config.eligibility, self._state.folder, self._machine):
+            found.append((Cause.DISK_FULL, words))
+        if self._scar is not None and self._clock.now() < self._scar[2]:
+            found.append(self._scar[:2])
+        return [pb.Trouble(cause=cause.value, detail=words[:500]) for cause, words in found]
 
     def _status(self) -> tuple[pb.Status, str]:
         if self._worker.busy:
@@ -411,11 +451,12 @@ class Agent:
         if not ended and self._clock.now() - self._renewal_tried < RETRY_RENEWAL_S:
             return
         self._renewal_tried = self._clock.now()
+        cause = Cause.EXPIRED_CERTIFICATE.value if ended else "due" if due else Cause.WRONG_CERTIFICATE.value
         from lepton_client.enrol import renew  # brings cryptography, which an idle agent does without
 
         try:
             with self._new_link(self._identity.enrolment) as link:
-                self._adopt(renew(self._state, self._identity, link))
+                self._adopt(renew(self._state, self._identity, link, cause))
         except LeptonError as error:
             if ended:  # nothing else can be tried; Refused ends the agent
                 raise
@@ -506,7 +547,7 @@ class Agent:
         stay_s = call.stay_s if 0 <= call.stay_s <= MAX_TASK_S else 0.0
         key = (call.run_id, call.round, call.nonce)
         deadline = self._clock.now() + deadline_s
-        if self._worker.select(Selection(key, deadline, stay_s, refusal, call.resumed)):
+        if self._worker.select(Selection(key, deadline, stay_s, refusal, resumed=call.resumed)):
             log.info(
                 "selected to %s in round %d of run %s (%s)", call.kind, call.round, call.run_id, call.task
             )

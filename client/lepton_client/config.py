@@ -138,6 +138,12 @@ class LimitsSection(_Section):
         description="Cap on the process's private memory (RLIMIT_DATA), bytes; 0 = none. Training that hits "
         "it is reported as failed. At least 256 MiB.",
     )
+    stall_s: Seconds = Field(
+        default=20.0,
+        le=86_400,
+        description="A training step that takes longer is reported to the coordinator as hung, seconds; it "
+        "is not ended, and the report ends with the next step.",
+    )
     nice: int = Field(
         default=10, ge=0, le=19, description="Niceness of the process; 19 gives way to everything."
     )

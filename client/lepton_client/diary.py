@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lepton_client.clock import Clock
 from lepton_client.state import StateDir
-from lepton_fl.errors import LeptonError, StateError
+from lepton_fl.errors import DiskFull, LeptonError, StateError
 
 log = logging.getLogger("lepton_client")
 
@@ -24,6 +24,7 @@ class Diary:
     def __init__(self, state: StateDir, clock: Clock, facts: dict[str, Any]) -> None:
         """``facts`` are fields that do not change while the agent runs."""
         self.trouble = ""
+        self.full = False  # the trouble is that no space is left
         self._state, self._clock = state, clock
         self._fields = dict(facts)
         self._said: dict[str, str] = {}
@@ -72,7 +73,7 @@ class Diary:
 
     def hit(self, error: LeptonError) -> None:
         """A write failed elsewhere; until one succeeds here, this device sits out."""
-        self.trouble = str(error)
+        self.trouble, self.full = str(error), isinstance(error, DiskFull)
 
     def flush(self) -> None:
         """Write the status if it changed, or if the last write failed; never raises."""
@@ -84,7 +85,7 @@ class Diary:
         try:
             self._state.save_status(status)
         except StateError as error:
-            self.trouble = str(error)
+            self.trouble, self.full = str(error), isinstance(error, DiskFull)
             self._dirty = True
             self.say("disk", f"Sitting out: {error} {error.hint}", logging.ERROR)
             return

@@ -75,6 +75,11 @@ def _objections(rules: EligibilitySection, state_dir: Path, now: datetime, machi
         yield from _command(rules.command, rules.command_timeout_s)
 
 
+def disk_objection(rules: EligibilitySection, state_dir: Path, machine: Machine) -> str:
+    """The same of the disk alone, which is a fault rather than a wish of the owner."""
+    return next(_disk(rules.min_free_disk, state_dir, machine), "") if rules.min_free_disk else ""
+
+
 def in_window(window: str, at: time) -> bool:
     """Whether a local time lies in ``HH:MM-HH:MM``; the end is not part of it; midnight may be crossed."""
     start, end = (time.fromisoformat(part) for part in window.split("-"))

@@ -71,8 +71,8 @@ def enrol(
     return _keep(state, identity, key)
 
 
-def renew(state: StateDir, identity: Identity, link: Link) -> Identity:
-    """Get a new certificate for the same key, and keep it.
+def renew(state: StateDir, identity: Identity, link: Link, cause: str = "") -> Identity:
+    """Get a new certificate for the same key, and keep it; ``cause`` tells the coordinator why.
 
     Raises:
         TrustError: the coordinator refuses, or answers with a certificate that is not ours.
@@ -80,7 +80,8 @@ def renew(state: StateDir, identity: Identity, link: Link) -> Identity:
     """
     key = crypto.load_key(state.key)
     csr = crypto.make_csr(key, identity.name)
-    answer = link.renew(pb.RenewRequest(protocol=PROTOCOL, device_id=identity.device_id, csr_pem=csr))
+    request = pb.RenewRequest(protocol=PROTOCOL, device_id=identity.device_id, csr_pem=csr, cause=cause)
+    answer = link.renew(request)
     renewed = replace(
         identity,
         certificate_pem=answer.certificate_pem.decode("ascii", "replace"),

@@ -128,6 +128,8 @@ class FlowerNode:
         self._heartbeat_s = heartbeat_s
         self._signer = _Signer(private_key)
         self._node: Node | None = None
+        self._moving_since: float | None = None  # monotonic seconds: the first part of what is under way
+        self._moves = False
         self._closed = threading.Event()
         self._resting = threading.Event()  # set while no heartbeat is wanted
         self._heart: threading.Thread | None = None
@@ -203,6 +205,7 @@ class FlowerNode:
         if not response.messages_list:
             return None
         metadata, tree = response.messages_list[0].metadata, response.message_object_trees[0]
+        self._moving_since = None
         try:
             contents = {
                 item.object_id: self._retry(partial(self._pull_object, metadata.run_id, item.object_id))
@@ -284,6 +287,7 @@ class FlowerNode:
         self, announcement: PushMessagesRequest, objects: dict[str, InflatableObject], run_id: int
     ) -> None:
         response = self._call(self._client.PushMessages, announcement)
+        self._moving_since = None
         for object_id in response.objects_to_push:
             request = PushObjectRequest(
                 node=announcement.node,
@@ -292,12 +296,12 @@ class FlowerNode:
                 object_content=objects[object_id].deflate(),
                 session_id=response.session_id,
             )
-            if not self._call(self._client.PushObject, request).stored:
+            if not self._moving(self._client.PushObject, request).stored:
                 raise _StartOver
 
     def _pull_object(self, run_id: int, object_id: str) -> bytes:
         request = PullObjectRequest(node=self._active(), run_id=run_id, object_id=object_id)
-        response = self._call(self._client.PullObject, request)
+        response = self._moving(self._client.PullObject, request)
         if not response.object_found:
             raise UpdateRejected(Rejection.LATE, "The message was withdrawn.")
         content: bytes = response.object_content
@@ -319,6 +323,22 @@ class FlowerNode:
                         raise
                     raise ConnectionFailed("The coordinator kept dropping the upload.") from error
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+    def _moving(self, method: Callable[[Any], A], request: object) -> A:
+        """A call that carries a part of a model, under the clock; waiting for a turn is not counted."""
+        if self._moving_since is None:
+            self._moving_since = time.monotonic()
+        self._moves = True
+        try:
+            return self._call(method, request)
+        finally:
+            self._moves = False
+
+    @property
+    def moving_s(self) -> float:
+        """Seconds since the message or the answer under way began to move; 0 when none does."""
+        since = self._moving_since
+        return time.monotonic() - since if since is not None and self._moves else 0.0
 
     def _call(self, method: Callable[[Any], A], request: object) -> A:
         """One request; errors are ours, and a wrong clock is put right once."""

@@ -9,6 +9,7 @@ replaced as a whole, so a crash leaves the old list or the new one.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -48,14 +49,20 @@ class Entry:
 class Ledger:
     """The durable list of participations in one file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kills: Callable[[], int] = lambda: 0) -> None:
         """Read the list.
+
+        Args:
+            path: of the file.
+            kills: how many processes this machine has ended for want of memory.
 
         Raises:
             StateCorrupt: the file is damaged. Without it a double training could not be told.
         """
-        self._path = path
-        self._entries = {entry.key: entry for entry in _read(path)}
+        self._path, self._kills = path, kills
+        entries, self._kills_then = _read(path)
+        self._entries = {entry.key: entry for entry in entries}
+        self.killed_for_memory = bool(self.interrupted()) and kills() > self._kills_then >= 0
 
     def interrupted(self) -> list[Entry]:
         """What was begun and never answered: work that a kill or a power cut ended."""
@@ -70,6 +77,7 @@ class Ledger:
         entry = Entry.of(ticket)
         if entry.key in self._entries:
             return False
+        self._kills_then = self._kills()
         self._replace({**self._entries, entry.key: entry})
         return True
 
@@ -82,18 +90,23 @@ class Ledger:
     def _replace(self, entries: dict[tuple[str, str, int, int, str], Entry]) -> None:
         kept = dict(list(entries.items())[-KEEP:])
         rows = [[*entry.key, entry.answered] for entry in kept.values()]
-        write_atomic(self._path, canonical_json({"format": FORMAT, "entries": rows}), mode=0o600)
+        write_atomic(
+            self._path,
+            canonical_json({"format": FORMAT, "entries": rows, "kills": self._kills_then}),
+            mode=0o600,
+        )
         self._entries = kept
 
 
-def _read(path: Path) -> list[Entry]:
+def _read(path: Path) -> tuple[list[Entry], int]:
+    """The entries, and how many processes had been ended for want of memory when the last one began."""
     try:
         body: Any = json.loads(path.read_bytes())
         if body["format"] != FORMAT:
             raise ValueError(f"format {body['format']}")
-        return [_entry(row) for row in body["entries"]]
+        return [_entry(row) for row in body["entries"]], int(body.get("kills", -1))  # -1: an older file
     except FileNotFoundError:
-        return []
+        return [], -1
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise StateCorrupt(
             f"The participation ledger {path} cannot be read ({error}).",

@@ -28,3 +28,12 @@ def apply_limits(limits: LimitsSection) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         cap = limits.memory_bytes if hard == resource.RLIM_INFINITY else min(limits.memory_bytes, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (cap, hard))
+
+
+def memory_kills() -> int:
+    """How many processes this machine has ended for want of memory since it started; 0 = it does not say."""
+    try:
+        with open("/proc/vmstat", encoding="ascii") as lines:
+            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -14,13 +14,22 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lepton_client.backoff import Backoff
 from lepton_client.clock import Clock
 from lepton_client.ledger import Ledger
 from lepton_client.secure import Seat
-from lepton_fl.errors import LeptonError, Rejection, StateError, TrustError, UpdateRejected
+from lepton_fl.errors import (
+    ConnectionFailed,
+    DiskFull,
+    LeptonError,
+    Rejection,
+    StateError,
+    TrustError,
+    UpdateRejected,
+)
 
 if TYPE_CHECKING:
     from lepton_fl.rounds.secure_wire import StageRequest
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALM_S: Final = 1.0  # between two looks for the next stage's message, which the coordinator announces
+LOAD_S: Final = 120.0  # what a first training may take to load before it counts as hung
 GRACE: Final = 5.0  # seconds after a deadline in which an answer may still be taken
 
 
@@ -53,6 +63,11 @@ class Node(Protocol):
 
     def push_error(self, handle: Any, reason: Rejection, message: str) -> None:  # noqa: ANN401 - as above
         """Answer that there will be no result; raises like ``push``."""
+        ...
+
+    @property
+    def moving_s(self) -> float:
+        """Seconds since the message or the answer under way began to move; 0 when none does."""
         ...
 
     def deactivate(self) -> None:
@@ -83,6 +98,7 @@ class Selection:
     deadline: float  # clock seconds
     stay_s: float
     refusal: str = ""  # why this device will not do it, when that is so
+    reason: Rejection = Rejection.FAILED  # the same in a word
     resumed: bool = False  # the coordinator goes on after a restart with what this device may have finished
 
 
@@ -126,6 +142,9 @@ class Worker:
         self._left: set[Key] = set()
         self._finished: deque[Key] = deque(maxlen=64)
         self._stay_until = 0.0
+        self._kept: tuple[Key, Callable[[Node, Any], None]] | None = None  # done, and not handed over yet
+        self._beat: float | None = None  # clock seconds of the last step of the work in hand; None = none is
+        self._stepped = False  # whether anything was ever trained by this process
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._node: Node | None = None
@@ -138,6 +157,23 @@ class Worker:
         """Whether a selection is open."""
         with self._lock:
             return bool(self._open)
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the work in hand made a step; 0 when nothing is in hand.
+
+        Before the first step of this process, ``LOAD_S`` less: it loads torch, the task and the data.
+        """
+        beat = self._beat
+        if beat is None:
+            return 0.0
+        return max(0.0, self._clock.now() - beat - (0.0 if self._stepped else LOAD_S))
+
+    @property
+    def moving_s(self) -> float:
+        """Seconds that a message of a round, or the answer to it, has been on its way; 0 when none is."""
+        node = self._node
+        return 0.0 if node is None else node.moving_s
 
     @property
     def alive(self) -> bool:
@@ -303,19 +339,29 @@ class Worker:
             self._pause(self._poll_s)
             return
         key = (ticket.run_id, ticket.round, ticket.nonce)
-        if refusal_text := self._refusal(ticket, key):
-            log.warning("%s round %d of run %s is not done: %s", ticket.kind, key[1], key[0], refusal_text)
-            self._push(lambda: node.push_error(handle, Rejection.FAILED, refusal_text), node, key)
+        if self._kept is not None and self._kept[0] == key:  # it was shut out meanwhile, and asked again
+            push = partial(self._kept[1], node, handle)
+            self._hand_over(push, node, ticket, key)
+        elif (refused := self._refusal(ticket, key)) is not None:
+            why, text = refused
+            log.warning("%s round %d of run %s is not done: %s", ticket.kind, key[1], key[0], text)
+            self._push(lambda: node.push_error(handle, why, text), node, key)
             self._pause(self._poll_s)  # the same message may come again until the round is over
         else:
             log.info("%s round %d of run %s begins", ticket.kind, ticket.round, ticket.run_id)
-            push = self._do(node, handle, records, key)
-            taken = not self._gone(key) and self._push(push, node, key)
-            if ticket.kind == "train":
-                self._settle(ticket.run_id, ticket.round, ticket.attempt, taken)
-            if taken:
-                self._note(ticket)
+            hand_over = self._do(records, key)
+            self._kept = key, hand_over
+            self._hand_over(partial(hand_over, node, handle), node, ticket, key)
         self._done(key)
+
+    def _hand_over(self, push: Callable[[], None], node: Node, ticket: "Ticket", key: Key) -> None:
+        """Push what came of the work; it is kept until it was taken or refused, for it is not done twice."""
+        taken = not self._gone(key) and self._push(push, node, key)
+        self._kept = None
+        if ticket.kind == "train":
+            self._settle(ticket.run_id, ticket.round, ticket.attempt, taken)
+        if taken:
+            self._note(ticket)
 
     def _work_stage(self, node: Node, handle: Any, records: "Records") -> None:  # noqa: ANN401 - the node's
         """Answer one stage of a round with secure aggregation; after the roster, train."""
@@ -344,7 +390,11 @@ class Worker:
         self._pace_s = max(self._poll_s, CALM_S)
         if asked.stage is Stage.SHARES and self._seat is not None:
             log.info("train round %d of run %s begins", key[1], key[0])
-            self._seat.train(asked, _name(key), lambda: self._gone(key))
+            self._beat = self._clock.now()
+            try:
+                self._seat.train(asked, _name(key), lambda: self._step(key))
+            finally:
+                self._beat = None
         elif asked.stage is Stage.CONSENTS:
             self._settle(ticket.run_id, ticket.round, ticket.attempt, True)
         elif asked.stage is Stage.REVEALS:
@@ -374,7 +424,8 @@ class Worker:
         from lepton_fl.secagg.server import Stage
 
         if asked.stage is Stage.SHARES:
-            return self._refusal(asked.ticket, key)
+            refused = self._refusal(asked.ticket, key)
+            return "" if refused is None else refused[1]
         with self._lock:
             selection = self._open.get(key)
         return selection.refusal if selection is not None else ""
@@ -385,38 +436,41 @@ class Worker:
         self._note(ticket)
         self._done(key)
 
-    def _do(
-        self,
-        node: Node,
-        handle: Any,  # noqa: ANN401 - the node's own
-        records: "Records",
-        key: Key,
-    ) -> Callable[[], None]:
-        """Do the work; returns how to hand over what came of it."""
+    def _do(self, records: "Records", key: Key) -> Callable[[Node, Any], None]:
+        """Do the work; returns how to hand over what came of it, to a node and as an answer to a handle."""
+        self._beat = self._clock.now()
         try:
-            answer = self._answer(records, lambda: self._gone(key))
+            answer = self._answer(records, lambda: self._step(key))
         except Exception as error:  # whatever is wrong with this machine, the round must hear of it
             log.exception("round %d of run %s could not be worked on", key[1], key[0])
             text = f"The device failed with {type(error).__name__}."
-            return lambda: node.push_error(handle, Rejection.FAILED, text)
-        return lambda: node.push(handle, answer)
+            return lambda node, handle: node.push_error(handle, Rejection.FAILED, text)
+        finally:
+            self._beat = None
+        return lambda node, handle: node.push(handle, answer)
 
-    def _refusal(self, ticket: "Ticket", key: Key) -> str:
-        """Why the work must not start; '' after the ledger has it as begun."""
+    def _step(self, key: Key) -> bool:
+        """A sign that the work moves; whether it is to end."""
+        self._beat, self._stepped = self._clock.now(), True
+        return self._gone(key)
+
+    def _refusal(self, ticket: "Ticket", key: Key) -> tuple[Rejection, str] | None:
+        """Why the work must not start; None after the ledger has it as begun."""
         if self._gone(key):
-            return "The round is over for this device."
+            return Rejection.FAILED, "The round is over for this device."
         with self._lock:
             selection = self._open.get(key)
         if selection is not None and selection.refusal:
-            return selection.refusal
+            return selection.reason, selection.refusal
         try:
             fresh = self._ledger.begin(ticket)
         except StateError as error:
             self._trouble(error)
-            return str(error)
-        return (
-            "" if fresh else "This device had begun it before, perhaps before a restart; it works once only."
-        )
+            return Rejection.DISK_FULL if isinstance(error, DiskFull) else Rejection.FAILED, str(error)
+        if fresh:
+            return None
+        text = "This device had begun it before, perhaps before a restart; it works once only."
+        return Rejection.INTERRUPTED, text
 
     def _push(self, push: Callable[[], None], node: Node, key: Key | None) -> bool:
         """Hand an answer over; a broken connection is tried again until the round is over.
@@ -431,6 +485,9 @@ class Worker:
                 return True
             except UpdateRejected as refusal:
                 log.warning("the answer was refused (%s): %s", refusal.reason, refusal)
+                if refusal.reason is Rejection.NOT_SELECTED and key is not None and not self._over(key):
+                    # Our node has another number since it was shut out: join anew, and look once more.
+                    raise ConnectionFailed("The coordinator knows this node by another number.") from refusal
                 return False
             except LeptonError as error:
                 if isinstance(error, TrustError) or key is None or self._over(key):

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, Rejection, RunError
 from lepton_fl.plan import MAX_RETRIED, RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
-from lepton_fl.rounds.collect import TRAINING, Collected, collect_evaluation, collect_training
+from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_evaluation, collect_training
+from lepton_fl.rounds.coverage import Correction, History
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
 from lepton_fl.rounds.optimizers import ServerState, step
@@ -173,6 +174,8 @@ class Campaign:
     secure: SecureRounds | None = None  # of a run with secure aggregation
     # Further figures of a round that counts, which only a simulation can know.
     measure: Callable[[Collected, NDArray[np.float64]], Mapping[str, float]] = lambda collected, mean: {}
+    # Of who was asked in this run; a restart brings it back.
+    history: History = field(default_factory=History)
     unfinished: RoundPlan | None = None  # an attempt that a restart cut off and ``secure`` can go on with
     _blamed: set[str] = field(default_factory=set, init=False)  # broke the protocol: not asked again
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
@@ -249,6 +252,7 @@ class Campaign:
                 self.private.reopened(plan)
             began = self.clock()
             collected, mean = self._collect(plan, state)
+            self._remember(collected)
             self._blamed |= {d for d, e in collected.participation.items() if e.outcome == Rejection.BLAMED}
             if mean is None:
                 stopped = should_stop()
@@ -274,6 +278,13 @@ class Campaign:
             f"Round {number} was abandoned {failures} times in a row; the last time: {cause}.",
             hint="See `lepton run show` for each device's reason; cohort.max_attempts bounds the attempts.",
         )
+
+    def _remember(self, collected: Collected) -> None:
+        """Who was asked and whose answer counted: what later plans are corrected by."""
+        for device_id, entry in collected.participation.items():
+            cause = entry.outcome if entry.cause is None else entry.cause.value
+            counted = entry.outcome == ACCEPTED
+            self.history.heard(device_id, counted, entry.arrived_s or 0.0 if counted else 0.0, cause)
 
     def _skip(self, state: RunState, cause: str) -> RunState:
         """Go on after a round of which a survivor set went out for signing, and no sum came.
@@ -346,10 +357,10 @@ class Campaign:
                     f"No quorum within {spec.quorum_wait_s:g} s: {cause}.",
                     hint="See `lepton devices list` for each device's reason, or lower cohort.min_reports.",
                 )
-            if cause != shown and (not shown or waited - shown_at >= SHOW_EVERY_S):
-                self.book.waiting(cause, left)
-                shown, shown_at = cause, waited
             fill = spec.fill_wait_s - waited
+            if cause != shown and (not shown or waited - shown_at >= SHOW_EVERY_S):
+                self.book.waiting(cause, fill if len(ids) >= needed and fill > 0 else left)
+                shown, shown_at = cause, waited
             self.roster.wait(min(left, fill if fill > 0 else self.look_s, self.look_s))
         return None
 
@@ -374,6 +385,9 @@ class Campaign:
     def _plan(self, kind: Kind, number: int, state: RunState, cohort: Sequence[str], size: int) -> RoundPlan:
         nonce = f"{self.rng.getrandbits(128):032x}"
         plan = plan_round(self.spec, self.run_id, self.work, kind, number, state, cohort, size, nonce)
+        if kind == "train" and self.spec.cohort.is_corrected:
+            factors = Correction(self.spec.cohort.correction_bound).factors(cohort, self.history)
+            plan = plan.model_copy(update={"corrections": factors})
         if self.private and kind == "train":
             plan = self.private.shaped(plan)
         if not plan.auxiliary:

@@ -20,6 +20,7 @@ Standing = Literal[
     "busy",
     "not-certified",  # a run with secure aggregation: the device has no certified signing key
     "resting",  # a private run: it would take part too soon again, or too often
+    "quarantined",  # it failed too often in a row; until a while has passed, or it is readmitted
     "other-group",
     "revoked",
 ]

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import Rejection, RunError, UpdateRejected
+from lepton_fl.errors import Cause, Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, Aggregator, UpdateBatch
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
@@ -42,6 +42,7 @@ class Participation:
     seconds: float = 0.0  # the device's own
     num_bytes: int = 0  # of its answer
     arrived_s: float | None = None  # since the attempt began, by the coordinator's clock; None: nothing came
+    cause: Cause | None = None  # where more is known than the outcome says
 
 
 @dataclass
@@ -123,12 +124,13 @@ def collect_training(
     Returns:
         What happened, and the (P + A,) mean update, or None if fewer than ``plan.min_reports`` came.
     """
-    aggregator = make_aggregator(plan)
+    aggregator, counts = make_aggregator(plan), _counts(plan)
 
     def take(answer: Answer) -> TrainReply:
         reply = TrainReply.read(_records(answer), plan)
         TRAINING.validate(reply.sums)
-        aggregator.add(UpdateBatch(reply.update[None, :], np.array([reply.num_examples], np.int64)))
+        count = counts(answer.device_id, reply.num_examples)
+        aggregator.add(UpdateBatch(reply.update[None, :], np.array([count], np.int64)))
         return reply
 
     def take_many(part: AddedUp) -> None:
@@ -144,6 +146,19 @@ def collect_training(
     return collected, (finish(aggregator) if finish else aggregator.finalize())
 
 
+def _counts(plan: RoundPlan) -> Callable[[str, int], int]:
+    """The example count that stands for an update's weight: with corrections, their product."""
+    if not plan.corrections:
+        return lambda device_id, num_examples: num_examples
+    factors = dict(zip(plan.cohort, plan.corrections, strict=True))
+
+    def corrected(device_id: str, num_examples: int) -> int:
+        weight = 1 if plan.weighting == "equal" else min(num_examples, plan.max_weight)
+        return weight * factors[device_id]
+
+    return corrected
+
+
 def make_aggregator(plan: RoundPlan) -> Aggregator:
     """What makes one update of those of a round.
 
@@ -152,6 +167,9 @@ def make_aggregator(plan: RoundPlan) -> Aggregator:
     """
     if plan.quantisation is not None:
         return QuantisedSum(plan)
+    if plan.corrections:
+        most = plan.max_weight * max(plan.corrections)
+        plan = plan.model_copy(update={"weighting": "examples", "max_weight": most})
     return Accumulator(plan) if plan.aggregation.is_sum else RobustAggregator(plan)
 
 
@@ -261,6 +279,7 @@ def _handle(
                 str(refusal),
                 num_bytes=answer.num_bytes,
                 arrived_s=collected.elapsed_s(),
+                cause=refusal.cause,
             )
         return
     collected.reports += 1

@@ -40,7 +40,7 @@ class Report:
 class AddedUp:
     """Answers of several devices to a training request, checked and added where they were made.
 
-    Only where ``plan.aggregation.is_sum``; a refused answer comes alone, as an ``Answer``.
+    Only where ``plan.adds_up``; a refused answer comes alone, as an ``Answer``.
     """
 
     reports: tuple[Report, ...]

@@ -19,10 +19,12 @@ _DRAWS = 100  # Dirichlet draws tried before min_rows is called impossible
 class PartitionSpec(Frozen):
     """How rows are split over devices."""
 
-    kind: Literal["natural", "iid", "dirichlet", "shards"] = "iid"
+    kind: Literal["natural", "iid", "dirichlet", "shards", "owned"] = "iid"
     clients: Annotated[int, Field(ge=1, le=1_000_000)] = 10  # natural: the data decide
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5  # dirichlet: smaller is more skewed
     shards_per_client: Annotated[int, Field(ge=1)] = 2  # shards
+    owned_class: Annotated[int, Field(ge=0)] = 0  # owned: only the last devices have rows of it
+    owners: Annotated[float, Field(gt=0, lt=1)] = 0.3  # owned: they are this share of all
     min_rows: Annotated[int, Field(ge=0)] = 1  # of every device
 
 
@@ -51,6 +53,8 @@ def partition(spec: PartitionSpec, *, labels: Array, users: Array | None, seed: 
         parts = np.array_split(rng.permutation(n), spec.clients)
     elif spec.kind == "dirichlet":
         parts = _dirichlet(_classes(labels, spec.kind), spec, rng)
+    elif spec.kind == "owned":
+        parts = _owned(_classes(labels, spec.kind), spec, rng)
     else:
         parts = _shards(_classes(labels, spec.kind), spec, rng)
     parts = [np.sort(rows).astype(np.int64) for rows in parts]
@@ -117,3 +121,21 @@ def _shards(labels: Array, spec: PartitionSpec, rng: np.random.Generator) -> lis
     shards = np.array_split(by_class, count)
     deal = rng.permutation(count).reshape(spec.clients, spec.shards_per_client)
     return [np.concatenate([shards[i] for i in hand]) for hand in deal]
+
+
+def _owned(labels: Array, spec: PartitionSpec, rng: np.random.Generator) -> list[Rows]:
+    """One class lies with the last devices only; what else there is makes all devices equally large."""
+    owned = rng.permutation(np.flatnonzero(labels == spec.owned_class))
+    others = rng.permutation(np.flatnonzero(labels != spec.owned_class))
+    owners = max(1, round(spec.owners * spec.clients))
+    if not len(owned) or owners >= spec.clients:
+        raise ConfigError(
+            f"{len(owned)} rows of class {spec.owned_class} cannot be owned by {owners} of {spec.clients} "
+            "devices.",
+            hint="Name a class that the data have, and fewer owners than devices.",
+        )
+    hands = [np.empty(0, np.int64)] * (spec.clients - owners) + np.array_split(owned, owners)
+    sizes = [part.size for part in np.array_split(np.arange(len(labels)), spec.clients)]
+    wanted = np.array([max(0, size - len(hand)) for size, hand in zip(sizes, hands, strict=True)])
+    cuts = np.rint(np.cumsum(wanted) * (len(others) / wanted.sum())).astype(np.int64)[:-1]
+    return [np.concatenate(pair) for pair in zip(hands, np.split(others, cuts), strict=True)]

@@ -19,6 +19,7 @@ from lepton_fl.errors import (
     BudgetRefused,
     DataContractError,
     DataError,
+    DiskFull,
     LeptonError,
     Rejection,
     TaskError,
@@ -93,13 +94,25 @@ def respond(records: Records, desk: Desk) -> Records:
         return _failure(ticket, Rejection.BUDGET, error)
     except DataContractError as error:
         return _failure(ticket, Rejection.DATA_CONTRACT, error)
+    except DiskFull as error:
+        return _failure(ticket, Rejection.DISK_FULL, error)
     except LeptonError as error:
         return _failure(ticket, Rejection.FAILED, error)
     except MemoryError:
-        return _failure(ticket, Rejection.FAILED, DataError("Training ran out of memory."))
+        return _failure(ticket, Rejection.OUT_OF_MEMORY, DataError("Training ran out of memory."))
     except Exception as error:
+        if _is_out_of_memory(error):
+            return _failure(ticket, Rejection.OUT_OF_MEMORY, DataError("Training ran out of memory."))
         log.exception("task failed")  # a user's task may raise anything; the round must hear of it
         return _failure(ticket, Rejection.FAILED, TaskError(f"The task raised {type(error).__name__}."))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch raises a RuntimeError of many words, on the processor and on the accelerator."""
+    words = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in words or "not enough memory" in words or "out of memory" in words
+    )
 
 
 def _failure(ticket: Ticket, reason: Rejection, error: LeptonError) -> Records:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_fl.errors import LeptonError, Rejection, StateConflict, StateCorrupt
+from lepton_fl.errors import Cause, LeptonError, Rejection, StateConflict, StateCorrupt
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated, after_attempt
@@ -25,7 +25,9 @@ from lepton_fl.vector import Vector
 from lepton_server.ops import Meters
 from lepton_server.patience import Patience, Stopped, one_line
 from lepton_server.privacy import Ledger, newest_states, without_names
+from lepton_server.quarantine import Quarantine
 from lepton_server.store import Event, Store
+from lepton_server.watchdog import Wait, Watchdog, cause_of
 
 log = logging.getLogger(__name__)
 
@@ -168,8 +170,22 @@ class RunBook:
         meters: Meters,
         patience: Patience,
         ledger: Ledger | None = None,
+        watch: Watchdog | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        """Go on from what is recorded; ``ledger`` is that of a private run."""
+        """Go on from what is recorded.
+
+        Args:
+            checkpoints: of all runs.
+            run_id: of this one.
+            spec: of the run.
+            meters: what is counted.
+            patience: writes of this run.
+            ledger: of a private run.
+            watch: told of waits.
+            quarantine: judges devices after each attempt.
+        """
+        self._watch, self._quarantine = watch, quarantine
         self._checkpoints, self._run_id, self._meters = checkpoints, run_id, meters
         self._store, self._blobs, self._patience = checkpoints.store, checkpoints.blobs, patience
         self._metric, self._ledger = spec.early_stop.metric, ledger
@@ -312,6 +328,9 @@ class RunBook:
         """Journal why the run waits; '' when it moves again."""
         self._meters.waiting.labels(self._run_id).set(1 if cause else 0)
         until = time.time() + seconds if cause else 0.0
+        if self._watch is not None:
+            devices = Wait("enough devices", Cause.NO_QUORUM, one_line(cause), until)
+            self._watch.waits(self._run_id, devices if cause else None)
         self._record("run.waiting", {"run_id": self._run_id, "cause": one_line(cause), "until": until})
         self._waits = bool(cause)
         if cause:
@@ -363,6 +382,8 @@ class RunBook:
     def _count(self, collected: Collected) -> None:
         for entry in collected.participation.values():
             self._meters.reports.labels(self._run_id, entry.outcome).inc()
+        if self._quarantine is not None and collected.plan.kind == "train":
+            self._quarantine.judge(collected)
 
 
 def _attempt(plan: RoundPlan) -> dict[str, Any]:
@@ -374,6 +395,9 @@ _OUTCOMES = {
     SURPLUS: "surplus",
     Rejection.OFFLINE: "dropped",
     Rejection.FAILED: "dropped",
+    Rejection.OUT_OF_MEMORY: "dropped",
+    Rejection.DISK_FULL: "dropped",
+    Rejection.INTERRUPTED: "dropped",
 }
 
 
@@ -389,6 +413,8 @@ def _participation(collected: Collected) -> list[dict[str, Any]]:
             "bytes_up": entry.num_bytes,
             "bytes_down": bytes_down,
             "arrived_s": entry.arrived_s,
+            "cause": "" if outcome in ("counted", "surplus") else cause_of(entry.outcome, entry.cause),
+            "detail": "" if outcome in ("counted", "surplus") else entry.detail,
         }
         for entry in collected.participation.values()
     ]

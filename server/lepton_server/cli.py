@@ -256,6 +256,39 @@ def devices_revoke(
     print_data({"id": found.id, "name": found.name, "state": "revoked"}, format=format)
 
 
+@devices_app.command("quarantine")
+def devices_quarantine(
+    device: Annotated[str, typer.Argument(help="Device id, or its name if that is unique.")],
+    hours: Annotated[float, typer.Option(min=0.01, max=8760, help="For how long.")] = 24.0,
+    reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "an operator's decision",
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Draw a device into no round for a while; a running coordinator does so within a second."""
+    until = time.time() + hours * 3600
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
+        found = find_device(store, device)
+        body = {"device_id": found.id, "cause": reason, "faults": 0, "until": until}
+        store.record("device.quarantined", found.id, body)
+    print_data({"id": found.id, "name": found.name, "quarantined_until": _when(until)}, format=format)
+
+
+@devices_app.command("readmit")
+def devices_readmit(
+    device: Annotated[str, typer.Argument(help="Device id, or its name if that is unique.")],
+    reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "an operator's decision",
+    config: ConfigOption = None,
+    state_dir: StateOption = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """End a quarantine; a running coordinator may draw the device within a second."""
+    with opened(load(config, {"server.state_dir": state_dir})) as store:
+        found = find_device(store, device)
+        store.record("device.readmitted", found.id, {"device_id": found.id, "reason": reason})
+    print_data({"id": found.id, "name": found.name, "state": found.state}, format=format)
+
+
 # --- runs -------------------------------------------------------------------------------------------
 
 
@@ -315,20 +348,31 @@ def run_show(
     format: FormatOption = Format.TEXT,
 ) -> None:
     """One run: state, what the coordinator sees of its devices, every round, each device in the last one."""
-    with opened(load(config, {"server.state_dir": state_dir})) as store:
+    from lepton_server.reach import coverage_of, floor_of
+    from lepton_server.report import live, troubles
+
+    settings = load(config, {"server.state_dir": state_dir})
+    with opened(settings) as store:
         found = find_run(store, run)
         rounds = [_round_row(r) for r in store.rounds(found.id)]
         newest = max((int(r["round"]) for r in rounds), default=0)
         parts = [_plain(p) for p in store.participation(found.id, newest)] if newest else []
-    row, seen = _run_row(found), _what_is_seen(found)
+        reach = coverage_of(store, found)
+        names = {d.id: d.name for d in store.devices()}
+    now = live(settings.server.state_dir, found)
+    row, seen = _run_row(found) | now.row(), _what_is_seen(found)
+    row |= {"coverage": reach.sentence(), "flags": reach.flags(floor_of(found))}
+    wrong = troubles(now, parts, names)
     if format == Format.JSON:
         more = {"spec": dict(found.spec), "rounds_done": rounds, "participation": parts, "seen": seen}
+        more |= {"wait": now.wait, "troubles": wrong, "coverage": reach.to_json()}
         print_data(row | more, format=format)
         return
     print_data(row)
+    print_data(wrong, title="What is wrong", columns=["device", "cause", "detail", "advice"])
     print_data([{"what the coordinator sees": sentence} for sentence in seen])
     print_data(rounds, title="Rounds")
-    columns = ["attempt", "device_id", "outcome", "reason", "examples", "seconds", "bytes_up"]
+    columns = ["attempt", "device_id", "outcome", "reason", "cause", "examples", "seconds", "bytes_up"]
     print_data(parts, title=f"Devices in round {newest}", columns=columns)
 
 
@@ -528,6 +572,16 @@ def _follow(store: "Store", run_id: str, ends: float) -> Iterator[dict[str, Any]
         time.sleep(POLL_S)
 
 
+def _who(line: dict[str, Any]) -> str:
+    """Whom a finished run was made of, and what is below the floor that was asked for."""
+    from lepton_fl.rounds.coverage import Coverage
+
+    if not line.get("coverage"):
+        return ""  # of an older coordinator
+    words = [Coverage.from_json(line["coverage"]).sentence(), *(f"FLAGGED: {f}" for f in line["flags"])]
+    return "".join(f"\n{sentence}" for sentence in words)
+
+
 def _sentence(line: dict[str, Any]) -> str:
     figures = ", ".join(
         f"{k} {v:.4g}" for k, v in line.get("metrics", {}).items() if isinstance(v, int | float)
@@ -548,5 +602,5 @@ def _sentence(line: dict[str, Any]) -> str:
         case "run.started":
             return "started"
         case "run.finished":
-            return f"{line['verdict']}: {line['reason']}"
+            return f"{line['verdict']}: {line['reason']}{_who(line)}"
     return str(line["kind"])

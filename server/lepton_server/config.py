@@ -243,6 +243,28 @@ class RoundsSection(_Section):
         le=86_400,
         description="Patience with each stage of secure aggregation but training, seconds.",
     )
+    build_s: Seconds = Field(
+        default=3_600.0,
+        le=7 * 86_400,
+        description="Patience with the making of a first model and with each central evaluation, seconds.",
+    )
+
+
+class WatchdogSection(_Section):
+    """[watchdog]: what is done about devices that fail again and again."""
+
+    quarantine_after: int = Field(
+        default=3,
+        ge=0,
+        le=100,
+        description="A device that failed so often in a row, by its own fault, is not drawn for a while; "
+        "0 = never.",
+    )
+    quarantine_s: Seconds = Field(
+        default=3_600.0,
+        le=30 * 86_400,
+        description="For how long, seconds; `lepton devices readmit` ends it.",
+    )
 
 
 class DeliverySection(_Section):
@@ -305,6 +327,7 @@ class ServerConfig(_Section):
     check_in: CheckInSection = CheckInSection()
     limits: LimitsSection = LimitsSection()
     rounds: RoundsSection = RoundsSection()
+    watchdog: WatchdogSection = WatchdogSection()
     authority: AuthoritySection = AuthoritySection()
     delivery: DeliverySection = DeliverySection()
     privacy: PrivacySection = PrivacySection()

@@ -34,12 +34,14 @@ from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.heads import Heads
 from lepton_server.ops import Meters, ops_app
 from lepton_server.privacy import PrivacyKeys
+from lepton_server.quarantine import Quarantine
 from lepton_server.releases import ListKeeper, online_keys, shelf_of
 from lepton_server.rollouts import RolloutKeeper
 from lepton_server.runs import RunDriver
 from lepton_server.signing import Signing
 from lepton_server.store import Store, open_store
 from lepton_server.tls import ServerTls
+from lepton_server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +150,9 @@ class Coordinator:
         rollouts = RolloutKeeper(store, fleet.heard)
         rollouts.start()
         stack.callback(rollouts.close)
+        watch = Watchdog(fleet, self.meters, folder)
+        watch.start()
+        stack.callback(watch.close)
         self._driver = RunDriver(
             config.rounds,
             store,
@@ -158,6 +163,8 @@ class Coordinator:
             keys=keys,
             signing=signing,
             spool_dir=config.spool_dir,
+            watch=watch,
+            quarantine=Quarantine(config.watchdog, store, fleet, self.meters),
         )
         fleet.on_revoked(self._driver.expel)
         self._serve_ops(stack)

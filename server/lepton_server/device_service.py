@@ -48,7 +48,7 @@ from google.protobuf.message import DecodeError, Message
 from lepton_fl import crypto
 from lepton_fl.delivery.rollout import Service
 from lepton_fl.delivery.trial import WORDS
-from lepton_fl.errors import ConfigError, ConnectionFailed, Fault, LeptonError, NotFound, TrustError
+from lepton_fl.errors import Cause, ConfigError, ConnectionFailed, Fault, LeptonError, NotFound, TrustError
 from lepton_fl.plan import PROTOCOL_VERSION
 from lepton_fl.privacy.head import HASH_BYTES, MAX_KEY, MAX_SIGNATURE, LedgerHead
 from lepton_fl.wire.status import MAX_DETAIL, metadata_of, status_of, waited_s
@@ -108,9 +108,15 @@ _Passing = Literal[
     "adverts",
     "advert_session",
     "ledger",
+    "troubles",
 ]
 _PASSING: tuple[_Passing, ...] = get_args(_Passing)  # what a check-in says of this moment only
+_MOST_TROUBLES = 8  # in one check-in
 _MOST_ADVERTS, _MAX_ADVERT = 8, 1024  # keys made ahead in one check-in, and bytes of one
+_RENEWED = {  # why a device came for a new certificate, where something was wrong
+    Cause.EXPIRED_CERTIFICATE.value: "its certificate had expired; it was given a new one",
+    Cause.WRONG_CERTIFICATE.value: "the certificate that it showed was not accepted; it was given a new one",
+}
 _MAX_CACHED = 100_000  # certificates (about 250 bytes each) and reports whose check need not be repeated
 
 
@@ -422,6 +428,8 @@ class DeviceService:
             raise ConfigError(f"Expected a device id, got {_printable(request.device_id, 40)!r}.")
         key = crypto.verify_csr(request.csr_pem)
         if crypto.device_id(key) != request.device_id:
+            words = "somebody without this device's key asked for a certificate in its name"
+            self._fleet.note(request.device_id, Cause.WRONG_CERTIFICATE, words)
             raise TrustError(f"The request is not signed by the key of device {request.device_id}.")
         self._fleet.follow()  # a revocation that was written this instant counts
         self._fleet.may_renew(request.device_id, RENEW_GAP_S)
@@ -430,8 +438,11 @@ class DeviceService:
             "device_id": request.device_id,
             "cert_serial": issued.serial,
             "cert_not_after": issued.not_after,
+            "cause": request.cause if request.cause in _RENEWED else "",
         }
         self._store.record("device.renewed", request.device_id, body)
+        if request.cause in _RENEWED:
+            self._fleet.note(request.device_id, Cause(request.cause), _RENEWED[request.cause])
         log.info(
             "device %s renewed its certificate",
             request.device_id,
@@ -481,7 +492,11 @@ class DeviceService:
 
     async def _check_in(self, data: bytes, _context: Context, identity: _Identity) -> pb.CheckInResponse:
         request = _parse(pb.CheckInRequest(), data)
-        _check_protocol(request.protocol)
+        try:
+            _check_protocol(request.protocol)
+        except _Refusal as refusal:
+            self._fleet.note(identity.device_id, Cause.WRONG_VERSION, str(refusal))
+            raise
         status = _STATUS.get(request.status)
         if status is None:
             raise ConfigError(f"Expected a status of 1, 2 or 3, got {request.status}.")
@@ -492,6 +507,7 @@ class DeviceService:
         if (desired := request.desired_digest) and len(desired) != 64:
             raise ConfigError(f"Expected desired_digest of 64 characters, got {len(desired)}.")
         secrecy = _secrecy(request)
+        troubles = _troubles(request)
         serves, service = _service(request.service)
         tried = _tried(request.trial)
         seen = _seen_head(request)
@@ -506,6 +522,7 @@ class DeviceService:
             device_time=device_time,
             desired_digest=desired,
             secrecy=secrecy,
+            troubles=troubles,
             serves=serves,
             service=service,
             tried=tried,
@@ -994,6 +1011,14 @@ def _secrecy(request: pb.CheckInRequest) -> Secrecy:
     if request.credential_ends > 1e11:
         raise ConfigError(f"Expected credential_ends in seconds since 1970, got {request.credential_ends}.")
     return Secrecy(float(request.credential_ends), tuple(request.adverts), request.advert_session)
+
+
+def _troubles(request: pb.CheckInRequest) -> list[tuple[Cause, str]]:
+    """What a device finds wrong with itself; a word that a newer client has is not refused."""
+    if len(request.troubles) > _MOST_TROUBLES:
+        raise ConfigError(f"Expected at most {_MOST_TROUBLES} troubles, got {len(request.troubles)}.")
+    known = [t for t in request.troubles if t.cause in set(Cause)]
+    return [(Cause(t.cause), _words("a trouble's detail", t.detail, 500)) for t in known]
 
 
 def _service(told: pb.Service) -> tuple[str, Service]:

@@ -12,15 +12,16 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lepton_fl.errors import LeptonError, NotFound, Rejection, TrustError, UpdateRejected
+from lepton_fl.errors import Cause, LeptonError, NotFound, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.exchange import Answer
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.fleet import Fleet
-from lepton_server.flower import FlowerLink, Mailbox
+from lepton_server.flower import FlowerLink, Mailbox, Reply
 from lepton_server.patience import Interrupted
+from lepton_server.watchdog import Facts, diagnose
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,30 @@ class _Attempt:
     nodes: dict[str, int] = field(default_factory=dict)  # device id -> Flower node id
     streamed: set[str] = field(default_factory=set)  # told through their stream
     missing_since: dict[str, float] = field(default_factory=dict)  # device id -> monotonic seconds
+    asked_at: dict[str, float] = field(default_factory=dict)  # device id -> monotonic seconds
+    messages: Mapping[str, Records] = field(default_factory=dict)  # device id -> what it was asked last
+    again: set[str] = field(default_factory=set)  # asked once more, after their node was shut out
+
+
+@dataclass(frozen=True)
+class _Look:
+    """An open attempt for the watchdog (``watchdog.Attended``)."""
+
+    exchange: "FleetExchange"
+    under_way: _Attempt
+    round: int
+    attempt: int
+    asked: int
+
+    @property
+    def until(self) -> float:
+        """When it closes, UTC seconds."""
+        return time.time() + self.under_way.ends - time.monotonic()
+
+    def open(self) -> dict[str, Facts]:
+        """The devices that have not answered."""
+        now, waiting = time.monotonic(), dict(self.under_way.devices)
+        return {d: self.exchange.facts(self.under_way, d, now) for d in waiting.values()}
 
 
 class FleetExchange:
@@ -57,6 +82,8 @@ class FleetExchange:
         stay_s: float,
         closing: Callable[[], bool],
         stopping: Callable[[], bool] = lambda: False,
+        attends: Callable[[_Look | None], None] = lambda attempt: None,
+        reoffered: Callable[[RoundPlan, str], None] = lambda plan, device_id: None,
     ) -> None:
         """Make the exchange of a run.
 
@@ -67,8 +94,11 @@ class FleetExchange:
             stay_s: how long a device stays active after its work.
             closing: whether the coordinator shuts down.
             stopping: whether the run was asked to stop.
+            attends: told of the attempt that is open; None = it is closed.
+            reoffered: told of a device that is asked once more, because its node had been shut out.
         """
         self._link, self._fleet, self._public_keys = link, fleet, public_keys
+        self._attends, self._reoffered = attends, reoffered
         self._stay_s, self._closing, self._stopping = stay_s, closing, stopping
 
     def ask(self, plan: RoundPlan, request: Request) -> Generator[Answer, None, None]:
@@ -80,9 +110,12 @@ class FleetExchange:
         attempt = _Attempt(plan, time.monotonic() + plan.deadline_s)
         box = self._link.mailbox()
         try:
+            self._attend(attempt)
             yield from self._send(attempt, box, dict.fromkeys(plan.cohort, request.to_records()))
             yield from self._answers(attempt, box)
+            yield from self._silent(attempt)
         finally:
+            self._attends(None)
             box.close()
             self._release(attempt, set(attempt.devices.values()))
 
@@ -103,6 +136,7 @@ class FleetExchange:
         """See ``Stages.ask``."""
         attempt.ends, attempt.hurried = time.monotonic() + seconds, False
         try:
+            self._attend(attempt)
             yield from self._send(attempt, box, messages)
             yield from self._answers(attempt, box, idle=True)
         finally:
@@ -111,6 +145,7 @@ class FleetExchange:
 
     def end_stages(self, attempt: _Attempt, box: Mailbox) -> None:
         """See ``Stages.close``."""
+        self._attends(None)
         box.close()
         # At a shutdown the devices keep what they have: the attempt goes on after the restart.
         self._release(attempt, set() if self._closing() else set(attempt.plan.cohort))
@@ -123,7 +158,9 @@ class FleetExchange:
                 raise Interrupted
             left = self._left(attempt)
             reply = box.get(min(left, WAKE_S))
-            if reply is not None:
+            if reply is not None and self._was_evicted(attempt, reply):
+                yield from self._ask_again(attempt, box, attempt.devices.pop(reply.message_id))
+            elif reply is not None:
                 if (device_id := attempt.devices.pop(reply.message_id, None)) is not None:
                     yield Answer(device_id, reply.content, reply.num_bytes)
                     del reply  # it may be large: not while waiting for the next one
@@ -157,6 +194,7 @@ class FleetExchange:
         self, attempt: _Attempt, box: Mailbox, messages: Mapping[str, Records]
     ) -> Generator[Answer, None, None]:
         plan, ttl_s = attempt.plan, max(1.0, attempt.ends - time.monotonic())
+        attempt.messages = messages
         for device_id in messages:
             if not self._fleet.mark_busy(device_id, plan.run_id):
                 busy = UpdateRejected(
@@ -173,10 +211,35 @@ class FleetExchange:
             except LeptonError as error:  # the device has done nothing wrong
                 yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, f"It could not be asked: {error}"))
                 continue
-            attempt.devices[message_id] = device_id
             attempt.nodes[device_id] = node_id
+            attempt.asked_at[device_id] = time.monotonic()
+            attempt.devices[message_id] = device_id
             if self._instruct(device_id, self._participate(attempt, node_id)):
                 attempt.streamed.add(device_id)
+
+    def _was_evicted(self, attempt: _Attempt, reply: Reply) -> bool:
+        """Whether a message failed because the device's node was shut out, though the device is enrolled."""
+        device_id = attempt.devices.get(reply.message_id)
+        return (
+            device_id is not None
+            and isinstance(reply.content, UpdateRejected)
+            and reply.content.reason is Rejection.REVOKED
+            and self._fleet.is_enrolled(device_id)
+        )
+
+    def _ask_again(self, attempt: _Attempt, box: Mailbox, device_id: str) -> Generator[Answer, None, None]:
+        """Let the device in again and ask it once more; a second time is one too many."""
+        why = f"The node of device {device_id} was shut out of the fleet port, though it is enrolled."
+        self._fleet.note(device_id, Cause.EVICTED, "its node was shut out of the fleet port")
+        if device_id in attempt.again:
+            yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, why, cause=Cause.EVICTED))
+            return
+        attempt.again.add(device_id)
+        log.warning("run %s round %d: %s It is asked again.", attempt.plan.run_id, attempt.plan.round, why)
+        self._reoffered(attempt.plan, device_id)
+        messages = attempt.messages
+        yield from self._send(attempt, box, {device_id: messages[device_id]})
+        attempt.messages = messages
 
     def _admit(self, device_id: str) -> int:
         key = self._public_keys(device_id)
@@ -220,20 +283,51 @@ class FleetExchange:
         return max(0.0, attempt.ends - now)
 
     def _vanished(self, attempt: _Attempt, box: Mailbox) -> Generator[Answer, None, None]:
-        """Give up devices that have neither a stream nor shown a sign of life at the fleet API."""
+        """Give up devices that show no sign of life, however alive their waiting stream looks."""
         now = time.monotonic()
         for message_id, device_id in list(attempt.devices.items()):
             if self._is_there(attempt, device_id):
                 attempt.missing_since.pop(device_id, None)
-                continue
-            limit = GONE_S if device_id in attempt.streamed else SILENT_S
-            idle = self._link.idle_s(attempt.nodes[device_id])
-            missing = now - attempt.missing_since.setdefault(device_id, now)
-            if missing >= limit and (idle is None or idle >= limit):
+            else:
+                attempt.missing_since.setdefault(device_id, now)
+            facts = self.facts(attempt, device_id, now)
+            limit = GONE_S if device_id in attempt.streamed and facts.lost_s else SILENT_S
+            idle = facts.idle_s
+            lost = facts.lost_s >= limit and (idle is None or idle >= limit)
+            cut = facts.vitals.streaming and facts.came and idle is not None and idle >= limit
+            if lost or cut:
                 box.withdraw([message_id])
                 del attempt.devices[message_id]
                 why = f"Device {device_id} has not been heard of for {limit:g} s."
-                yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, why))
+                cause = Cause.HALF_OPEN if cut else Cause.GONE
+                yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, why, cause=cause))
+
+    def _silent(self, attempt: _Attempt) -> Generator[Answer, None, None]:
+        """Name what kept those from answering whom the deadline cut off; they are told to leave later."""
+        if attempt.hurried:
+            return
+        now = time.monotonic()
+        for device_id in list(attempt.devices.values()):
+            found = diagnose(self.facts(attempt, device_id, now))
+            cause = found.cause if found.is_fault else Cause.SLOW
+            why = f"No answer of device {device_id} within {attempt.plan.deadline_s:g} s: " + (
+                found.detail or "it was still at work"
+            )
+            yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, why, cause=cause))
+
+    def _attend(self, attempt: _Attempt) -> None:
+        plan = attempt.plan
+        self._attends(_Look(self, attempt, plan.round, plan.attempt, len(plan.cohort)))
+
+    def facts(self, attempt: _Attempt, device_id: str, now: float) -> Facts:
+        """What is known of a device that has not answered; any thread may ask."""
+        missing = attempt.missing_since.get(device_id)
+        return Facts(
+            self._fleet.vitals(device_id),
+            asked_s=now - attempt.asked_at.get(device_id, now),
+            idle_s=self._link.idle_s(attempt.nodes[device_id]),
+            lost_s=0.0 if missing is None else max(1e-3, now - missing),
+        )
 
     def _is_there(self, attempt: _Attempt, device_id: str) -> bool:
         if self._fleet.is_waiting(device_id):

@@ -29,7 +29,7 @@ from random import Random
 from typing import Any, NamedTuple, Protocol
 
 from lepton_fl.delivery.rollout import Service
-from lepton_fl.errors import ConnectionFailed, LeptonError, NotFound, TrustError
+from lepton_fl.errors import Cause, ConnectionFailed, LeptonError, NotFound, TrustError
 from lepton_fl.files import canonical_json
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.wire.v1 import device_pb2 as pb
@@ -41,10 +41,20 @@ log = logging.getLogger(__name__)
 REPORT_GAP_S = 60.0  # a device's report is journalled at most so often, however often it changes
 MAX_PENDING = 16  # instructions kept for a device that is away
 KEEP_S = 3600.0  # how long an instruction without a deadline is kept for it
+NOTE_S = 600.0  # how long what a call has shown is remembered
+CLOCK_NAMED_S = 60.0  # a clock that is further off is named
 CLOCK_TOLERANCE_S = 5.0  # Flower refuses signatures from further ahead than this; older than 300 s, too
 IDLE, BUSY, NOT_ELIGIBLE = "idle", "busy", "not-eligible"
 _SIGNING = ("device.signing", "device.certified")
-_FOLLOWED = ("device.enrolled", "device.renewed", "device.revoked", "device.desired", *_SIGNING)
+_FOLLOWED = (
+    "device.enrolled",
+    "device.renewed",
+    "device.revoked",
+    "device.desired",
+    "device.quarantined",
+    "device.readmitted",
+    *_SIGNING,
+)
 STOCK = 2  # keys for secure rounds that a device has made ahead, at most
 _PAGE = 1000  # events read at a time
 _REPORTS = 500  # journalled in one transaction: other writers wait for its end
@@ -146,6 +156,26 @@ class Report:
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What is wrong with a device, by its own word or by what a call of it showed."""
+
+    cause: Cause
+    detail: str
+    since: float  # monotonic, s
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """What is known of one device at this moment."""
+
+    enrolled: bool
+    online: bool
+    streaming: bool
+    clock_offset: float  # device minus server, s
+    troubles: tuple[Trouble, ...]
+
+
 _NO_REPORT = Report((), "", ())
 _NO_SERVICE = Service()
 _NO_TRIAL = Tried()
@@ -176,12 +206,16 @@ class _Device:
     clock_offset: float = 0.0  # device minus server, s
     desired: str = ""  # canonical JSON; empty = nothing is wanted
     desired_digest: str = ""
+    resting: float = 0.0  # monotonic, s: in quarantine until then; 0 = it is not
+    resting_cause: str = ""
     run: str = ""  # the run that it was drawn into
     requested: bool = False  # the enrolment authority has its request for a signing certificate
     certified_until: float = 0.0  # UTC, s: of the last signing certificate that was issued
     credential_ends: float = 0.0  # UTC, s: of the one that the device says it has
     adverts: tuple[bytes, ...] = ()  # made ahead, each to be given out once
     advert_session: bytes = b""  # of the process that has their secrets
+    troubles: tuple["Trouble", ...] = ()  # soft: as of its last check-in
+    noted: "Trouble | None" = None  # soft: what the coordinator found wrong with it at a call
     serves: str = ""  # the release that ``service`` is about
     service: Service = _NO_SERVICE  # soft: what the device counted, as of its last check-in
     tried: Tried = _NO_TRIAL  # soft, too: it says the same again at every check-in
@@ -230,6 +264,7 @@ class Secrecy:
 
 
 _NO_SECRECY = Secrecy()
+_NOBODY = Vitals(False, False, False, 0.0, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +382,8 @@ class Fleet:
                     device.digest = digests.setdefault(digest, digest)
                 if row.desired:
                     _want(device, row.desired)
+                if row.quarantined_until:
+                    self._rest(device, row.quarantined_until, row.quarantine_cause)
                 devices[row.id] = device
             with self._lock:
                 self._devices = devices
@@ -402,12 +439,31 @@ class Fleet:
                 _want(device, body["desired"])
                 if device.stream is not None:
                     device.stream.close(None)  # so that it checks in and is told
+            elif device is not None and kind == "device.quarantined":
+                self._rest(device, float(body["until"]), str(body["cause"]))
+                self._changed()
+            elif device is not None and kind == "device.readmitted":
+                device.resting, device.resting_cause = 0.0, ""
+                self._changed()
             elif device is not None and kind == "device.renewed":
                 device.renewed_at = self._clock()
             elif device is not None and kind == "device.signing":
                 device.requested, device.certified_until = True, 0.0
             elif device is not None and kind == "device.certified":
                 device.requested, device.certified_until = False, float(body["not_after"])
+
+    def _rest(self, device: _Device, until: float, cause: str) -> None:
+        """Note a quarantine by the monotonic clock: a jump of the other one must not end it."""
+        device.resting = max(1e-9, self._clock() + until - self._wall())
+        device.resting_cause = cause
+
+    def quarantined(self, *, over: bool = False) -> list[str]:
+        """Who is in quarantine, or, with ``over``, of those whose time is over."""
+        now = self._clock()
+        with self._lock:
+            devices = list(self._devices.values())
+        resting = [d for d in devices if d.resting and not d.revoked]
+        return [d.device_id for d in resting if not over or d.resting <= now]
 
     def _revoke(self, device_id: str, reason: str) -> None:
         with self._lock:
@@ -464,6 +520,7 @@ class Fleet:
         device_time: float = 0.0,
         desired_digest: str = "",
         secrecy: Secrecy = _NO_SECRECY,
+        troubles: Sequence[tuple[Cause, str]] = (),
         serves: str = "",
         service: Service = _NO_SERVICE,
         tried: Tried = _NO_TRIAL,
@@ -478,6 +535,7 @@ class Fleet:
             device_time: Its clock, UTC seconds; 0 = it did not say.
             desired_digest: SHA-256 (hex) of the desired state that it acted upon last.
             secrecy: What it brings to secure rounds.
+            troubles: What it finds wrong with itself.
             serves: The release that ``service`` is about; empty = none.
             service: What it counted of its predictions.
             tried: What it says of a release on its own rows.
@@ -495,6 +553,7 @@ class Fleet:
             if device.stream is None:
                 device.due = now + next_s * self._config.offline_after
             self._note_clock(device, device_time - wall if device_time else 0.0)
+            self._note_troubles(device, troubles, now)
             device.serves, device.service, device.tried = serves, service, tried
             self._batch.presence[device_id] = (wall, status)
             instructions = self._take(device, now) if device.pending else ()
@@ -569,6 +628,43 @@ class Fleet:
                 offset,
                 extra={"event": "device.clock", "device": device.device_id, "offset_s": offset},
             )
+
+    def _note_troubles(self, device: _Device, troubles: Sequence[tuple[Cause, str]], now: float) -> None:
+        since = {known.cause: known.since for known in device.troubles}
+        device.troubles = tuple(Trouble(cause, words, since.get(cause, now)) for cause, words in troubles)
+        for trouble in device.troubles:
+            if trouble.cause not in since:
+                _warn(device.device_id, trouble)
+        if device.noted is not None and device.noted.cause is Cause.WRONG_VERSION:
+            device.noted = None  # this call was in order
+
+    def note(self, device_id: str, cause: Cause, detail: str) -> None:
+        """Remember what a call of a device showed to be wrong with it, for ``NOTE_S``."""
+        with self._lock:
+            device = self._devices.get(device_id)
+            if device is None or device.revoked:
+                return
+            device.noted = Trouble(cause, detail, self._clock())
+        _warn(device_id, device.noted)
+
+    def vitals(self, device_id: str) -> Vitals:
+        """What is known of a device; reads single attributes only, so no lock is needed."""
+        device, now = self._devices.get(device_id), self._clock()
+        if device is None or device.revoked:
+            return _NOBODY
+        return _vitals(device, now)
+
+    def troubled(self) -> list[tuple[str, Vitals]]:
+        """Every enrolled device with something wrong that it said or that a call of it showed."""
+        now = self._clock()
+        with self._lock:
+            devices = list(self._devices.values())
+        found = [
+            (d.device_id, _vitals(d, now))
+            for d in devices
+            if not d.revoked and (d.troubles or d.noted or abs(d.clock_offset) > CLOCK_NAMED_S)
+        ]
+        return [(device_id, v) for device_id, v in found if v.troubles or v.online]
 
     def next_turn_s(self) -> float:
         """Draw after how many seconds a device should check in again; all together keep to the rate."""
@@ -668,7 +764,7 @@ class Fleet:
         """How every registered device stands towards a task.
 
         A device that is unfit in several ways is counted once, by the first of: revoked, other group,
-        offline, task missing, wrong version, data contract, the owner's rule, busy.
+        quarantined, offline, task missing, wrong version, data contract, the owner's rule, busy.
 
         Args:
             task: ``package.module:attribute``.
@@ -910,6 +1006,24 @@ class Fleet:
                     log.info("the report of device %s is not journalled: %s", device.device_id, refusal)
 
 
+def _vitals(device: _Device, now: float) -> Vitals:
+    noted = device.noted
+    told = device.troubles
+    if noted is not None and now - noted.since <= NOTE_S:
+        told = (*told, noted)
+    return Vitals(True, device.due > now, device.stream is not None, device.clock_offset, told)
+
+
+def _warn(device_id: str, trouble: Trouble) -> None:
+    log.warning(
+        "device %s: %s: %s",
+        device_id,
+        trouble.cause.value,
+        trouble.detail,
+        extra={"event": "device.trouble", "device": device_id, "cause": trouble.cause.value},
+    )
+
+
 def _standing(device: _Device, task: str, version: str, groups: frozenset[str], now: float) -> Candidate:
     """How one device stands; reads single attributes only, so no lock is needed."""
     device_id = device.device_id
@@ -917,6 +1031,10 @@ def _standing(device: _Device, task: str, version: str, groups: frozenset[str], 
         return Candidate(device_id, "revoked", device.reason)
     if groups and groups.isdisjoint(device.groups):
         return Candidate(device_id, "other-group")
+    if device.resting > now:
+        return Candidate(
+            device_id, "quarantined", f"{device.resting_cause}, {device.resting - now:.0f} s more"
+        )
     if device.due <= now:
         return Candidate(device_id, "offline")
     state = _best_state(device.report.tasks, task, version)

@@ -3,7 +3,7 @@
 Plain HTTP on the loopback interface by default: nothing here changes anything, and nothing names a device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -58,8 +58,42 @@ class Meters:
             "lepton_serving", "Devices by the release they serve", ["release"], registry=self.registry
         )
         self.waiting = Gauge(
-            "lepton_run_waiting", "1 while a run waits for a quorum", ["run"], registry=self.registry
+            "lepton_run_waiting",
+            "1 while a run waits for something else than its devices' work",
+            ["run"],
+            registry=self.registry,
         )
+        self.wait = Gauge(
+            "lepton_run_wait_cause", "1 for what a run waits for", ["run", "cause"], registry=self.registry
+        )
+        self.faults = Gauge(
+            "lepton_run_faults",
+            "Devices with something wrong, as a run sees them, by cause",
+            ["run", "cause"],
+            registry=self.registry,
+        )
+        self.repairs = Counter(
+            "lepton_repairs", "Acts of self-repair, by kind", ["act"], registry=self.registry
+        )
+        self._shown: dict[str, tuple[set[str], str]] = {}  # run -> causes of faults, cause of waiting
+
+    def show_faults(self, run_id: str, counts: Mapping[str, int], wait: str) -> None:
+        """What is wrong now, as one run sees it; ``wait`` is the cause for which the run waits, or ''."""
+        causes, waited = self._shown.get(run_id, (set(), ""))
+        for cause in causes - set(counts):
+            self.faults.remove(run_id, cause)
+        for cause, devices in counts.items():
+            self.faults.labels(run_id, cause).set(devices)
+        if waited and waited != wait:
+            self.wait.remove(run_id, waited)
+        if wait:
+            self.wait.labels(run_id, wait).set(1)
+        self._shown[run_id] = set(counts), wait
+
+    def forget_faults(self, run_id: str) -> None:
+        """A run is over."""
+        self.show_faults(run_id, {}, "")
+        del self._shown[run_id]
 
 
 def ops_app(meters: Meters, ready: Callable[[], str], refresh: Callable[[], None]) -> Starlette:

@@ -41,6 +41,7 @@ class Patience:
         *,
         closing: threading.Event,
         stopping: Callable[[], bool] = lambda: False,
+        waits: Callable[[LeptonError | None, float], None] = lambda error, until: None,
     ) -> None:
         """Make it.
 
@@ -50,7 +51,9 @@ class Patience:
             meters: ``lepton_run_waiting`` is 1 during a wait.
             closing: set when the coordinator shuts down.
             stopping: whether the run was asked to stop.
+            waits: told why a write does not work, and when it is tried again; None = it has worked.
         """
+        self._waits = waits
         self._store, self._run_id, self._meters = store, run_id, meters
         self._closing, self._stopping = closing, stopping
 
@@ -80,12 +83,14 @@ class Patience:
                 break
             self._wait(shown, even_if_stopped)
         if shown:
+            self._waits(None, 0.0)
             self._record("", 0.0)
             self._meters.waiting.labels(self._run_id).set(0)
             log.info("run %s moves again", self._run_id)
 
     def _show(self, error: LeptonError, shown: str) -> str:
         cause = str(error)
+        self._waits(error, time.time() + RETRY_S)
         if cause != shown:
             log.error("run %s waits: %s %s", self._run_id, cause, error.hint)
             self._meters.waiting.labels(self._run_id).set(1)

@@ -8,11 +8,12 @@ left as it is, to be continued.
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random, SystemRandom
 
-from lepton_fl.errors import ConfigError, LeptonError, StateConflict, TaskError, TrustError
+from lepton_fl.errors import Cause, ConfigError, LeptonError, StateConflict, TaskError, TrustError
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Campaign, RunState, Verdict, Work, population
@@ -38,10 +39,13 @@ from lepton_server.privacy import (
     stored_state,
     void_unbegun,
 )
+from lepton_server.quarantine import Quarantine
+from lepton_server.reach import coverage_of, floor_of, history_of
 from lepton_server.requests import refuse_unknown
 from lepton_server.secure import SecureFleet
 from lepton_server.signing import Signing
 from lepton_server.store import Store, TaskRegistered
+from lepton_server.watchdog import Wait, Watchdog, wait_of
 from lepton_server.workshop import Workshop
 
 log = logging.getLogger(__name__)
@@ -71,6 +75,10 @@ class FleetRoster:
         if self._closing.is_set():
             raise Interrupted
         self._seen = self._fleet.generation
+        return self.look()
+
+    def look(self) -> Sequence[Candidate]:
+        """The same, for who only looks on."""
         return self._fleet.candidates(self._work.task, self._work.version, self._groups, secure=self._secure)
 
     def wait(self, seconds: float) -> None:
@@ -96,6 +104,8 @@ class RunDriver:
         exchange: Callable[[str], Exchange] | None = None,
         signing: Signing | None = None,
         spool_dir: Path | None = None,
+        watch: Watchdog | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """Prepare; nothing happens before :meth:`start`.
 
@@ -111,15 +121,19 @@ class RunDriver:
             exchange: run id -> its way to the devices; None = the real one.
             signing: the way to the enrolment authority; None = there is none, and no secure runs.
             spool_dir: where files wait that have come in an open attempt.
+            watch: told of what runs wait for; None = nobody looks on.
+            quarantine: judges devices after each attempt; None = nobody does.
         """
         self._signing, self._spool_dir = signing, spool_dir
         self._config, self._store, self._blobs, self._fleet = config, store, blobs, fleet
         self._link, self._meters, self._privacy_keys = link, meters, keys
         self._rng, self._exchange = rng or SystemRandom(), exchange or self._fleet_exchange
         self._closing = threading.Event()
-        self._workshop = Workshop(self._closing.is_set)
+        self._workshop = Workshop(self._closing.is_set, patience_s=config.build_s)
         self._checkpoints = Checkpoints(store, blobs)
         self._keys: dict[str, bytes] = {}  # device id -> public key, DER, of all that were ever asked
+        self._watch_dog = watch or Watchdog(fleet, meters)
+        self._quarantine = quarantine
         self._active: dict[str, threading.Thread] = {}
         self._stopping: set[str] = set()  # runs that were asked to stop
         self._thread = threading.Thread(target=self._watch, name="runs", daemon=True)
@@ -160,6 +174,8 @@ class RunDriver:
                 if head != seen or finished:
                     self._look()
                     seen = head
+                if self._quarantine is not None:
+                    self._quarantine.sweep()
             except LeptonError as error:
                 log.error("runs cannot be looked up: %s; trying again", error)
                 self._closing.wait(RETRY_S)
@@ -178,7 +194,10 @@ class RunDriver:
                 continue
             if run.state == "stopping":
                 self._record_verdict(run.id, Verdict("stopped", "Stopped on request."))
-            elif len(self._active) < self._config.max_concurrent_runs:
+            elif len(self._active) >= self._config.max_concurrent_runs:
+                others = f"{len(self._active)} other runs are under way"
+                self._watch_dog.waits(run.id, Wait("its turn", Cause.QUEUE, others))
+            else:
                 thread = threading.Thread(
                     target=self._drive, args=(run.id,), name=f"run-{run.id}", daemon=True
                 )
@@ -189,6 +208,8 @@ class RunDriver:
         self._fleet.set_secure_active(any(r.spec.get("secure_aggregation") == "required" for r in active))
 
     def _drive(self, run_id: str) -> None:
+        self._watch_dog.begins(run_id)
+        self._watch_dog.waits(run_id, None)
         try:
             verdict = self._run(run_id)
         except Interrupted:
@@ -210,8 +231,13 @@ class RunDriver:
         self._finish(run_id, verdict)
 
     def _patience(self, run_id: str) -> Patience:
+        def waits(error: LeptonError | None, until: float) -> None:
+            self._watch_dog.waits(run_id, None if error is None else wait_of(error, until))
+
         stopping = self._is_stopping(run_id)
-        return Patience(self._store, run_id, self._meters, closing=self._closing, stopping=stopping)
+        return Patience(
+            self._store, run_id, self._meters, closing=self._closing, stopping=stopping, waits=waits
+        )
 
     def _is_stopping(self, run_id: str) -> Callable[[], bool]:
         return lambda: run_id in self._stopping
@@ -224,30 +250,50 @@ class RunDriver:
             stay_s=self._config.stay_s,
             closing=self._closing.is_set,
             stopping=self._is_stopping(run_id),
+            attends=lambda attempt: self._watch_dog.attends(run_id, attempt),
+            reoffered=self._note_reoffer,
         )
+
+    def _note_reoffer(self, plan: RoundPlan, device_id: str) -> None:
+        self._meters.repairs.labels("reoffer").inc()
+        if plan.kind != "train":
+            return
+        body = {"run_id": plan.run_id, "round": plan.round, "attempt": plan.attempt, "device_id": device_id}
+        try:
+            self._store.record("round.reoffered", plan.run_id, body | {"cause": Cause.EVICTED.value})
+        except LeptonError as error:  # the act matters more than its record, which the log has
+            log.warning(
+                "run %s: that device %s was asked again is not recorded: %s", plan.run_id, device_id, error
+            )
 
     def _run(self, run_id: str) -> Verdict:
         spec = RunSpec.model_validate_json(json.dumps(self._store.run(run_id).spec))
         refuse_unknown(spec, authority=self._signing is not None)
         patience = self._patience(run_id)
         self._record_start(run_id, patience)
+        until = time.time() + self._config.build_s
+        self._watch_dog.waits(run_id, Wait("the first model", Cause.BUILDING, "it is being made", until))
         work, initial = self._prepare(spec, patience)
+        self._watch_dog.waits(run_id, None)
         unfinished = self._unfinished(run_id) if spec.secure_aggregation == "required" else None
         start = [self._state(run_id, spec, initial, patience, unfinished)]
         del initial
         guard = self._guard(run_id, spec, work, start[0].round, patience)
         ledger = guard.ledger if guard else None
-        book = RunBook(self._checkpoints, run_id, spec, self._meters, patience, ledger)
+        book = RunBook(
+            self._checkpoints, run_id, spec, self._meters, patience, ledger, self._watch_dog, self._quarantine
+        )
         secure = self._secure(run_id, spec, book, patience, unfinished)
         log.info("run %s: %s from round %d", run_id, work.task, start[0].round + 1)
+        roster = FleetRoster(self._fleet, work, spec.cohort.groups, self._closing, secure=secure is not None)
+        self._watch_dog.chooses_from(run_id, roster.look)
         campaign = Campaign(
             spec=spec,
             run_id=run_id,
             work=work,
             exchange=self._exchange(run_id),
-            roster=FleetRoster(
-                self._fleet, work, spec.cohort.groups, self._closing, secure=secure is not None
-            ),
+            roster=roster,
+            history=history_of(self._store, run_id),
             book=book,
             rng=self._rng,
             claim=lambda device_ids: self._fleet.claim(device_ids, run_id),
@@ -445,6 +491,8 @@ class RunDriver:
             "model_sha256": run.model_sha256,
             "rounds": run.committed,
         }
+        found = coverage_of(self._store, run)
+        body |= {"coverage": found.to_json(), "flags": found.flags(floor_of(run))}
         with self._store.transaction() as change:
             void_unbegun(change, run_id, "The run ended before the release was begun; nothing was added up.")
             change.record("run.finished", run_id, body)
@@ -452,4 +500,12 @@ class RunDriver:
             self._forget_noise(run_id)
         self._forget_spool(run_id)
         self._meters.waiting.labels(run_id).set(0)
-        log.info("run %s %s: %s", run_id, verdict.outcome, verdict.reason)
+        self._watch_dog.ends(run_id)
+        log.info(
+            "run %s %s: %s %s",
+            run_id,
+            verdict.outcome,
+            verdict.reason,
+            found.sentence(),
+            extra={"event": "run.finished", "run": run_id, "verdict": verdict.outcome},
+        )

@@ -8,9 +8,11 @@ searches for correlated noise.
     layout, model = workshop.initial_model("lepton_fl.tasks.digits:task", seed=0)
 """
 
+import math
 import multiprocessing
 import pickle
 import signal
+import time
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection
@@ -44,13 +46,14 @@ class Workshop:
     The child ends with this process, however that ends: the pipe between them is all that keeps it.
     """
 
-    def __init__(self, give_up: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, give_up: Callable[[], bool] = lambda: False, *, patience_s: float = math.inf) -> None:
         """Prepare; nothing is started.
 
         Args:
             give_up: whether a caller that waits should leave; asked every ``LOOK_S`` seconds.
+            patience_s: the longest that one call may take.
         """
-        self._give_up = give_up
+        self._give_up, self._patience_s = give_up, patience_s
         self._turn = Lock()  # held by the one call that is under way
         self._process: SpawnProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
@@ -112,9 +115,16 @@ class Workshop:
             raise Interrupted
         pipe = self._started()
         pipe.send((work, args))
+        ends = time.monotonic() + self._patience_s
         while not pipe.poll(LOOK_S):  # true as well when the child has died
             if self._give_up():
                 raise Interrupted
+            if time.monotonic() > ends:
+                self._end()
+                raise TaskError(
+                    f"Making or evaluating the model took longer than {self._patience_s:g} s.",
+                    hint="Raise rounds.build_s, or look at the task: its code may hang.",
+                )
         outcome = pipe.recv()
         if isinstance(outcome, LeptonError):
             raise outcome

@@ -114,7 +114,7 @@ class InMemoryExchange:
             world.clock.advance(world.downtime_s(plan))
             raise CoordinatorCrash(plan)
         fates = self._fates(plan)
-        many = plan.kind == "train" and plan.aggregation.is_sum and not self._one_by_one
+        many = plan.kind == "train" and plan.adds_up and not self._one_by_one
         counted = dict[str, Report]()
         self._accepted, self._losses, self._seen, at = 0, list[float](), 0, 0
         while at < len(fates) and (wanted := plan.wanted_reports - self._accepted - len(counted)) > 0:

@@ -20,6 +20,7 @@ _PARTITIONS = {
     "iid": "rows dealt at random",
     "dirichlet": "Dirichlet({alpha:g}) over classes",
     "shards": "{shards_per_client} class shards each",
+    "owned": "class {owned_class} with the last {owners:.0%} of the devices only",
 }
 _SHARES = {
     "drop_out": "drop-out",

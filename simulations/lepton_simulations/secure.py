@@ -96,7 +96,7 @@ def rounding(seed: int) -> Callable[[RoundPlan, str], Random]:
 def one_by_one(config: SimulationConfig) -> bool:
     """Whether every device's update is needed by itself."""
     run = config.run
-    if config.engine.one_by_one or run.quantisation:
+    if config.engine.one_by_one or run.quantisation or run.cohort.is_corrected:
         return True
     if run.secure_aggregation == "off":
         return False

@@ -83,6 +83,8 @@ class PostNode:
             self.post.waiting.pop(handle, None)
             self.post.errors.append((handle, reason, message))
 
+    moving_s = 0.0
+
     def deactivate(self):
         self.post.left += 1
 

@@ -142,6 +142,7 @@ folder = Path(sys.argv[1])
 
 class Node:
     def activate(self): pass
+    moving_s = 0.0
     def deactivate(self): pass
     def close(self): pass
     def pull(self):

@@ -76,6 +76,7 @@ class Works:
 
         self.meters = Meters()
         exchange = changes.pop("exchange", lambda _: self.exchange)
+        quarantine = changes.pop("quarantine", None)
         config = RoundsSection(**changes)
         driver = RunDriver(
             config,
@@ -87,6 +88,7 @@ class Works:
             keys=PrivacyKeys(self.folder / "keys", PrivacySection()),
             rng=Random(7),
             exchange=exchange,
+            quarantine=quarantine,
         )
         self.drivers.append(driver)
         return driver

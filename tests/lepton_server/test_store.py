@@ -152,6 +152,10 @@ def a_whole_life(store):
         "device.reported", "d1", {"device_id": "d1", "reported": {"rows": 5, "load": 0.25, "ü": None}}
     )
     store.record("device.desired", "d1", {"device_id": "d1", "desired": {"paused": True}})
+    rests = {"device_id": "d1", "cause": "gone", "faults": 3, "until": NOW + 3600}
+    store.record("device.quarantined", rests)
+    store.record("device.readmitted", {"device_id": "d1", "reason": "mended"})
+    store.record("device.quarantined", rests | {"run_id": "r0"})
     signing = {"device_id": "d1", "signing_key": SHA["e"]}
     store.record("device.signing", "d1", signing | {"request": "cmVx" * 20})
     certified = signing | {"credential": "Y3Jl" * 20, "not_after": NOW + 1e6}
@@ -174,7 +178,9 @@ def a_whole_life(store):
     charge(store, 1, 1)
     store.record("privacy.voided", attempt(1, 1, evidence="1 of 2"))
     store.record("run.waiting", "r1", {"run_id": "r1", "cause": "1 of 2 eligible", "until": NOW + 60})
-    part = {"device_id": "d1", "outcome": "dropped", "reason": "offline", "seconds": 60.0}
+    again = {"run_id": "r1", "round": 1, "attempt": 1, "device_id": "d1", "cause": "evicted"}
+    store.record("round.reoffered", again)
+    part = {"device_id": "d1", "outcome": "dropped", "reason": "offline", "seconds": 60.0, "cause": "gone"}
     body = {"run_id": "r1", "round": 1, "attempt": 1, "cause": "1 of 2", "participation": [part]}
     store.record("round.abandoned", "r1", body)
     plan(store, 1, attempt=2)

@@ -147,10 +147,11 @@ class DeviceEnrolled(_AboutDevice):
 
 
 class DeviceRenewed(_AboutDevice):
-    """A device got a fresh certificate for the same key."""
+    """A device got a fresh certificate for the same key; ``cause`` is what was wrong with the one before."""
 
     cert_serial: Serial
     cert_not_after: Time
+    cause: Text = ""
 
 
 class DeviceRevoked(_AboutDevice):
@@ -178,6 +179,21 @@ class DeviceReported(_AboutDevice):
     """What a device says about itself has changed."""
 
     reported: Json
+
+
+class DeviceQuarantined(_AboutDevice):
+    """A device failed too often in a row: it is not drawn until then, or until it is readmitted."""
+
+    cause: Label
+    faults: Count  # in a row
+    until: Time
+    run_id: Text = ""  # in which it was noticed; empty = an operator's decision
+
+
+class DeviceReadmitted(_AboutDevice):
+    """A quarantine has ended."""
+
+    reason: Text = ""
 
 
 class DeviceDesired(_AboutDevice):
@@ -226,6 +242,8 @@ class RunFinished(_AboutRun):
     reason: Text = ""
     model_sha256: Sha256 | None = None
     rounds: RoundNumber
+    coverage: Json = Field(default_factory=dict)  # lepton_fl.rounds.coverage.Coverage: who contributed
+    flags: list[Label] = Field(default_factory=list, max_length=100)  # what of it is below the asked floor
 
 
 class RunResumed(_AboutRun):
@@ -246,6 +264,8 @@ class Participation(BaseModel):
         bytes_up: Payload bytes from the device.
         bytes_down: Payload bytes to the device.
         arrived_s: When the coordinator heard of it, since the attempt began; None where it did not.
+        cause: A value of ``Cause``, where the answer did not come or does not count; empty in older journals.
+        detail: The same in a sentence, cut and cleaned like ``reason``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -257,6 +277,8 @@ class Participation(BaseModel):
     bytes_up: Count = 0
     bytes_down: Count = 0
     arrived_s: Seconds | None = None
+    cause: Annotated[str, BeforeValidator(_clean)] = ""
+    detail: Annotated[str, BeforeValidator(_clean)] = ""
 
 
 def _each_once(entries: list[Participation]) -> list[Participation]:
@@ -299,6 +321,15 @@ class RoundAbandoned(_AboutRun):
     cause: Text
     participation: Participants = Field(default_factory=list)
     burnt: bool = False  # no other attempt is possible: the round counts as done, without a new model
+
+
+class RoundReoffered(_AboutRun):
+    """A device of an open attempt is asked once more: its node had been shut out of the fleet port."""
+
+    round: Positive
+    attempt: Positive
+    device_id: Id
+    cause: Text = ""
 
 
 class RoundEvaluated(_AboutRun):
@@ -508,6 +539,8 @@ KINDS: Mapping[str, type[Body]] = {
     "device.certified": DeviceCertified,
     "device.reported": DeviceReported,
     "device.desired": DeviceDesired,
+    "device.quarantined": DeviceQuarantined,
+    "device.readmitted": DeviceReadmitted,
     "task.registered": TaskRegistered,
     "run.queued": RunQueued,
     "run.started": RunStarted,
@@ -519,6 +552,7 @@ KINDS: Mapping[str, type[Body]] = {
     "round.committed": RoundCommitted,
     "round.abandoned": RoundAbandoned,
     "round.evaluated": RoundEvaluated,
+    "round.reoffered": RoundReoffered,
     "run.waiting": RunWaiting,
     "model.created": ModelCreated,
     "release.published": ReleasePublished,

@@ -181,6 +181,8 @@ def _device_enrolled(connection: Connection, when: When, body: ev.DeviceEnrolled
         "desired": "{}",
         "reported": "{}",
         "reported_at": None,
+        "quarantined_until": 0.0,
+        "quarantine_cause": "",
     }
     connection.execute(insert(DEVICE).values({**values, **fresh}))
 
@@ -231,6 +233,22 @@ def _device_reported(connection: Connection, when: When, body: ev.DeviceReported
     if device["reported"] == reported:
         raise StateConflict(f"Device {body.device_id} reported nothing new.")
     _change(connection, DEVICE, {"id": body.device_id}, reported=reported, reported_at=when.time)
+
+
+def _device_quarantined(connection: Connection, when: When, body: ev.DeviceQuarantined) -> None:
+    _active(connection, body.device_id)
+    values = {"quarantined_until": body.until, "quarantine_cause": body.cause}
+    _change(connection, DEVICE, {"id": body.device_id}, **values)
+
+
+def _device_readmitted(connection: Connection, when: When, body: ev.DeviceReadmitted) -> None:
+    device = _one(connection, DEVICE, id=body.device_id)
+    if device is None:
+        raise NotFound(f"There is no device {body.device_id}.")
+    if not device["quarantined_until"]:
+        raise StateConflict(f"Device {body.device_id} is not in quarantine.")
+    values = {"quarantined_until": 0.0, "quarantine_cause": ""}
+    _change(connection, DEVICE, {"id": body.device_id}, **values)
 
 
 def _device_desired(connection: Connection, when: When, body: ev.DeviceDesired) -> None:
@@ -370,6 +388,8 @@ def _run_queued(connection: Connection, when: When, body: ev.RunQueued) -> None:
         "committed": 0,
         "waiting": "",
         "waiting_until": 0.0,
+        "coverage": "{}",
+        "flags": "[]",
     }
     connection.execute(insert(RUN).values(row))
 
@@ -400,6 +420,8 @@ def _run_finished(connection: Connection, when: When, body: ev.RunFinished) -> N
         waiting="",
         waiting_until=0.0,
         rounds=body.rounds,
+        coverage=_json(body.coverage),
+        flags=_json(body.flags),
         model_sha256=body.model_sha256 or run["model_sha256"],
     )
 
@@ -546,6 +568,13 @@ def _round_evaluated(connection: Connection, when: When, body: ev.RoundEvaluated
     _change(connection, ROUND, key, evaluated=_json(body.metrics))
 
 
+def _round_reoffered(connection: Connection, when: When, body: ev.RoundReoffered) -> None:
+    _run(connection, body.run_id, ("running", "stopping"))
+    newest = _newest_attempt(connection, body.run_id, body.round)
+    if newest is None or newest["state"] != "planned" or newest["attempt"] != body.attempt:
+        raise StateConflict(f"Attempt {body.attempt} of round {body.round} of run {body.run_id} is not open.")
+
+
 # -------------------------------------------------------------------------------------------------- models
 
 
@@ -685,6 +714,8 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.DeviceCertified: _device_signing,
     ev.DeviceReported: _device_reported,
     ev.DeviceDesired: _device_desired,
+    ev.DeviceQuarantined: _device_quarantined,
+    ev.DeviceReadmitted: _device_readmitted,
     ev.TaskRegistered: _task_registered,
     ev.RunQueued: _run_queued,
     ev.RunStarted: _run_started,
@@ -697,6 +728,7 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.RoundAbandoned: _round_abandoned,
     ev.RunWaiting: _run_waiting,
     ev.RoundEvaluated: _round_evaluated,
+    ev.RoundReoffered: _round_reoffered,
     ev.ModelCreated: _model_created,
     ev.ReleasePublished: _nothing,
     ev.ReleaseWithdrawn: _nothing,

@@ -23,11 +23,11 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
-from sqlalchemy import Connection, Engine, RowMapping, Select, insert, select, update
+from sqlalchemy import Connection, Engine, RowMapping, Select, and_, case, func, insert, select, update
 
 from lepton_fl.errors import NotFound, StateError, StateLocked
 from lepton_fl.files import event_hash
@@ -350,6 +350,8 @@ class Store:
                 DEVICE.c.reported,
                 PRESENCE.c.last_seen,
                 PRESENCE.c.status,
+                DEVICE.c.quarantined_until,
+                DEVICE.c.quarantine_cause,
             )
             .outerjoin_from(DEVICE, PRESENCE, DEVICE.c.id == PRESENCE.c.device_id)
             .where(DEVICE.c.state == "active")
@@ -366,6 +368,8 @@ class Store:
                     json.loads(row[5]),
                     row[6],
                     row[7] or "",
+                    row[8],
+                    row[9],
                 )
                 for row in connection.execute(query)
             ]
@@ -401,7 +405,7 @@ class Store:
         query = select(RUN).order_by(RUN.c.queued_seq)
         if state is not None:
             query = query.where(RUN.c.state == state)
-        return [Run(**_decoded(row, "spec")) for row in self._rows(query)]
+        return [_run(row) for row in self._rows(query)]
 
     def run(self, run_id: str) -> Run:
         """Return one run.
@@ -412,7 +416,7 @@ class Store:
         rows = self._rows(select(RUN).where(RUN.c.id == run_id))
         if not rows:
             raise NotFound(f"There is no run {run_id!r}.", hint="`lepton run list` shows them.")
-        return Run(**_decoded(rows[0], "spec"))
+        return _run(rows[0])
 
     def rounds(self, run_id: str) -> list[Round]:
         """Return every attempt of every round of a run, in order."""
@@ -426,6 +430,52 @@ class Store:
             query = query.where(PARTICIPATION.c.round == round)
         order = (PARTICIPATION.c.round, PARTICIPATION.c.attempt, PARTICIPATION.c.device_id)
         return [Part(**row) for row in self._rows(query.order_by(*order))]
+
+    def contributors(self, run_id: str) -> set[str]:
+        """Return the devices of which an update is part of a run's model."""
+        same = and_(
+            ROUND.c.run_id == PARTICIPATION.c.run_id,
+            ROUND.c.round == PARTICIPATION.c.round,
+            ROUND.c.attempt == PARTICIPATION.c.attempt,
+        )
+        query = select(PARTICIPATION.c.device_id).join(ROUND, same).distinct()
+        here = and_(PARTICIPATION.c.run_id == run_id, PARTICIPATION.c.outcome == "counted")
+        return {row[0] for row in self._tuples(query.where(here, ROUND.c.state == "committed"))}
+
+    def usual_seconds(self) -> dict[str, float]:
+        """Return device -> the mean of the times that it took to train, over all runs; 0 = none is known."""
+        timed = case((PARTICIPATION.c.seconds > 0, PARTICIPATION.c.seconds))
+        query = select(PARTICIPATION.c.device_id, func.coalesce(func.avg(timed), 0.0))
+        return {row[0]: row[1] for row in self._tuples(query.group_by(PARTICIPATION.c.device_id))}
+
+    def last_causes(self, run_id: str) -> dict[str, str]:
+        """Return device -> why its last answer in a run did not count, of those asked; '' where it did."""
+        query = select(
+            PARTICIPATION.c.device_id,
+            PARTICIPATION.c.cause,
+            PARTICIPATION.c.reason,
+            PARTICIPATION.c.outcome,
+        ).where(PARTICIPATION.c.run_id == run_id)
+        order = query.order_by(PARTICIPATION.c.round, PARTICIPATION.c.attempt)
+        rows = self._tuples(order)
+        return {row[0]: row[1] or row[2] or ("" if row[3] == "counted" else row[3]) for row in rows}
+
+    def faults_in_a_row(self, device_id: str, causes: Collection[str], most: int) -> int:
+        """Return how many of a device's last answers, at most ``most``, failed for one of these causes."""
+        same = and_(
+            ROUND.c.run_id == PARTICIPATION.c.run_id,
+            ROUND.c.round == PARTICIPATION.c.round,
+            ROUND.c.attempt == PARTICIPATION.c.attempt,
+        )
+        asked = and_(PARTICIPATION.c.device_id == device_id, PARTICIPATION.c.outcome != "surplus")
+        query = select(PARTICIPATION.c.outcome, PARTICIPATION.c.cause).join(ROUND, same).where(asked)
+        newest = query.order_by(ROUND.c.closed_at.desc()).limit(most)
+        faults = 0
+        for outcome, cause in self._tuples(newest):
+            if outcome == "counted" or cause not in causes:
+                break
+            faults += 1
+        return faults
 
     def models(self, run_id: str) -> list[Model]:
         """Return the models of a run by round."""
@@ -611,6 +661,10 @@ class Store:
         with self._exclusive(), writing(self._engine, self._lock_timeout) as connection:
             return journal.rebuild(connection, replace=True)
 
+    def _tuples(self, query: Select[Any]) -> list[tuple[Any, ...]]:
+        with reading(self._engine) as connection:
+            return [tuple(row) for row in connection.execute(query)]
+
     def _rows(self, query: Select[Any]) -> Sequence[RowMapping]:
         with reading(self._engine) as connection:
             return connection.execute(query).mappings().all()
@@ -632,6 +686,11 @@ def _device(row: RowMapping) -> Device:
     values["public_key"] = base64.b64decode(values["public_key"])
     values["status"] = values["status"] or ""
     return Device(**values)
+
+
+def _run(row: RowMapping) -> Run:
+    fields = _decoded(row, "spec", "coverage", "flags")
+    return Run(**{**fields, "flags": tuple(fields["flags"])})
 
 
 def _rollout(row: RowMapping) -> Rollout:

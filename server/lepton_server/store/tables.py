@@ -109,6 +109,8 @@ class DeviceRow(_Base, table=True):
     reported: str = Field(sa_column=_text())  # JSON object
     enrolled_at: float = Field(sa_column=Column(Float(53), nullable=False))
     reported_at: float | None = Field(sa_column=Column(Float(53)))
+    quarantined_until: float = Field(sa_column=Column(Float(53), nullable=False))  # 0 = it is not
+    quarantine_cause: str = Field(sa_column=_text())
 
 
 class TaskRow(_Base, table=True):
@@ -146,6 +148,8 @@ class RunRow(_Base, table=True):
     best_value: float | None = Field(sa_column=Column(Float(53)))
     waiting: str = Field(sa_column=_text())  # why the run does not move; empty when it does
     waiting_until: float = Field(sa_column=Column(Float(53), nullable=False))
+    coverage: str = Field(sa_column=_text())  # JSON object: who contributed, once the run is over
+    flags: str = Field(sa_column=_text())  # JSON array: what of it is below the floor
 
 
 class RoundRow(_Base, table=True):
@@ -190,6 +194,8 @@ class ParticipationRow(_Base, table=True):
     device_id: str = Field(sa_column=Column(Text, primary_key=True))
     outcome: str = Field(sa_column=_text())  # counted, surplus, rejected, dropped
     reason: str = Field(sa_column=_text())
+    cause: str = Field(sa_column=_text())
+    detail: str = Field(sa_column=_text())
     seconds: float = Field(sa_column=Column(Float(53), nullable=False))
     examples: int = Field(sa_column=Column(BigInteger, nullable=False))
     bytes_up: int = Field(sa_column=Column(BigInteger, nullable=False))

@@ -71,6 +71,8 @@ class Device:
     reported_at: float | None
     last_seen: float | None  # soft state, None when not heard of
     status: str  # soft state, "" when not heard of
+    quarantined_until: float = 0.0  # 0 = it is not in quarantine
+    quarantine_cause: str = ""
 
 
 class ActiveDevice(NamedTuple):
@@ -84,6 +86,8 @@ class ActiveDevice(NamedTuple):
     reported: JsonObject
     last_seen: float | None
     status: str
+    quarantined_until: float = 0.0
+    quarantine_cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ class Run:
     best_value: float | None
     waiting: str  # why the run does not move; empty when it does
     waiting_until: float
+    coverage: JsonObject = field(default_factory=dict)  # who contributed, once the run is over
+    flags: tuple[str, ...] = ()  # what of it is below the floor
 
     @property
     def finished(self) -> bool:
@@ -163,6 +169,8 @@ class Part:
     examples: int
     bytes_up: int
     bytes_down: int
+    cause: str = ""  # a value of Cause, where the answer did not come or does not count
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

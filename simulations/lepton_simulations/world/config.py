@@ -106,6 +106,8 @@ class DeviceClass(Frozen):
 
     name: str = ""
     share: Positive = 1.0  # of the fleet, relative to the other classes
+    # Instead of a share: the devices from this part of the fleet to that, in their order, as in [0.7, 1.0].
+    part: tuple[Fraction, Fraction] | None = None
     speed: Spread = Spread()  # training: examples per second; 0 = takes no time
     evaluation_factor: Positive = 3.0  # evaluation is so many times faster than training
     overhead_s: Spread = Spread()  # work per request besides the examples: to wake, unpack, encode
@@ -128,6 +130,14 @@ class DevicesConfig(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [c.name for c in self.classes if c.name]
+        parts = [c.part for c in self.classes if c.part is not None]
+        if parts and len(parts) < len(self.classes):
+            raise ValueError("either all classes have a part of the fleet, or none has")
+        ends = [0.0, *(end for _, end in parts)]
+        if parts and (
+            ends[-1] != 1.0 or any(p[0] != end or p[1] <= p[0] for p, end in zip(parts, ends, strict=False))
+        ):
+            raise ValueError(f"expected parts that follow each other from 0 to 1, got {parts}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two classes are named {twice[0]!r}")

@@ -375,7 +375,11 @@ def draw_devices(config: WorldConfig, ids: tuple[str, ...], seed: int) -> _Devic
     """Draw what is fixed about every device."""
     faults, keys = config.faults, device_keys(seed, ids)
     classes = config.devices.classes or (DeviceClass(),)
-    kind = dealt(keys, [c.share for c in classes], "class")
+    if classes[0].part is not None:  # by their place in the fleet
+        ends = [c.part[1] for c in classes if c.part is not None]
+        kind = np.searchsorted(ends, (np.arange(len(ids)) + 0.5) / len(ids))
+    else:
+        kind = dealt(keys, [c.share for c in classes], "class")
     slow = np.where(chosen(keys, faults.stragglers, "straggler"), faults.slowdown, 1.0)
     tables, place = [], np.zeros(len(ids), np.int64)
     for number, one in enumerate(classes):
