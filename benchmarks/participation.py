@@ -43,7 +43,7 @@ def recall(case: dict[str, Any], seed: int, rounds: int = 0) -> tuple[float, flo
     result = run_scenario(
         config.model_copy(update={"run": run, "engine": engine, "data": data, "output": output})
     )
-    return of_class(result, config.data.partition.owned_class), result.rows[-1].metrics["accuracy"]
+    return of_class(result, config.data.partition.owned_class), result.rows[-1].metrics["central_accuracy"]
 
 
 def of_class(result: Any, label: int) -> float:  # noqa: ANN401 - simulations' Result
