@@ -358,6 +358,7 @@ class Fleet:
             try:
                 work()
             except LeptonError as error:
+                self.store_error = error
                 if not failing:  # said once, not twice a second
                     log.error("%s: %s; trying again", threading.current_thread().name, error)
                 failing = True
@@ -366,6 +367,7 @@ class Fleet:
             else:
                 if failing:
                     log.info("%s: works again", threading.current_thread().name)
+                    self.store_error = None
                 failing = False
 
     def load(self) -> None:

@@ -364,7 +364,9 @@ class Watchdog:
         faults = {d: s for d, s in run.standings.items() if d not in found or s.cause in _HEALED}
         faults |= {d: s for d, s in found.items() if s.is_fault}
         self._say(run_id, run, faults)
-        wait = run.wait or (_wait_for_devices(attempt, found) if attempt is not None else None)
+        wait = run.wait or self._wait_for_store()
+        if wait is None and attempt is not None:
+            wait = _wait_for_devices(attempt, found)
         shown = sorted(faults.items(), key=lambda item: (item[0] not in found, item[1].cause.value, item[0]))
         return {
             "round": attempt.round if attempt else None,
@@ -382,6 +384,12 @@ class Watchdog:
             ],
             "more": max(0, len(shown) - MOST_DEVICES),
         }
+
+    def _wait_for_store(self) -> Wait | None:
+        """What keeps others from writing will keep a run, too, as soon as it has something to record."""
+        error = self._fleet.store_error
+        passing = isinstance(error, DiskFull | StateLocked | ConnectionFailed)
+        return wait_of(error, 0.0) if error is not None and passing else None
 
     def _standings(self, candidates: Sequence[Candidate]) -> dict[str, Diagnosis]:
         fit = ("eligible", "busy", "resting")

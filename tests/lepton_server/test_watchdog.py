@@ -157,6 +157,7 @@ class Attempt:
 @dataclass
 class View:
     known: dict = field(default_factory=dict)
+    store_error: Exception | None = None
 
     def vitals(self, device_id):
         return self.known.get(device_id, vitals())
@@ -213,6 +214,14 @@ def test_a_run_is_told_with_its_wait_and_its_faults(watch, caplog):
     watch.ends("r1")
     assert watch.look()["runs"] == {}
     assert sample(watch, "lepton_run_faults", run="r1", cause="offline") is None
+
+
+def test_a_database_that_nobody_can_write_is_named_before_the_run_stumbles_over_it(watch):
+    watch.attends("r1", Attempt({"d1": facts()}))
+    watch._fleet.store_error = StateLocked("lepton.db is locked.")
+    assert watch.look()["runs"]["r1"]["wait"]["cause"] == "database-locked"
+    watch._fleet.store_error = None
+    assert watch.look()["runs"]["r1"]["wait"]["cause"] == "at-work"
 
 
 def test_a_large_fleet_is_summed_up(watch):
