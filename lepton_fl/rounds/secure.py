@@ -43,6 +43,7 @@ class Told:
     vector: bytes | memoryview = b""  # masked; at stage UPLOADS
     seconds: float = 0.0  # the device's own
     num_bytes: int = 0
+    arrived_s: float | None = None  # since the attempt began; None = this very moment
 
 
 Ask = Callable[[Stage, Mapping[str, bytes]], Generator[Told, None, None]]
@@ -357,7 +358,7 @@ class _Heard:
             str(refusal) if refusal else "",
             seconds=told.seconds,
             num_bytes=told.num_bytes + (before.num_bytes if before else 0),
-            arrived_s=self._collected.elapsed_s(),
+            arrived_s=self._collected.elapsed_s() if told.arrived_s is None else told.arrived_s,
         )
         if stage is Stage.UPLOADS:
             self._tell(told.device, refusal)

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from lepton_fl.errors import Rejection, TrustError, UpdateRejected
+from lepton_fl.secagg.checks import Checks, Cohort
 from lepton_fl.secagg.context import COMPLETE, DEFAULT_COHORT, RoundContext, hidden_odds
 from lepton_fl.secagg.encoding import to_wire
 from lepton_fl.secagg.field import LIMBS, SECRET_BYTES, Random, draw, pack, share, unpack
@@ -55,12 +56,10 @@ from lepton_fl.secagg.messages import (
     Consent,
     Delivery,
     Reveal,
-    Roster,
     Shares,
     Survivors,
     Upload,
     dealers_digest,
-    verify,
 )
 
 
@@ -192,6 +191,7 @@ class ClientSession(_Secret):
         ledger: Ledger,
         policy: Policy = Policy(),
         workers: int = 1,
+        checks: Checks = Checks(),  # noqa: B008 - has no state
     ) -> None:
         """Begin.
 
@@ -203,6 +203,7 @@ class ClientSession(_Secret):
             ledger: What it has signed, durable.
             policy: What the device demands.
             workers: Threads for masking.
+            checks: Makes the costly ones; other than the default only where one process is many devices.
 
         Raises:
             TrustError: the context is below the device's policy, or the prekey has been used.
@@ -218,10 +219,10 @@ class ClientSession(_Secret):
         self._context, self._signing, self._trust, self._ledger = context, signing, trust, ledger
         self._advert = prekey.advert
         self._share_key, self._b, self._m = prekey.take()
-        self._workers = workers
+        self._workers, self._checks = workers, checks
         self._told: dict[str, _Told] = {}
         self._refused = ""
-        self._roster: Roster | None = None
+        self._cohort: Cohort | None = None
         self._peers: tuple[Advert, ...] = ()
         self._r = b""  # roster digest
         self._me = -1
@@ -254,10 +255,10 @@ class ClientSession(_Secret):
         return self._answer("share_keys", roster, lambda: self._share_keys(roster, random, now))
 
     def _share_keys(self, message: bytes, random: Random, now: float) -> bytes:
-        self._require(self._roster is None, "a roster after the round has moved on")
-        roster = Roster.decode(message)
-        self._check_roster(roster, now)
-        self._roster, self._r = roster, roster.digest
+        self._require(self._cohort is None, "a roster after the round has moved on")
+        cohort = self._checks.cohort(message)
+        self._check_cohort(cohort, now)
+        self._cohort, self._r = cohort, cohort.digest
         n, me = len(self._peers), self._me
         secrets = unpack(bytes(self._b + self._m))
         shares = share(secrets, n, self._context.rules.threshold(n), random)
@@ -277,16 +278,16 @@ class ClientSession(_Secret):
         )
         return Shares(self._r, me, b"".join(sealed), commitments).encode(self._signing)
 
-    def _check_roster(self, roster: Roster, now: float) -> None:
-        rules, n = self._context.rules, len(roster.adverts)
-        self._require(roster.context == self._context.digest, "a roster of another context")
+    def _check_cohort(self, cohort: Cohort, now: float) -> None:
+        rules, n = self._context.rules, len(cohort.adverts)
+        self._require(cohort.context == self._context.digest, "a roster of another context")
         self._require(n >= rules.min_cohort, f"a roster of {n}, fewer than {rules.min_cohort}")
         if rules.edge_odds < COMPLETE:
             enough = hidden_odds(n, rules.max_dropout)
             self._require(rules.edge_odds >= enough, f"a mask graph that is too sparse for {n} devices")
-        self._require(self._advert in roster.adverts, "a roster without this device's own advert")
-        self._peers = tuple(Advert.decode(advert) for advert in roster.adverts)
-        self._me = roster.adverts.index(self._advert)
+        self._require(self._advert in cohort.adverts, "a roster without this device's own advert")
+        self._peers = cohort.peers
+        self._me = cohort.adverts.index(self._advert)
         devices = [peer.device for peer in self._peers]
         self._require(
             all(a < b for a, b in pairwise(devices)),
@@ -446,10 +447,10 @@ class ClientSession(_Secret):
         self._require(certificate.survivors == digest, "a certificate for another survivor set")
         count = len(certificate.signatures)
         self._require(count >= rules.quorum(n), f"{count} signatures, {rules.quorum(n)} needed")
-        for sender, signature in certificate.signatures:
-            self._require(sender in members, "a signature of a device that is no survivor")
-            peer = self._peers[sender]
-            verify(peer.signing_key, signature, Consent(self._r, sender, digest).frame(), peer.device)
+        signers = {sender for sender, _ in certificate.signatures}
+        self._require(signers <= members, "a signature of a device that is no survivor")
+        assert self._cohort is not None  # as above
+        self._checks.consents(self._cohort, certificate)
         shares = {
             dealer: held[:SECRET_BYTES] if dealer in members else held[SECRET_BYTES:]
             for dealer, held in self._held.items()

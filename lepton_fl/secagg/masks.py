@@ -27,7 +27,7 @@ from lepton_fl.packing import lane_bits
 SEGMENT = 1 << 17  # bytes; all of one segment's buffers stay in the second-level cache
 SEED_BYTES = 32
 _TAG = 16  # bytes that GCM appends
-_ZEROS = bytes(SEGMENT)
+_ZEROS = memoryview(bytes(SEGMENT))
 _FIRST = (2).to_bytes(4, "big")  # GCM keeps counter 1 for its tag
 _BATCH = 256  # seeds whose ciphers are alive at a time
 _TRIAL_S = 0.001  # per engine
@@ -35,7 +35,7 @@ _TRIAL_S = 0.001  # per engine
 Ring = NDArray[np.unsignedinteger[Any]]  # little-endian uint16 or uint32
 Kind = Literal["gcm", "ctr"]
 Mask = tuple[bytes | bytearray, int]  # seed, +1 or -1
-Fill = Callable[[int, memoryview], None]  # segment number, SEGMENT + 16 bytes to fill
+Fill = Callable[[int, memoryview], None]  # segment number, and up to SEGMENT bytes to fill, with 16 more
 
 
 def ring_type(bits: int) -> np.dtype[Any]:
@@ -47,7 +47,7 @@ def _gcm(seed: bytes | bytearray) -> Fill:
     cipher = AESGCM(seed)
 
     def fill(segment: int, out: memoryview) -> None:
-        cipher.encrypt_into(segment.to_bytes(12, "little"), _ZEROS, None, out)
+        cipher.encrypt_into(segment.to_bytes(12, "little"), _ZEROS[: len(out) - _TAG], None, out)
 
     return fill
 
@@ -57,7 +57,7 @@ def _ctr(seed: bytes | bytearray) -> Fill:
 
     def fill(segment: int, out: memoryview) -> None:
         encryptor.reset_nonce(segment.to_bytes(12, "little") + _FIRST)
-        encryptor.update_into(_ZEROS, out)
+        encryptor.update_into(_ZEROS[: len(out) - _TAG], out)
 
     return fill
 
@@ -145,9 +145,10 @@ def _add(
         ciphers = [(engine(seed), np.add if sign > 0 else np.subtract) for seed, sign in batch]
         for segment in segments:
             target = vector[segment * len(stream) : (segment + 1) * len(stream)]
+            part, room = stream[: len(target)], out[: target.nbytes + _TAG]
             for fill, operation in ciphers:
-                fill(segment, out)
-                operation(target, stream[: len(target)], out=target)
+                fill(segment, room)
+                operation(target, part, out=target)
     buffer.fill(0)
 
 

@@ -8,11 +8,12 @@ same numbers, and a scenario chooses.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lepton_fl.secagg.checks import Checks, SharedChecks
 from lepton_fl.secagg.client import ClientSession, Ledger, MemoryLedger, Policy, Prekey
 from lepton_fl.secagg.context import COMPLETE, RoundContext
 from lepton_fl.secagg.field import Random
@@ -33,15 +34,16 @@ class Member:
     signing: Ed25519PrivateKey
     prekey: Prekey
     session: ClientSession | None = None
+    checks: Checks = field(default_factory=Checks)
 
 
 def make_members(devices: tuple[str, ...], deployment: str, random: Random) -> tuple[list[Member], Pinned]:
     """Devices with fresh keys, and trust in exactly these keys."""
-    members = []
+    members, checks = [], SharedChecks()
     for device in sorted(devices):
         signing = Ed25519PrivateKey.from_private_bytes(random(32))
         prekey = Prekey.make(device, deployment, signing, b"", NEVER, random)
-        members.append(Member(device, signing, prekey))
+        members.append(Member(device, signing, prekey, checks=checks))
     return members, Pinned({m.device: m.signing.public_key().public_bytes_raw() for m in members})
 
 
@@ -103,7 +105,13 @@ def _answer(
     if server.stage is Stage.ADVERTS:
         policy = Policy(context.rules.min_cohort, context.rules.edge_odds < COMPLETE)
         member.session = ClientSession(
-            context, member.prekey, member.signing, trust, ledger(member.device), policy
+            context,
+            member.prekey,
+            member.signing,
+            trust,
+            ledger(member.device),
+            policy,
+            checks=member.checks,
         )
         return member.prekey.advert
     session = member.session

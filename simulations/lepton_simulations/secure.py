@@ -4,7 +4,8 @@
 masks, signatures. ``"ideal"`` adds the same integers plainly. The weights are the same, bit for bit, where
 the same integers go in. The protocol needs every update by itself, so devices then train one by one; engines
 other than "lean" train a chunk in one matrix product, whose floats round by who is in it, before any integer
-is made. ``engine.one_by_one`` lets everybody train alike, with and without secure aggregation.
+is made. ``engine.one_by_one`` lets everybody train alike, with and without secure aggregation. The sessions
+of a large cohort are dealt out to helper processes (``seats``).
 
 Devices leave where the world says so, at any stage, and may repeat themselves, be late, or break the
 protocol. Keys are the operating system's; the sum does not depend on them. One process sees all its devices,
@@ -13,32 +14,30 @@ so nothing here protects anybody.
 
 import hashlib
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_fl.errors import ConfigError, Rejection, TrustError, UpdateRejected
+from lepton_fl.errors import ConfigError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.privacy.noise import Keystream, simulation_key
 from lepton_fl.rounds.collect import Clock, Collected, Finish
-from lepton_fl.rounds.exchange import Exchange
+from lepton_fl.rounds.exchange import Answer, Exchange
 from lepton_fl.rounds.secure import SecureRounds, Told, collect_secure
 from lepton_fl.rounds.secure_ideal import IdealRounds, read_reply
-from lepton_fl.rounds.secure_sum import context_of, encode_reply, encoding_of, groups_of
-from lepton_fl.secagg.client import ClientSession, MemoryLedger, Policy
-from lepton_fl.secagg.context import LEAST_COHORT
+from lepton_fl.rounds.secure_sum import SumEncoding, context_of, encode_reply, encoding_of, groups_of
+from lepton_fl.secagg.agreements import available_cores
 from lepton_fl.secagg.field import Random
-from lepton_fl.secagg.identity import Pinned
-from lepton_fl.secagg.keys import SEALED_BYTES
-from lepton_fl.secagg.messages import Reveal, Roster, Shares
-from lepton_fl.secagg.rehearsal import Member, make_members
+from lepton_fl.secagg.rehearsal import make_members
 from lepton_fl.secagg.server import Stage
 from lepton_fl.secagg.uploads import MemorySpool
 from lepton_fl.wire.messages import Request
 from lepton_simulations.config import SimulationConfig
+from lepton_simulations.seats import Crew, Seats
 from lepton_simulations.world import World
 
 DEPLOYMENT = "simulation"
@@ -79,7 +78,8 @@ def secure_rounds(config: SimulationConfig, world: World) -> SecureRounds | None
         return {device: Stage[stage.upper()] for device, stage in world.leaves(plan).items()}
 
     if config.engine.secure_aggregation == "full":
-        return FullRounds(random_of, stream_of, world)
+        workers = config.engine.workers if config.engine.workers >= 0 else available_cores()
+        return FullRounds(random_of, stream_of, world, workers)
     return IdealRounds(random_of, stream_of, leaves)
 
 
@@ -112,6 +112,7 @@ class FullRounds:
         random_of: Callable[[RoundPlan, str], Random],
         stream_of: Callable[[RoundPlan, str], Keystream | None],
         world: World,
+        workers: int = 0,
     ) -> None:
         """Prepare; see ``IdealRounds``.
 
@@ -119,8 +120,10 @@ class FullRounds:
             random_of: the randomness that a device rounds with, for fewer than 32 bits.
             stream_of: of the noise that a device adds; None = fresh.
             world: says who falls silent, repeats itself or breaks the protocol.
+            workers: processes that the sessions of a large cohort are dealt out to; 0 or 1 = none.
         """
         self._random_of, self._stream_of, self._world = random_of, stream_of, world
+        self._workers = workers
 
     def collect(
         self,
@@ -132,63 +135,67 @@ class FullRounds:
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         """See ``SecureRounds``."""
         members, trust = make_members(plan.cohort, DEPLOYMENT, os.urandom)
-        devices = _Devices(
-            plan, request, exchange, self._random_of, self._stream_of, self._world, members, trust
-        )
-        return collect_secure(
-            plan,
-            request,
-            devices.ask,
-            trust,
-            DEPLOYMENT,
-            clock=clock,
-            now=lambda: 0.0,  # nothing expires
-            spool=devices.spool,
-            tell=devices.tell,
-            finish=finish,
-        )
+        contexts = {
+            device: context_of(plan, request, DEPLOYMENT, cohort)
+            for cohort, devices in enumerate(groups_of(plan))
+            for device in devices
+        }
+        dealing, lying = self._world.cheats("bad_shares"), self._world.cheats("wrong_shares")
+        seats = Seats(members, contexts, trust, dealing, lying)
+        with Crew(seats, plan.cohort, self._workers) as crew:
+            devices = _Devices(
+                plan, request, exchange, clock, self._random_of, self._stream_of, self._world, crew, dealing
+            )
+            return collect_secure(
+                plan,
+                request,
+                devices.ask,
+                trust,
+                DEPLOYMENT,
+                clock=clock,
+                now=lambda: 0.0,  # nothing expires
+                spool=devices.spool,
+                tell=devices.tell,
+                finish=finish,
+            )
+
+
+@dataclass
+class _Upload:
+    """A device that has been trained: its vector is being masked, or it has none."""
+
+    device: str
+    seconds: float = 0.0
+    arrived_s: float = 0.0
+    refusal: UpdateRejected | None = None
 
 
 @dataclass
 class _Devices:
-    """The virtual devices of an attempt, and their sessions."""
+    """The virtual devices of an attempt."""
 
     plan: RoundPlan
     request: Request
     exchange: Exchange
+    clock: Clock
     random_of: Callable[[RoundPlan, str], Random]
     stream_of: Callable[[RoundPlan, str], Keystream | None]
     world: World
-    members: list[Member]
-    trust: Pinned
+    crew: Crew
+    dealing: Collection[str]  # who can be complained about
     spool: MemorySpool = field(default_factory=MemorySpool)
 
     def __post_init__(self) -> None:
-        contexts = {
-            device: context_of(self.plan, self.request, DEPLOYMENT, cohort)
-            for cohort, devices in enumerate(groups_of(self.plan))
-            for device in devices
-        }
-        policy = Policy(LEAST_COHORT, hidden_graph=True)  # nobody is protected here
-        self._sessions = {
-            m.device: ClientSession(
-                contexts[m.device], m.prekey, m.signing, self.trust, MemoryLedger(), policy
-            )
-            for m in self.members
-        }
-        self._leaves = self.world.leaves(self.plan)
-        self._dealing, self._lying = self.world.cheats("bad_shares"), self.world.cheats("wrong_shares")
+        self._leaves, self._began = self.world.leaves(self.plan), self.clock()
         self._late: dict[tuple[Stage, str], Told] = {}
-        self._adverts = {m.device: m.prekey.advert for m in self.members}
-        self._signing = {m.device: m.signing for m in self.members}
-        self._sizes: dict[str, int] = {}  # of a device's roster
+        self._accepted = 0
 
     def tell(self, device: str, refusal: UpdateRejected | None) -> None:
         """Pass on what became of a vector; one that is added is kept only where complaints can come."""
+        self._accepted += refusal is None
         self.exchange.tell(self.plan, device, refusal)
-        if not self._dealing:
+        if not self.dealing:
             self.spool.discard(device)
-        self._sessions[device].release()
 
     def ask(self, stage: Stage, messages: Mapping[str, bytes]) -> Generator[Told, None, None]:
         """All devices answer at once, but with their vectors: these come when the world says so.
@@ -201,71 +208,50 @@ class _Devices:
             yield from self._train(messages)
             return
         name, repeated = stage.name.lower(), self.world.repeated(self.plan, stage.name)
-        for device, message in messages.items():
-            told = self._answer(stage, device, message)
-            if self._leaves.get(device) == name:
-                self._late[stage, device] = told
-                continue
-            yield told
-            if device in repeated:
+        with closing(self.crew.answers(stage, messages)) as answers:
+            for device, answer in answers:
+                size = 0 if isinstance(answer, UpdateRejected) else len(answer)
+                told = Told(device, answer, num_bytes=size)
+                if self._leaves.get(device) == name:
+                    self._late[stage, device] = told
+                    continue
                 yield told
-
-    def _answer(self, stage: Stage, device: str, message: bytes) -> Told:
-        session = self._sessions[device]
-        try:
-            if stage is Stage.ADVERTS:
-                return _told(device, self._adverts[device])
-            if stage is Stage.SHARES:
-                self._sizes[device] = len(Roster.decode(message).adverts)
-                shares = session.share_keys(message, os.urandom, 0.0)
-                return _told(device, self._garbled(device, shares) if device in self._dealing else shares)
-            if stage is Stage.CONSENTS:
-                return _told(device, session.consent(message))
-            revealed = session.reveal(message)
-            return _told(device, self._falsified(device, revealed) if device in self._lying else revealed)
-        except TrustError as refusal:
-            return Told(device, UpdateRejected(Rejection.FAILED, str(refusal)))
-
-    def _garbled(self, device: str, message: bytes) -> bytes:
-        """Shares that a third and one more cannot open, rightly signed: enough to be found out."""
-        n = self._sizes[device]
-        honest = Shares.decode(message, n)
-        bad = SEALED_BYTES * (n // 3 + 1)
-        garbage = replace(honest, sealed=os.urandom(bad) + honest.sealed[bad:])
-        return garbage.encode(self._signing[device])
-
-    def _falsified(self, device: str, message: bytes) -> bytes:
-        """Shares that are not those that were dealt, rightly signed."""
-        n = self._sizes[device]
-        honest = Reveal.decode(message, n)
-        false = {dealer: bytes(len(part)) for dealer, part in honest.shares.items()}
-        return replace(honest, shares=false).encode(n, self._signing[device])
+                if device in repeated:
+                    yield told
 
     def _train(self, deliveries: Mapping[str, bytes]) -> Generator[Told, None, None]:
-        encoding = encoding_of(self.plan)
-        refused: dict[str, UpdateRejected] = {}
-        for device, delivery in deliveries.items():
-            try:
-                self._sessions[device].deliver(delivery)
-            except TrustError as error:
-                refused[device] = UpdateRejected(Rejection.FAILED, str(error))
+        """Vectors in the order of arrival; some are masked while others are still trained."""
+        encoding, pending = encoding_of(self.plan), deque[_Upload]()
         with closing(self.exchange.ask(self.plan, self.request)) as answers:
             for answer in answers:
-                device = answer.device_id  # type: ignore[union-attr]  # asked one by one: no sums
-                if device not in deliveries:  # its sum has failed
+                assert isinstance(answer, Answer)  # asked one by one: no sums
+                if answer.device_id not in deliveries:  # its sum has failed
                     continue
-                try:
-                    if device in refused:
-                        raise refused[device]
-                    reply = read_reply(answer, self.plan)  # type: ignore[arg-type]  # as above
-                    random, stream = self.random_of(self.plan, device), self.stream_of(self.plan, device)
-                    vector = encode_reply(self.plan, encoding, reply, random, stream)
-                except UpdateRejected as refusal:  # by the device's own software
-                    yield Told(device, refusal)
-                    continue
-                tail, masked = self._sessions[device].mask(vector)
-                yield Told(device, tail, masked, reply.seconds, len(tail) + len(masked))
+                pending.append(self._begin(answer, encoding, deliveries[answer.device_id]))
+                while len(pending) > self.crew.ahead:
+                    yield self._end(pending.popleft())
+                if self._accepted + len(pending) >= self.plan.wanted_reports:
+                    # The exchange trains no more than are wanted, so it must know who was accepted.
+                    while pending:
+                        yield self._end(pending.popleft())
+        while pending:
+            yield self._end(pending.popleft())
 
+    def _begin(self, answer: Answer, encoding: SumEncoding, delivery: bytes) -> _Upload:
+        device, arrived_s = answer.device_id, max(0.0, self.clock() - self._began)
+        try:
+            reply = read_reply(answer, self.plan)
+            random, stream = self.random_of(self.plan, device), self.stream_of(self.plan, device)
+            vector = encode_reply(self.plan, encoding, reply, random, stream)
+        except UpdateRejected as refusal:  # by the device's own software
+            return _Upload(device, arrived_s=arrived_s, refusal=refusal)
+        self.crew.start(device, delivery, vector)
+        return _Upload(device, reply.seconds, arrived_s)
 
-def _told(device: str, message: bytes) -> Told:
-    return Told(device, message, num_bytes=len(message))
+    def _end(self, upload: _Upload) -> Told:
+        answer = upload.refusal or self.crew.masked(upload.device)
+        if isinstance(answer, UpdateRejected):
+            return Told(upload.device, answer, arrived_s=upload.arrived_s)
+        tail, masked = answer
+        size = len(tail) + len(masked)
+        return Told(upload.device, tail, masked, upload.seconds, size, upload.arrived_s)

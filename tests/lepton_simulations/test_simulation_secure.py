@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from lepton_fl.errors import ConfigError
+from lepton_simulations import seats
 from lepton_simulations.api import run_scenario
 from lepton_simulations.config import SimulationConfig
 
@@ -132,3 +133,40 @@ def test_a_recorded_run_says_nothing_of_single_devices(tmp_path):
     assert '"outcome":"counted"' in text
     assert '"examples":80' not in text  # what a device of this fleet trains on
     assert "secure aggregation: the whole protocol" in result.simulated
+
+
+@pytest.fixture
+def small_crews(monkeypatch):
+    monkeypatch.setattr(seats, "WORTH_HELP", 4)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"faults": {**AT_EVERY_STAGE, "repeats": 0.3}, "rounds": 2},
+        {"cohort": {"size": 16, "over_selection": 1.25}, "faults": {"drop_out": 0.1}, "rounds": 1},
+        {"cohort": {"size": 20}, "secure": {"min_cohort": 4, "max_cohort": 7}, "rounds": 1},
+        {"cohort": {"size": 20}, "faults": {"bad_shares": 0.05, "wrong_shares": 0.05}, "rounds": 1},
+    ],
+    ids=["leaving", "over-selection", "sums", "culprits"],
+)
+def test_sessions_on_helpers_change_nothing(small_crews, more):
+    here, there = run(how="full", **more), run(how="full", workers=2, **more)
+    assert here.rows[0].reports
+    assert here.journal_sha256 == there.journal_sha256  # who came, when, and what became of it
+
+
+def test_a_helper_that_dies_ends_the_run_with_a_word(small_crews, monkeypatch):
+    started = []
+    start = seats.Crew.start
+
+    def dying(crew, device, delivery, vector):
+        start(crew, device, delivery, vector)
+        started.append(crew)
+        crew._helpers[0].process.kill()
+
+    monkeypatch.setattr(seats.Crew, "start", dying)
+    result = run(how="full", workers=2, rounds=1)
+    assert result.verdict.outcome == "failed"
+    assert "died" in result.verdict.reason
+    assert not started[0]._helpers  # none is left behind
