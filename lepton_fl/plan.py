@@ -474,6 +474,7 @@ class RunSpec(Frozen):
     early_stop: EarlyStop = EarlyStop()
     seed: Annotated[int, Field(ge=0)] = 0  # of the initial model
     initial_model: str = ""  # SHA-256 of a stored model to start from; empty = a fresh one
+    teacher: str = ""  # of a distillation task: SHA-256 of a stored model; in a simulation its file or run
 
     # Not mode="before": that would read the JSON of a file as Python objects, where a list is no tuple.
     @model_validator(mode="after")
@@ -763,6 +764,7 @@ class RoundPlan(Frozen):
     task_version: str
     layout_digest: str
     num_coordinates: int  # P
+    fixed: int = 0  # of them, the last ones: frozen parameters, of which nobody sends anything
     model_sha256: str
     cohort: tuple[str, ...]  # device ids asked, drawn from the eligible ones
     wanted_reports: int  # the round closes when so many were accepted
@@ -786,11 +788,16 @@ class RoundPlan(Frozen):
 
     @property
     def update_size(self) -> int:
-        """Coordinates of an update: the model's, the auxiliary ones, and a private run's tail."""
+        """Coordinates of an update: ``sent_size``, and a private run's tail."""
         return self.sent_size + self.tail_size
 
     @property
     def sent_size(self) -> int:
+        """Coordinates of an update without its tail: what can move of the model, and the auxiliary ones."""
+        return self.num_coordinates - self.fixed + self.auxiliary
+
+    @property
+    def down_size(self) -> int:
         """Coordinates of what is sent to a device: the model's and the auxiliary ones."""
         return self.num_coordinates + self.auxiliary
 

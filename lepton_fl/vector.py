@@ -40,16 +40,17 @@ class Layout:
     """Which tensors a flat vector holds, in order."""
 
     slots: tuple[Slot, ...]
+    fixed: int = 0  # coordinates at the end that never move: frozen parameters
 
     @classmethod
-    def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Layout":
-        """The layout of tensors with these shapes, in the mapping's order."""
+    def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]], fixed: int = 0) -> "Layout":
+        """The layout of tensors with these shapes, in the mapping's order, the ``fixed`` ones last."""
         slots, start = [], 0
         for name, shape in shapes.items():
             stop = start + prod(shape)
             slots.append(Slot(name, tuple(int(n) for n in shape), start, stop))
             start = stop
-        return cls(tuple(slots))
+        return cls(tuple(slots), fixed)
 
     @classmethod
     def of(cls, tensors: Mapping[str, NDArray[np.generic]]) -> "Layout":
@@ -61,10 +62,16 @@ class Layout:
         """Number of coordinates P."""
         return self.slots[-1].stop if self.slots else 0
 
+    @property
+    def moving(self) -> int:
+        """Number of coordinates, the first ones, that training may change: those of an update."""
+        return self.size - self.fixed
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of names and shapes: equal exactly when two vectors can be added."""
-        described = json.dumps([[s.name, list(s.shape)] for s in self.slots], separators=(",", ":"))
+        slots: list[object] = [[s.name, list(s.shape)] for s in self.slots]
+        described = json.dumps([*slots, self.fixed] if self.fixed else slots, separators=(",", ":"))
         return hashlib.sha256(described.encode()).hexdigest()
 
     def flatten(self, tensors: Mapping[str, NDArray[np.generic]]) -> Vector:

@@ -201,6 +201,14 @@ def _show(folder: Path, format: Format, *, plot: Path | None = None) -> None:
             f"Learnt from: {learnt.source}, {learnt.rows} rows in {learnt.seconds:.1f} s; "
             f"shift {learnt.shift:.3f}"
         )
+    for card in cards:
+        taught = card.lineage.transfer
+        if taught is not None and taught.source == "devices":
+            say(
+                f"{card.name} was taught on the devices in {taught.run}: {taught.rounds} rounds, "
+                f"{taught.bytes_up / 1e6:.1f} MB up, {taught.bytes_down / 1e6:.1f} MB down, "
+                f"{taught.privacy or 'no privacy guarantee'}."
+            )
     refused = [
         {"name": card.name, "profile": verdict.profile, "reasons": "; ".join(verdict.reasons)}
         for card in cards

@@ -44,12 +44,18 @@ from lepton_fl.compression.card import (
     read_variant,
 )
 from lepton_fl.compression.catalogue import REPORT, Failure, Report, pareto
-from lepton_fl.compression.federated import student_weights
+from lepton_fl.compression.federated import read_taught
 from lepton_fl.compression.fit import Lesson, OnStep, answers_of, fit
 from lepton_fl.compression.profiles import Profile, Profiles, Reference, judge
 from lepton_fl.compression.quantise import quantise
 from lepton_fl.compression.recipe import OPSET, Candidate, QuantiseSpec, Recipe, Training, suggested
-from lepton_fl.compression.source import GlobalModel, evaluation_rows, read_tensors
+from lepton_fl.compression.source import (
+    GlobalModel,
+    evaluation_rows,
+    read_tensors,
+    taught_on_devices,
+    weights_file,
+)
 from lepton_fl.compression.students import pruned, student, with_rounding, without_rounding, zero_masks
 from lepton_fl.compression.transfer import TransferRows, describe, generated_rows, proxy_rows
 from lepton_fl.errors import ConfigError, NotFound, RunError, StateError, TaskError
@@ -61,9 +67,6 @@ BASELINE: Final = "fp32"  # the global model itself, always made and measured fi
 _VERSION: Final = 1  # of what is computed; part of every digest
 _WIRE_LEVEL: Final = 19  # of zstd
 _INTEGER: Final = ("static", "dynamic")  # whose kernels may differ between processors
-_ON_DEVICES: Final = Transfer(
-    source="devices", rows=0, entropy=None, reference_entropy=None, shift=0.0, seconds=0.0
-)
 _BATCH: Final = 1024  # rows whose metrics are counted at a time
 
 
@@ -306,7 +309,7 @@ class Build:
             fresh = student(distil.student, self.model.task, self._teacher, example, seed)
             if distil.weights is not None:
                 done["weights"] = _file_sha256(distil.weights)
-                _fill(fresh, distil.weights)
+                self._fill(fresh, distil.weights)
             module, seconds = self._stage(candidate, done, fresh, distil, seconds, teachers=distil.teachers)
         if prune := candidate.prune:
             done["prune"] = prune.to_json()
@@ -321,6 +324,23 @@ class Build:
             trained, seconds = self._stage(candidate, done, rounding, aware, seconds, masks=masks)
             module = without_rounding(trained, module)
         return _Made(module, seconds)
+
+    def _fill(self, module: nn.Module, path: Path) -> None:
+        """Give a student the weights that the devices have trained, if this global model taught them."""
+        taught = read_taught(weights_file(path))
+        ours = self._teacher.state_dict()
+        if any(not np.array_equal(ours[name].numpy(), array) for name, array in taught.teacher.items()):
+            raise TaskError(
+                f"The student in {path} was taught by another model than {self.model.sha256[:12]}.",
+                hint="Build from the model that the distillation run named as its teacher.",
+            )
+        try:
+            module.load_state_dict({name: torch.from_numpy(array) for name, array in taught.student.items()})
+        except RuntimeError as error:
+            raise TaskError(
+                f"The student in {path} is of another architecture than the recipe's: {error}",
+                hint="Declare the student that the distillation task was made with.",
+            ) from error
 
     def _stage(
         self,
@@ -382,12 +402,13 @@ class Build:
             privacy=self.model.privacy,
             candidate_sha256=digest,
             recipe_sha256=self.recipe_sha256 or self.recipe.digest(),
-            transfer=self._transfer
-            if candidate.learns
-            else _ON_DEVICES
-            if _from_devices(candidate)
-            else None,
+            transfer=self._learnt_from(candidate),
         )
+
+    def _learnt_from(self, candidate: Candidate) -> Transfer | None:
+        if candidate.distil is not None and candidate.distil.weights is not None:
+            return taught_on_devices(candidate.distil.weights)
+        return self._transfer if candidate.learns else None
 
     def _measured(
         self,
@@ -506,25 +527,9 @@ def _whole(folder: Path, digest: str) -> Card | None:
     return None
 
 
-def _from_devices(candidate: Candidate) -> bool:
-    return candidate.distil is not None and candidate.distil.weights is not None
-
-
-def _fill(module: nn.Module, path: Path) -> None:
-    """Give a student the weights that the devices have trained."""
-    arrays = student_weights(path)
-    try:
-        module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    except RuntimeError as error:
-        raise TaskError(
-            f"The student in {path} is of another architecture than the recipe's: {error}",
-            hint="Declare the student that the distillation task was made with.",
-        ) from error
-
-
 def _file_sha256(path: Path) -> str:
     try:
-        return sha256_hex(path.read_bytes())
+        return sha256_hex(weights_file(path).read_bytes())
     except OSError as error:
         raise NotFound(f"There is no file {path}.", hint="Check distil.weights in the recipe.") from error
 

@@ -52,7 +52,7 @@ class TensorSpec(Frozen):
 
 
 class Transfer(Frozen):
-    """The rows a variant was trained on, and how far from the evaluation set they are to the teacher."""
+    """What a variant was trained on, how far that is from the evaluation set to the teacher, and its cost."""
 
     source: Literal["proxy", "generator", "devices"]
     rows: Count  # 0 = not known: they are on the devices
@@ -60,7 +60,12 @@ class Transfer(Frozen):
     entropy: Amount | None  # nats, mean over the teacher's decisions on these rows; None for a regression
     reference_entropy: Amount | None  # the same on the evaluation set
     shift: Share  # Kolmogorov-Smirnov distance of the teacher's outputs here and there: 0 = alike, 1 = apart
-    seconds: Amount  # to make or read the rows
+    seconds: Amount  # to make or read the rows, or of the devices' rounds
+    run: str = ""  # of the devices that taught; what follows is its cost
+    rounds: Count = 0
+    bytes_up: Count = 0  # from all devices together
+    bytes_down: Count = 0  # to them: student and teacher, every time
+    privacy: str | None = None  # what was promised to the devices that taught
 
 
 class Lineage(Frozen):

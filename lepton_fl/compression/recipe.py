@@ -64,7 +64,7 @@ class DistilSpec(Training):
 
     student: StudentSpec
     epochs: Epochs = 30
-    weights: Path | None = None  # of a distillation run on the devices: nothing is trained here
+    weights: Path | None = None  # a distillation run's folder or model: nothing is trained here
     teachers: Literal["global", "ensemble"] = (
         "global"  # ensemble: with every --teacher (FedDF, Lin et al. 2020)
     )

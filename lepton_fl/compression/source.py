@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lepton_fl.compression.card import Transfer
 from lepton_fl.compression.federated import TEACHER
 from lepton_fl.errors import ConfigError, DataError, NotFound, StateCorrupt, TaskError
 from lepton_fl.tasks import Dataset, Task, load_task, resolve
@@ -65,11 +66,7 @@ def read_source(path: Path, task: str = "") -> GlobalModel:
         StateCorrupt: the file is damaged, or holds numbers that are not finite.
         TaskError: the task is not known, or the tensors are not those of its model.
     """
-    folder = path if path.is_dir() else None
-    file = path / WEIGHTS if folder else path
-    if not file.is_file():
-        hint = "A run writes it when it ends; name a run's folder or a model's .safetensors file."
-        raise NotFound(f"There is no {file}.", hint=hint)
+    folder, file = path if path.is_dir() else None, weights_file(path)
     tensors, said = read_tensors(file)
     known = _of_run(folder) if folder else _of_file(said, file)
     named = known.pop("task")
@@ -83,6 +80,71 @@ def read_source(path: Path, task: str = "") -> GlobalModel:
             hint="Install the version of the task that the run trained.",
         )
     return GlobalModel(loaded, reference, _vector(loaded, tensors, file), **known)
+
+
+def weights_file(path: Path) -> Path:
+    """The model's file: itself, or that in a run's folder; NotFound where there is none."""
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        hint = "A run writes it when it ends; name a run's folder or a model's .safetensors file."
+        raise NotFound(f"There is no {file}.", hint=hint)
+    return file
+
+
+def read_weights(path: Path, task: Task) -> Vector:
+    """The weights of one task's model, (P,) float32, in a run's folder or a model's file.
+
+    Raises:
+        NotFound: there is nothing, or the run has no final model yet.
+        StateCorrupt: the file is damaged, or holds numbers that are not finite.
+        TaskError: the tensors are not those of the task's model.
+    """
+    file = weights_file(path)
+    return _vector(task, read_tensors(file)[0], file)
+
+
+def taught_on_devices(path: Path) -> Transfer:
+    """What a distillation run has cost, as far as its folder or the header of its exported model says.
+
+    Raises:
+        NotFound: there is no such file.
+        StateCorrupt: the file or the folder is damaged.
+    """
+    file = weights_file(path)
+    folder = file.parent if file.name == WEIGHTS and (file.parent / "scenario.json").exists() else None
+    known = _of_run(folder) if folder else _of_file(read_tensors(file)[1], file)
+    cost = _cost_of_run(folder) if folder else _cost_of_file(read_tensors(file)[1])
+    return Transfer(
+        source="devices",
+        rows=0,
+        entropy=None,
+        reference_entropy=None,
+        shift=0.0,
+        run=known["run"],
+        rounds=known["round"] or 0,
+        privacy=known["privacy"],
+        **cost,
+    )
+
+
+def _cost_of_run(folder: Path) -> dict[str, Any]:
+    try:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_bytes().splitlines())
+        rows = {row["round"]: row for row in lines}.values()  # an evaluated round has two lines
+        return {name: sum(row[name] for row in rows) for name in ("bytes_up", "bytes_down", "seconds")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateCorrupt(
+            f"{folder} is not the folder of a run ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _cost_of_file(said: Mapping[str, str]) -> dict[str, Any]:
+    """Zeros where the header says nothing: the file was not written by `lepton run export`."""
+    try:
+        counts = {name: int(said.get(name, "0")) for name in ("bytes_up", "bytes_down")}
+        return counts | {"seconds": float(said.get("seconds", "0"))}
+    except ValueError as error:
+        raise StateCorrupt(f"The header of the model is damaged: {error}.") from error
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, str]]:

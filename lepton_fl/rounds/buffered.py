@@ -168,7 +168,7 @@ class BufferedCampaign(Campaign):
             mean = step.buffer.finalize()
             after = advance(self.spec, self.work, step.plan, state, mean, step.buffer.reports)
             metrics, seconds = TRAINING.summarise(step.collected.sums), self.clock() - began
-            bytes_down = 4 * step.plan.update_size * len(step.collected.participation)
+            bytes_down = 4 * step.plan.down_size * len(step.collected.participation)
             self.book.committed(Committed(after, step.collected, metrics, seconds, bytes_down))
             return after
         raise RunError(

@@ -50,7 +50,12 @@ class Work:
     metrics: Metrics
     evaluate_centrally: Callable[[Vector], Sums] | None = None
     evaluate_on_devices: bool = True  # off: the watched metric is the central one
-    layout: Layout | None = None  # needed where local.personal names tensors
+    layout: Layout | None = None  # needed where local.personal names tensors, or some are frozen
+
+    @property
+    def fixed(self) -> int:
+        """Coordinates at the end that never move, see ``Layout``."""
+        return self.layout.fixed if self.layout else 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,13 @@ class Campaign:
     def _refuse_plain_rounds(self) -> None:
         """A run that must not see single updates never falls back to rounds that do."""
         control = self.spec.local.control_variates
-        prove_fits(self.spec, self.work.num_coordinates * (2 if control else 1))
+        if control and self.work.fixed:
+            raise ConfigError(
+                "local.control_variates do not work with a model of which parts are frozen.",
+                hint="Set local.control_variates = false.",
+            )
+        moving = self.work.num_coordinates - self.work.fixed
+        prove_fits(self.spec, moving * (2 if control else 1))
         if self.secure is None and self.spec.secure_aggregation == "required":
             raise ConfigError(
                 "run.secure_aggregation is 'required', and nothing here runs its protocol.",
@@ -476,6 +487,7 @@ def plan_round(
         task_version=work.version,
         layout_digest=work.layout_digest,
         num_coordinates=work.num_coordinates,
+        fixed=work.fixed,
         model_sha256=state.model_sha256,
         cohort=tuple(cohort),
         wanted_reports=min(size, len(cohort)),
@@ -511,13 +523,15 @@ def advance(
         work: what is trained.
         plan: of the attempt.
         state: before it.
-        mean: (P + A,) float64, the devices' aggregate update; it is overwritten.
+        mean: (``plan.sent_size``,) float64, the devices' aggregate update; it is overwritten.
         reports: how many it was made of.
 
     Raises:
         RunError: the new model or control is not finite.
     """
     size = plan.num_coordinates
+    if plan.fixed:
+        mean = np.concatenate([mean, np.zeros(plan.fixed)])
     personal = personal_of(spec.local, work.layout)
     if personal is not None:
         mean[:size][personal] = 0.0  # nobody sends anything there; nor shall an attacker's update be kept
@@ -564,4 +578,4 @@ def _better(value: float, than: float, mode: str, margin: float, or_equal: bool)
 
 def _bytes_down(plan: RoundPlan) -> int:
     """Model bytes sent: every device of the cohort is sent the model, and the auxiliary vector, once."""
-    return 4 * plan.sent_size * len(plan.cohort)
+    return 4 * plan.down_size * len(plan.cohort)

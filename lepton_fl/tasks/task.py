@@ -43,7 +43,8 @@ class Task:
     targets. It sees the rows of one device only and should use constants written in the task, so that a
     row means the same everywhere. ``augment`` changes a training batch at every step. ``local`` is how a
     device trains when a run does not say it. ``students`` are smaller models for the same rows and targets,
-    into which the trained one may be distilled (docs/variants.md).
+    into which the trained one may be distilled (docs/variants.md). ``teacher`` is whose model a distillation
+    task carries, frozen: what its ``answers(x)`` says, and not the targets, is what the loss is given.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Task:
     data: Callable[[Path | None], Corpus] | None = None  # reads the published data set from a folder
     local: LocalPlan = field(default_factory=LocalPlan)
     students: Mapping[str, Callable[[], "nn.Module"]] = field(default_factory=dict)
+    teacher: "Task | None" = None
 
     def check(self, raw: Dataset) -> ContractReport:
         """Check raw rows against the contract; DataContractError says what is wrong."""

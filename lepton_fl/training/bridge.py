@@ -1,7 +1,8 @@
 """Between a torch module and the flat vector of a model.
 
-Trainable parameters come first, then frozen parameters and floating-point buffers, each in the order the
-module lists them: a training step is then one operation on one contiguous piece. Integer and boolean
+Trainable parameters come first, then floating-point buffers, then frozen parameters, each in the order the
+module lists them: a training step is then one operation on one contiguous piece, and so is what can move at
+all, which is what devices send. Integer and boolean
 buffers (step counters and the like) belong to one device and stay out.
 """
 
@@ -28,7 +29,7 @@ def state_tensors(
     trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
     frozen = {k: p for k, p in module.named_parameters() if not p.requires_grad}
     buffers = {k: b for k, b in module.named_buffers() if k in saved}
-    others: dict[str, Tensor] = {**frozen, **buffers}
+    others: dict[str, Tensor] = {**buffers, **frozen}
     for name, tensor in {**trained, **others}.items():
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != dtype:
             raise TaskError(
@@ -41,7 +42,8 @@ def state_tensors(
 def layout_of(module: nn.Module) -> Layout:
     """Which tensors of the module stand where in its vector."""
     trained, others = state_tensors(module)
-    return Layout.of_shapes({k: tuple(t.shape) for k, t in {**trained, **others}.items()})
+    fixed = sum(p.numel() for p in module.parameters() if not p.requires_grad and p.is_floating_point())
+    return Layout.of_shapes({k: tuple(t.shape) for k, t in {**trained, **others}.items()}, fixed)
 
 
 def state_vector(module: nn.Module) -> Vector:

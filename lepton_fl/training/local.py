@@ -61,6 +61,7 @@ class LocalState:
     """What one device brings to one training, or evaluation, besides its data."""
 
     start: Vector  # (P,) the global model, with the device's personal part
+    moving: int  # its first coordinates, that are not frozen (P - F)
     personal: NDArray[np.bool_] | None = None  # (P,)
     control: Vector | None = None  # (P',) c of the server
     own: Vector | None = None  # (P,) c_i
@@ -96,10 +97,10 @@ class LocalState:
                 start = model.copy()
                 start[personal] = head
         if not local.control_variates or auxiliary is None:
-            return cls(start, personal)
+            return cls(start, layout.moving, personal)
         own = remembered(held, CONTROL, layout.size)
         own = np.zeros(layout.size, np.float32) if own is None else own
-        return cls(start, personal, auxiliary[:num_trained], own)
+        return cls(start, layout.moving, personal, auxiliary[:num_trained], own)
 
     @property
     def correction(self) -> Vector | None:
@@ -110,7 +111,7 @@ class LocalState:
         return shift
 
     def outgoing(self, delta: Vector, steps: int, learning_rate: float) -> Vector:
-        """What is to be sent of a training: (P,) or (P + P,) float32.
+        """What is to be sent of a training: (P - F,) or (P + P,) float32.
 
         Args:
             delta: (P,) trained minus start; stays as it is.
@@ -121,7 +122,7 @@ class LocalState:
         if self.personal is not None:
             shared = np.where(self.personal, np.float32(0), delta)
         if self.control is None:
-            return shared
+            return shared[: self.moving]
         counts = np.array([steps], np.int64)
         moves = control_moves(delta[None, :], self.control, counts, learning_rate, self.personal)
         return np.concatenate([shared, moves[0]])

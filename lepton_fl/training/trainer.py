@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Libraries choose kernels by where memory begins, and kernels round differently.
 _ALIGNED = 64  # bytes; torch's own memory begins so
+_AT_ONCE = 512  # rows that a teacher answers
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -121,8 +122,8 @@ class Trainer:
         if local.example_privacy is not None:
             return self._train_privately(start, data, local, seed, should_stop, spent)
         began = perf_counter()
-        x, y = self._tensors(data)
         self._load(start)
+        x, y = self._lesson(data)
         rng = np.random.default_rng(seed)
         step = self._stepper(local, correction)
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -179,8 +180,8 @@ class Trainer:
         keep_memory()
         self.refuse_private(data)
         began, charge, rng = perf_counter(), spent.charge, np.random.default_rng(seed)
-        x, y = self._tensors(data)
         self._load(start)
+        x, y = self._lesson(data)
         gradient = PrivateGradient(self.module, self.loss, self._grad, local.example_privacy.clip_norm, spent)
         step = make_step(local, self._state[: len(self._grad)], self._grad)
         with torch.random.fork_rng(devices=_cuda_index(self.device)), gradient.listening():
@@ -214,6 +215,22 @@ class Trainer:
                 batch = metrics.count(outputs.cpu().numpy(), data.y[first : first + batch_size])
                 total = metrics.add(total, batch)
         return total
+
+    def _lesson(self, data: Dataset) -> tuple[Tensor, Tensor]:
+        """Rows and what is to be answered: their targets or, in a distillation, what the teacher says."""
+        x, y = self._tensors(data)
+        if self.task.teacher is None:
+            return x, y
+        answers = cast("Callable[[Tensor], Tensor]", self.module.answers)
+        with torch.no_grad():
+            y = torch.cat([answers(part) for part in torch.split(x, _AT_ONCE)])
+        if not bool(torch.isfinite(y).all()):
+            raise UpdateRejected(
+                Rejection.NON_FINITE,
+                "The teacher's answers are not finite.",
+                hint="Name a trained model in run.teacher.",
+            )
+        return x, y
 
     def _batch(
         self, x: Tensor, y: Tensor, rows: Tensor | None, rng: np.random.Generator

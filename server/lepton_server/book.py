@@ -402,7 +402,7 @@ _OUTCOMES = {
 
 
 def _participation(collected: Collected) -> list[dict[str, Any]]:
-    bytes_down = 4 * collected.plan.sent_size
+    bytes_down = 4 * collected.plan.down_size
     return [
         {
             "device_id": entry.device_id,

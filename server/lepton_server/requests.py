@@ -79,13 +79,19 @@ def refuse_unknown(spec: RunSpec, *, authority: bool) -> None:
 
 
 def lineage(store: Store, run: Run, sha256: str) -> dict[str, str]:
-    """Where a model comes from: its round, the journal's head when it was committed, its run's privacy."""
+    """Where a model comes from: its round, what its run had cost by then, the journal's head, the privacy."""
     from lepton_fl.compression.source import promise
 
     created = [model for model in store.models(run.id) if model.sha256 == sha256]
     if not created:
         return {}
-    found, seen = {"round": str(created[-1].round)}, 0
+    last, seen = created[-1].round, 0
+    paid = [r for r in store.rounds(run.id) if r.round <= last]
+    found = {"round": str(last), "seconds": f"{sum(r.seconds for r in paid):.3f}"}
+    found |= {
+        "bytes_up": str(sum(r.bytes_up for r in paid)),
+        "bytes_down": str(sum(r.bytes_down for r in paid)),
+    }
     while page := store.events(seen, subject=run.id, limit=_PAGE):
         seen = page[-1].seq
         for event in page:

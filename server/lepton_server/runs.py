@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random, SystemRandom
 
+from lepton_fl.compression.federated import check_teacher
 from lepton_fl.errors import Cause, ConfigError, LeptonError, StateConflict, TaskError, TrustError
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RoundPlan, RunSpec
@@ -351,6 +352,7 @@ class RunDriver:
                 f"The run asks for {spec.task} {spec.task_version!r}, installed is {task.version!r}.",
                 hint="Install that version on the coordinator, or start the run without a version.",
             )
+        check_teacher(task, spec.teacher)
         rows_apart = spec.local.example_privacy is not None
         layout, initial = self._workshop.initial_model(reference, spec.seed, rows_apart=rows_apart)
         registered = TaskRegistered(
@@ -374,6 +376,8 @@ class RunDriver:
                 raise TaskError(
                     f"Model {spec.initial_model[:12]} has {initial.size} weights, the task {layout.size}."
                 )
+        if spec.teacher:
+            initial = self._workshop.with_teacher(reference, initial, load_model(self._blobs, spec.teacher))
         return work, initial
 
     def _guard(
@@ -384,7 +388,7 @@ class RunDriver:
             return None
         if self._privacy_keys is None:
             raise ConfigError("This coordinator was started without the keys of private runs.")
-        ready = self._workshop.prepared(spec, work.num_coordinates)
+        ready = self._workshop.prepared(spec, work.num_coordinates - work.fixed)
         found = self._fleet.candidates(work.task, work.version, spec.cohort.groups)
         return guard_run(
             self._store,

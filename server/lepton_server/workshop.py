@@ -21,6 +21,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
+from lepton_fl.compression.federated import with_teacher
 from lepton_fl.errors import LeptonError, TaskError
 from lepton_fl.plan import RunSpec
 from lepton_fl.privacy.planning import Prepared
@@ -71,6 +72,16 @@ class Workshop:
             Interrupted: ``give_up`` said so.
         """
         return self._call(_initial_model, task, seed, rows_apart)
+
+    def with_teacher(self, task: str, start: Vector, teacher: Vector) -> Vector:
+        """The initial model of a distillation run, see ``compression.federated.with_teacher``.
+
+        Raises:
+            TaskError: the teacher is no model of the task that it is for.
+            StateCorrupt: its numbers are not finite.
+            Interrupted: ``give_up`` said so.
+        """
+        return self._call(_with_teacher, task, start, teacher)
 
     def evaluate(self, task: str, model: Vector, central_data: str) -> Sums:
         """Evaluate a model on the coordinator's test data; see ``RunSpec.central_data``.
@@ -208,6 +219,10 @@ def _initial_model(task: str, seed: int, rows_apart: bool) -> tuple[Layout, Vect
 
         refuse_model(trainer.module.train(), f"The model of task {trainer.task.name!r}")
     return trainer.layout, trainer.initial(seed)
+
+
+def _with_teacher(task: str, start: Vector, teacher: Vector) -> Vector:
+    return with_teacher(load_task(task), start, teacher)
 
 
 def _evaluate(task: str, model: Vector, central_data: str) -> Sums:

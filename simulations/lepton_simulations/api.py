@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
+from lepton_fl.compression.federated import check_teacher, with_teacher
 from lepton_fl.errors import ConfigError
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.buffered import BufferedCampaign
@@ -331,7 +332,7 @@ def _campaign(
     work = fleet.work(exchange, on_devices=config.data.evaluate == "devices")
     roster, clock = VirtualRoster(fleet), fleet.world.clock
     seams = config.run, config.run_id, work, exchange, roster, book, rng
-    guard = Guard(config, fleet.size)
+    guard = Guard(config, fleet.trainer.layout.moving)
     while True:
         if config.run.mode == "buffered":
             dispatcher = VirtualDispatcher(fleet, backend)
@@ -397,8 +398,17 @@ def _start(
             return state
         book.check(config)
     book.begin(config, labels)
-    model = fleet.trainer.initial(config.run.seed)
+    model = _initial(config.run, fleet.data.task, fleet.trainer.initial(config.run.seed))
     return RunState(model, ServerState.initial(config.run.server, fleet.size))
+
+
+def _initial(run: RunSpec, task: Task, fresh: Vector) -> Vector:
+    """The model to begin with; a distillation's holds its teacher."""
+    if not run.teacher or task.teacher is None:
+        return fresh
+    from lepton_fl.compression.source import read_weights
+
+    return with_teacher(task, fresh, read_weights(Path(run.teacher), task.teacher))
 
 
 def _refuse_what_has_no_meaning(run: RunSpec, task: Task) -> None:
@@ -409,6 +419,7 @@ def _refuse_what_has_no_meaning(run: RunSpec, task: Task) -> None:
         "cohort.groups": run.cohort.groups,  # virtual devices carry no labels
         "task_version": run.task_version not in ("", task.version),
     }
+    check_teacher(task, run.teacher)
     for name, is_set in meaningless.items():
         if is_set:
             raise ConfigError(

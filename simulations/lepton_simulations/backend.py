@@ -81,8 +81,8 @@ class Shard(Protocol):
         ...
 
     @property
-    def sent_size(self) -> int:
-        """Number of coordinates of what is sent to a device (``RoundPlan.sent_size``)."""
+    def auxiliary(self) -> int:
+        """Number of coordinates that a device is sent besides the model's (``RoundPlan.auxiliary``)."""
         ...
 
     @property

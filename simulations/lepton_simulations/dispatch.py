@@ -64,7 +64,7 @@ class VirtualDispatcher:
         (fate,) = world.fates(
             plan.model_copy(update={"cohort": (device_id,)}),
             lambda device: self._fleet.examples(plan, device),
-            4 * plan.update_size + ENVELOPE,
+            4 * plan.down_size + ENVELOPE,
             4 * plan.update_size + ENVELOPE,
         )
         self._started += 1

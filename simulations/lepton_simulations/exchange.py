@@ -145,7 +145,7 @@ class InMemoryExchange:
         fates = self._fleet.world.fates(
             plan,
             lambda device_id: self._fleet.examples(plan, device_id),
-            4 * plan.sent_size + ENVELOPE,
+            4 * plan.down_size + ENVELOPE,
             plan.update_bytes + ENVELOPE if train else ENVELOPE,
         )
         return [fate for fate in fates if fate.arrives_s <= plan.deadline_s]

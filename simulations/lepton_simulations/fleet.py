@@ -121,12 +121,12 @@ class VirtualFleet:
     @property
     def update_size(self) -> int:
         """Number of coordinates of an update, its tail included."""
-        return self.sent_size + self.tail
+        return self.trainer.layout.moving + self.auxiliary + self.tail
 
     @property
-    def sent_size(self) -> int:
-        """Number of coordinates of what is sent to a device."""
-        return self.size * (2 if self.local.control_variates else 1)
+    def auxiliary(self) -> int:
+        """Number of coordinates that a device is sent besides the model's."""
+        return self.size if self.local.control_variates else 0
 
     def remember(self, folder: Path | None) -> None:
         """Open the devices' memory, if the run needs one: before any worker is started.
@@ -254,7 +254,8 @@ class VirtualFleet:
         if states:
             failures = self._add_and_remember(names, plan, states, result, counts, accumulator)
         else:
-            added = add_deltas(accumulator, plan, result, counts)
+            moving = replace(result, deltas=result.deltas[:, : self.trainer.layout.moving])
+            added = add_deltas(accumulator, plan, moving, counts)
             failures = {**added.refused, **result.failures}
         refused |= {names[row]: failure for row, failure in failures.items()}
         kept = [row for row in range(len(works)) if row not in failures]

@@ -212,8 +212,8 @@ def bytes_down(collected: Collected) -> int:
 
 
 def _bytes_down(collected: Collected) -> int:
-    """To one device: as many as it sends, the model and the auxiliary vector."""
-    return 4 * collected.plan.sent_size
+    """To one device: the model and the auxiliary vector."""
+    return 4 * collected.plan.down_size
 
 
 def outcome_of(entry: Mapping[str, Any]) -> str:

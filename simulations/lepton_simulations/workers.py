@@ -145,7 +145,7 @@ class Pool:
 
     def __init__(self, shard: Shard, workers: int) -> None:
         self._shard = shard
-        self._board = Board(shard.size, shard.sent_size - shard.size)
+        self._board = Board(shard.size, shard.auxiliary)
         self._fork = multiprocessing.get_context("fork")
         self._attempt = 0
         self._opening: dict[str, Any] = {}

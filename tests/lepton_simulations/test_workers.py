@@ -62,7 +62,7 @@ class Toy:
 
     size: int = 3
     update_size: int = 3
-    sent_size: int = 3
+    auxiliary: int = 0
     chunk: int = 3
     on_gpu: bool = False
 

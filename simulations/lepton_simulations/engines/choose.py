@@ -71,7 +71,7 @@ def choose(
 
 
 def _order(trainer: Trainer, local: LocalPlan) -> tuple[Tier, ...]:
-    if local.example_privacy is not None:
+    if local.example_privacy is not None or trainer.task.teacher is not None:
         return ("lean",)
     return ("vectorised", "lean") if trainer.device.type == "cuda" else ("native", "fused", "lean")
 
@@ -89,6 +89,8 @@ def _make_checked(name: Tier, trainer: Trainer, local: LocalPlan, samples: Seque
     """The engine; Unsupported where it cannot, or computes something else."""
     if name != "lean" and local.example_privacy is not None:
         raise Unsupported("it does not clip the gradients of single rows")
+    if name != "lean" and trainer.task.teacher is not None:
+        raise Unsupported("it does not ask a teacher")
     if name in ("native", "fused") and (reason := unsupported(local)):
         raise Unsupported(reason)
     [engine, *_] = _make(name, trainer, samples)
