@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -306,8 +307,9 @@ def run_start(
     format: FormatOption = Format.TEXT,
 ) -> None:
     """Queue a training run; it starts as soon as enough devices are there."""
+    from lepton_fl.files import BlobStore
     from lepton_fl.tasks import load_task, resolve
-    from lepton_server.requests import RunFile, run_spec
+    from lepton_server.requests import RunFile, run_spec, with_teacher
 
     given = {
         "run.task": task,
@@ -325,6 +327,7 @@ def run_start(
     run_id = f"r-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     shown = wanted.name or wanted.task.rpartition(":")[2]
     with opened(settings) as store:
+        wanted = with_teacher(wanted, installed, BlobStore(settings.blob_dir), partial(find_run, store))
         store.record("run.queued", run_id, {"run_id": run_id, "name": shown, "spec": wanted.to_json()})
     print_data({"id": run_id, "name": shown, "task": wanted.task, "state": "queued"}, format=format)
 

@@ -1,20 +1,24 @@
 """What the operator's commands need beyond the store: reading a run's file, writing models and journals."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
+from lepton_fl.compression.federated import check_teacher
 from lepton_fl.config import load
-from lepton_fl.errors import ConfigError, TaskError
+from lepton_fl.errors import ConfigError, NotFound, TaskError
 from lepton_fl.files import BlobStore, canonical_json, write_atomic
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.private import refuse_run
+from lepton_fl.tasks import Task
 from lepton_server.store import Run, Store
 
 JOURNAL_FORMAT = "lepton run journal 1"
 _PAGE = 500  # events read at a time
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class RunFile(BaseModel):
@@ -76,6 +80,35 @@ def refuse_unknown(spec: RunSpec, *, authority: bool) -> None:
             hint="Buffered runs work in `lepton simulate` and over a stock Flower deployment "
             "(lepton_strategies.run_campaign).",
         )
+
+
+def with_teacher(spec: RunSpec, task: Task, blobs: BlobStore, find: Callable[[str], Run]) -> RunSpec:
+    """The specification with its teacher by the name of a stored model: SHA-256.
+
+    Args:
+        spec: ``teacher`` is such a name, or a run's id: its best evaluated model, else its newest.
+        task: of the run.
+        blobs: where models are.
+        find: a run by its id.
+
+    Raises:
+        ConfigError: a distillation without a teacher, or a teacher for anything else.
+        NotFound: there is no such run or model.
+        StateCorrupt: the stored model is damaged.
+    """
+    check_teacher(task, spec.teacher)
+    if not spec.teacher:
+        return spec
+    sha256: str | None = spec.teacher
+    if not _SHA256.fullmatch(spec.teacher):
+        run = find(spec.teacher)
+        sha256 = run.best_sha256 or run.model_sha256
+    if sha256 is None:
+        raise NotFound(
+            f"Run {spec.teacher} has no model yet that could teach.", hint="Wait for its first round."
+        )
+    blobs.read(sha256)
+    return spec.model_copy(update={"teacher": sha256})
 
 
 def lineage(store: Store, run: Run, sha256: str) -> dict[str, str]:

@@ -447,7 +447,7 @@ class RunDriver:
                 "model_sha256": save_model(self._blobs, initial),
                 "run_id": run_id,
                 "round": 0,
-                "parent_sha256": spec.initial_model or None,
+                "parent_sha256": spec.initial_model or spec.teacher or None,
                 "metrics": {},
             }
             self._store.record("model.created", run_id, created)

@@ -93,31 +93,28 @@ def test_a_fleet_teaches_a_student_and_a_recipe_takes_it(teacher, tmp_path, more
         read_source(tmp_path / "run")
 
 
-def test_a_rate_that_is_too_high_is_caught_by_the_gate(teacher, tmp_path):
-    local = {"learning_rate": 0.9, "batch_size": 10, "epochs": 2, "momentum": 0.9, "clip_grad_norm": 5.0}
-    watch = {"metric": "accuracy", "mode": "max", "patience": 2}
+def test_a_rate_that_is_too_high_and_a_foreign_teacher_are_caught(teacher, tmp_path):
+    local = {"learning_rate": 0.9, "batch_size": 10, "momentum": 0.9, "clip_grad_norm": 5.0}
+    watch = {"metric": "accuracy", "mode": "max", "patience": 1}
     result = run_scenario(
         scenario(tmp_path, teacher, local=local, early_stop=watch, evaluate_every=1, rounds=4)
     )
     assert "No better accuracy" in result.verdict.reason
-    step = {"student": STUDENT, "epochs": 0, "weights": tmp_path / "run"}
-    recipe = Recipe.model_validate({"candidates": [{"name": "student", "distil": step}]})
-    gate = (Profile(name="any", min_recall=0.5),)
+    tensors = load_file(tmp_path / "run" / "model.safetensors")
+    tensors["teacher.classifier.layers.0.bias"] += 1e-3
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    steps = {"diverged": tmp_path / "run", "foreign": tmp_path / "foreign.safetensors"}
+    candidates = [
+        {"name": name, "distil": {"student": STUDENT, "epochs": 0, "weights": path}}
+        for name, path in steps.items()
+    ]
+    gate = (Profile(name="any"),)
+    recipe = Recipe.model_validate({"candidates": candidates})
     Build(read_source(teacher), recipe, gate, folder=tmp_path / "variants").run()
-    card = read_report(tmp_path / "variants")[1][-1]
-    assert not card.offered
-    assert any("max_drop" in reason for reason in card.gate[0].reasons)
-
-
-def test_a_student_of_another_teacher_is_no_variant(teacher, tmp_path):
-    run_scenario(scenario(tmp_path, teacher, rounds=1, evaluate_every=0))
-    other = {name: array + 1e-3 for name, array in load_file(teacher).items()}
-    save_file(other, tmp_path / "other.safetensors", {"task": "digits"})
-    step = {"student": STUDENT, "epochs": 0, "weights": tmp_path / "run" / "model.safetensors"}
-    recipe = Recipe.model_validate({"candidates": [{"name": "student", "distil": step}]})
-    Build(read_source(tmp_path / "other.safetensors"), recipe, folder=tmp_path / "variants").run()
     report, cards = read_report(tmp_path / "variants")
-    assert [card.name for card in cards] == ["fp32"]
+    assert [card.name for card in cards] == ["fp32", "diverged"]
+    assert not cards[1].offered
+    assert any("max_drop" in reason for reason in cards[1].gate[0].reasons)
     assert "another model" in report.failures[0].reason
 
 
