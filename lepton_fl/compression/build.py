@@ -36,14 +36,16 @@ from lepton_fl.compression.card import (
     CARD,
     MODEL,
     PARITY,
+    PROGRAM,
     Card,
+    ExecuTorch,
     Lineage,
     Measured,
     Parity,
     Transfer,
     read_variant,
 )
-from lepton_fl.compression.catalogue import REPORT, Failure, Report, pareto
+from lepton_fl.compression.catalogue import REPORT, Failure, Report, check_program, pareto
 from lepton_fl.compression.federated import read_taught
 from lepton_fl.compression.fit import Lesson, OnStep, answers_of, fit
 from lepton_fl.compression.profiles import Profile, Profiles, Reference, judge
@@ -130,6 +132,10 @@ class Build:
         )
         if any(candidate.name == BASELINE and candidate.words() for candidate in listed):
             raise ConfigError(f"The candidate {BASELINE!r} is the global model itself and takes no steps.")
+        if any(candidate.executorch for candidate in listed):
+            from lepton_fl.compression.pte import refuse_missing
+
+            refuse_missing()
         return (Candidate(name=BASELINE), *(c for c in listed if c.name != BASELINE))
 
     def _attempt(self, candidate: Candidate) -> Card | Failure:
@@ -277,6 +283,7 @@ class Build:
         write_atomic(folder / PARITY, parity)
         spec = candidate.quantise
         scale = float(np.sqrt(np.mean(expected.astype(np.float64) ** 2)))
+        program = self._program(candidate, made.module) if candidate.executorch else None
         inputs, outputs = graph.interface(final)
         return Card(
             name=candidate.name,
@@ -297,6 +304,35 @@ class Build:
                 tolerance=(0.1 if spec and spec.kind in _INTEGER else 0.01) * scale + 1e-6,
                 torch_error=torch_error,
             ),
+            executorch=program,
+        )
+
+    def _program(self, candidate: Candidate, module: nn.Module) -> ExecuTorch:
+        """The variant for the other runtime, run on all rows there; one in float32 must answer as torch does.
+
+        Raises:
+            TaskError: it cannot be made or run, or it answers something else.
+        """
+        from lepton_fl.compression.pte import lower
+
+        self.on_step(f"{candidate.name}: lowering")
+        path = self.folder / candidate.name / PROGRAM
+        data = lower(module, candidate.quantise, self._calibration)
+        write_atomic(path, data)
+        running = self._run(path)
+        expected = answers_of([module], self._evaluation.x, torch.device("cpu"))
+        error = float(np.abs(running.outputs - expected).mean())
+        if candidate.quantise is None and error > 1e-3 * float(np.abs(expected).mean()) + 1e-6:
+            raise TaskError(f"The ExecuTorch program differs from torch by {error:g} in the mean.")
+        return ExecuTorch(
+            sha256=sha256_hex(data),
+            bytes=len(data),
+            metrics=self._score(running.outputs)[0],
+            agreement=self._agreement(running.outputs),
+            torch_error=error,
+            p50_ms=running.p50_ms,
+            p95_ms=running.p95_ms,
+            peak_memory=running.peak_memory,
         )
 
     def _train(self, candidate: Candidate) -> _Made:
@@ -522,6 +558,7 @@ def _whole(folder: Path, digest: str) -> Card | None:
     """The card of a variant that needs not be made again."""
     with suppress(NotFound, StateError):
         card = read_variant(folder)
+        check_program(folder, card)
         if card.lineage.candidate_sha256 == digest:
             return card
     return None

@@ -28,6 +28,7 @@ from lepton_fl.plan import Frozen
 FAMILY = "lepton-variant/"
 FORMAT: Final = "lepton-variant/1"
 MODEL, PARITY, CARD = "model.onnx", "parity.safetensors", "card.json"
+PROGRAM: Final = "model.pte"  # beside them, where the recipe asks for it
 MAX_CARD = 2**20  # bytes; a card is a few kilobytes
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -103,6 +104,22 @@ class Measured(Frozen):
     threads: Literal[1] = 1
 
 
+class ExecuTorch(Frozen):
+    """The same variant as a program for ExecuTorch (XNNPACK), measured in that runtime, one thread.
+
+    It lies beside the graph as ``model.pte``; it is neither gated nor delivered.
+    """
+
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=1)]
+    metrics: dict[str, Finite]
+    agreement: Share | None = None
+    torch_error: Amount  # mean absolute difference of the outputs from torch's, before quantisation
+    p50_ms: Amount
+    p95_ms: Amount
+    peak_memory: Count  # the bindings need torch, so this says little of an embedded runtime
+
+
 class Parity(Frozen):
     """The device's self-test."""
 
@@ -138,6 +155,7 @@ class Card(Frozen):
     lineage: Lineage
     measured: Measured
     parity: Parity
+    executorch: ExecuTorch | None = None
     gate: tuple[Verdict, ...] = ()
 
     @property

@@ -14,9 +14,10 @@ from typing import Final, Literal
 
 from pydantic import Field, ValidationError
 
-from lepton_fl.compression.card import Card, Finite, Name, Sha256, Share, Transfer, read_variant
+from lepton_fl.compression.card import PROGRAM, Card, Finite, Name, Sha256, Share, Transfer, read_variant
 from lepton_fl.compression.profiles import drop, score_of
 from lepton_fl.errors import NotFound, StateCorrupt
+from lepton_fl.files import sha256_hex
 from lepton_fl.plan import Frozen
 
 REPORT: Final = "report.json"
@@ -62,7 +63,29 @@ def read_report(folder: Path) -> tuple[Report, tuple[Card, ...]]:
         raise StateCorrupt(
             f"{path} cannot be read: {error}.", hint="Run `lepton variants build` again."
         ) from error
-    return report, tuple(read_variant(folder / name) for name in report.names)
+    cards = tuple(read_variant(folder / name) for name in report.names)
+    for card in cards:
+        check_program(folder / card.name, card)
+    return report, cards
+
+
+def check_program(folder: Path, card: Card) -> None:
+    """Refuse an ExecuTorch program that is not the one the card names.
+
+    Raises:
+        NotFound: it is missing.
+        StateCorrupt: it is another one.
+    """
+    if card.executorch is None:
+        return
+    try:
+        found = sha256_hex((folder / PROGRAM).read_bytes())
+    except OSError as error:
+        raise NotFound(
+            f"There is no {folder / PROGRAM}.", hint="`lepton variants build` makes it."
+        ) from error
+    if found != card.executorch.sha256:
+        raise StateCorrupt(f"{folder / PROGRAM} has SHA-256 {found}, the card says {card.executorch.sha256}.")
 
 
 def pareto(cards: Sequence[Card]) -> tuple[str, ...]:

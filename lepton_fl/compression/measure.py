@@ -1,8 +1,8 @@
-"""Run a variant as a device will: ONNX Runtime, one thread, a process of its own.
+"""Run a variant as a device will: ONNX Runtime (or ExecuTorch), one thread, a process of its own.
 
 A graph that takes the runtime down takes that process down and nothing else, and its peak memory is its own.
 ``python -m lepton_fl.compression.measure MODEL ROWS OUTPUTS`` is that process; it needs numpy and onnxruntime
-only, and prints one JSON object.
+only (for a .pte file executorch and torch), and prints one JSON object.
 """
 
 import json
@@ -10,10 +10,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from lepton_fl.errors import DiskFull, TaskError
 from lepton_fl.tasks.data import Array
 
 LIMIT_S: Final = 1800.0  # a variant that takes longer than this for the evaluation set is of no use
+PTE: Final = ".pte"
 BATCH: Final = 256  # rows of the evaluation at a time
 _NOT_WRITTEN: Final = 74  # exit code of the process whose answers did not fit the disk (EX_IOERR)
 _WARM_UP, _REPEATS = 10, 5
@@ -41,7 +43,7 @@ def run(model: Path, rows: Path, folder: Path) -> Running:
     """Run every row through a model.
 
     Args:
-        model: an .onnx file.
+        model: an .onnx file, or a .pte file.
         rows: an .npy file, (N, ...).
         folder: for the outputs; the file is removed again.
 
@@ -66,7 +68,8 @@ def run(model: Path, rows: Path, folder: Path) -> Running:
                 hint="Free some space, then start the build again: it goes on.",
             )
         if done.returncode:
-            raise TaskError(f"ONNX Runtime does not run it: {_why(done)}")
+            runtime = "ExecuTorch" if model.suffix == PTE else "ONNX Runtime"
+            raise TaskError(f"{runtime} does not run it: {_why(done)}")
         found = json.loads(done.stdout)
         answers = np.load(outputs, allow_pickle=False)
     except subprocess.TimeoutExpired as error:
@@ -100,23 +103,15 @@ def _why(done: "subprocess.CompletedProcess[str]") -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure one model; see the module."""
-    import onnxruntime
-
     model, path, outputs = map(Path, arguments)
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
     single = [np.ascontiguousarray(rows[i : i + 1]) for i in range(min(len(rows), 64))]
     before = _start_of_peak()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    p50, p95 = _latency(session, name, single)
+    batch = 1 if model.suffix == PTE else BATCH
+    answer = _program(model) if model.suffix == PTE else _session(model)
+    p50, p95 = _latency(answer, single)
     peak = max(0, _status("VmHWM") - before)
-    parts = [
-        session.run(None, {name: np.ascontiguousarray(rows[i : i + BATCH])})[0]
-        for i in range(0, len(rows), BATCH)
-    ]
+    parts = [answer(np.ascontiguousarray(rows[i : i + batch])) for i in range(0, len(rows), batch)]
     try:
         np.save(outputs, np.concatenate(parts).astype(np.float32), allow_pickle=False)
     except OSError:
@@ -124,10 +119,35 @@ def main(arguments: list[str]) -> None:
     sys.stdout.write(json.dumps({"p50_ms": p50, "p95_ms": p95, "peak_memory": peak}))
 
 
-def _latency(session: Any, name: str, single: list[Array]) -> tuple[float, float]:  # noqa: ANN401 - untyped
+def _session(model: Path) -> Callable[[Array], Array]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda rows: session.run(None, {name: rows})[0]
+
+
+def _program(model: Path) -> Callable[[Array], Array]:
+    import torch
+    from executorch.runtime import Runtime
+
+    torch.set_num_threads(1)
+    method = Runtime.get().load_program(model).load_method("forward")
+
+    def answer(rows: Array) -> Array:
+        found: Array = method.execute([torch.from_numpy(rows)])[0].numpy().copy()
+        return found
+
+    return answer
+
+
+def _latency(answer: Callable[[Array], Array], single: list[Array]) -> tuple[float, float]:
     """Median and 95th percentile in ms, one row at a time."""
     for row in single[:_WARM_UP]:
-        session.run(None, {name: row})
+        answer(row)
     best = (float("inf"), float("inf"))
     for _ in range(_REPEATS):
         times: list[float] = []
@@ -135,7 +155,7 @@ def _latency(session: Any, name: str, single: list[Array]) -> tuple[float, float
         while len(times) < _CALLS and (perf_counter() < ends or len(times) < _WARM_UP):
             row = single[len(times) % len(single)]
             began = perf_counter()
-            session.run(None, {name: row})
+            answer(row)
             times.append(1e3 * (perf_counter() - began))
         best = min(best, (float(np.median(times)), float(np.percentile(times, 95))))
     return best

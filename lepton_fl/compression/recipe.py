@@ -119,6 +119,13 @@ class Candidate(Frozen):
     distil: DistilSpec | None = None
     prune: PruneSpec | None = None
     quantise: QuantiseSpec | None = None
+    executorch: bool = False  # also as an ExecuTorch program; float32, or quantised statically
+
+    @model_validator(mode="after")
+    def _what_executorch_takes(self) -> Self:
+        if self.executorch and self.quantise is not None and self.quantise.kind != "static":
+            raise ValueError(f"executorch takes quantise.kind = 'static' or none, not {self.quantise.kind!r}")
+        return self
 
     @property
     def learns(self) -> bool:
