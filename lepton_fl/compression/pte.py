@@ -45,7 +45,8 @@ def lower(module: nn.Module, spec: QuantiseSpec | None, calibration: Array) -> b
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
-            example = (torch.from_numpy(calibration[:1]),)
+            # numpy may give an axis of length one the stride 0, which ExecuTorch refuses
+            example = (torch.from_numpy(calibration[:1]).clone(memory_format=torch.contiguous_format),)
             exported = torch.export.export(module, example)
             if spec is not None:
                 rounded = _quantised(exported.module(), calibration[: spec.calibration_rows])

@@ -51,8 +51,9 @@ def model(tmp_path_factory):
 def test_a_program_answers_as_the_graph_does(model, tmp_path):
     recipe = Recipe.model_validate({**RECIPE, "candidates": RECIPE["candidates"][:1]})
     Build(model, recipe, folder=tmp_path).run()
-    report, (whole, plain) = read_report(tmp_path)
+    report, cards = read_report(tmp_path)
     assert not report.failures
+    whole, plain = cards
     assert plain.executorch.metrics == whole.measured.metrics
     assert plain.executorch.agreement == 1.0
     assert plain.executorch.torch_error < 1e-4

@@ -1,5 +1,7 @@
 """Recipes and profiles: what an operator writes is checked as a whole before anything starts."""
 
+from pathlib import Path
+
 import pytest
 
 from lepton_fl.compression.profiles import load_profiles
@@ -94,3 +96,9 @@ def test_suggestions_are_possible_recipes(operators):
     assert len(plain) >= 4
     Recipe(candidates=plain)
     assert any(candidate.learns for candidate in suggested(operators, transfer=True))
+
+
+def test_the_examples_are_recipes_and_profiles():
+    folder = Path(__file__).resolve().parents[3] / "examples" / "variants"
+    assert len(load_recipe(folder / "images.toml").candidates) == 6
+    assert [p.name for p in load_profiles(folder / "profiles.toml")] == ["gateway", "phone", "sensor"]
