@@ -57,6 +57,11 @@ class Work:
         """Coordinates at the end that never move, see ``Layout``."""
         return self.layout.fixed if self.layout else 0
 
+    @property
+    def num_moving(self) -> int:
+        """The other ones: those of an update."""
+        return self.num_coordinates - self.fixed
+
 
 @dataclass(frozen=True)
 class Best:
@@ -226,8 +231,7 @@ class Campaign:
                 "local.control_variates do not work with a model of which parts are frozen.",
                 hint="Set local.control_variates = false.",
             )
-        moving = self.work.num_coordinates - self.work.fixed
-        prove_fits(self.spec, moving * (2 if control else 1))
+        prove_fits(self.spec, self.work.num_moving * (2 if control else 1))
         if self.secure is None and self.spec.secure_aggregation == "required":
             raise ConfigError(
                 "run.secure_aggregation is 'required', and nothing here runs its protocol.",
@@ -477,7 +481,7 @@ def plan_round(
     control = control_of(spec.local, state.server, work.num_coordinates) if kind == "train" else None
     secure = spec.secure if kind == "train" and spec.secure_aggregation == "required" else None
     devices = max(secure.sums(len(cohort))) if secure else len(cohort)
-    few = planned_for(spec, state.expected, devices, work.num_coordinates) if kind == "train" else None
+    few = planned_for(spec, state.expected, devices, work.num_moving) if kind == "train" else None
     return RoundPlan(
         run_id=run_id,
         round=number,

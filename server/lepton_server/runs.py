@@ -388,7 +388,7 @@ class RunDriver:
             return None
         if self._privacy_keys is None:
             raise ConfigError("This coordinator was started without the keys of private runs.")
-        ready = self._workshop.prepared(spec, work.num_coordinates - work.fixed)
+        ready = self._workshop.prepared(spec, work.num_moving)
         found = self._fleet.candidates(work.task, work.version, spec.cohort.groups)
         return guard_run(
             self._store,

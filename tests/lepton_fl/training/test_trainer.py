@@ -52,10 +52,17 @@ class Mixed(nn.Module):
         return self.head(self.norm(x))
 
 
-def test_integer_buffers_stay_out_and_trained_tensors_come_first():
-    names = [slot.name for slot in layout_of(Mixed()).slots]
+def test_integer_buffers_stay_out_and_trained_tensors_come_first_frozen_ones_last():
+    layout = layout_of(Mixed())
+    names = [slot.name for slot in layout.slots]
     trained = ["norm.weight", "norm.bias", "head.head.weight", "head.head.bias"]
-    assert names == [*trained, "frozen", "norm.running_mean", "norm.running_var"]
+    assert names == [*trained, "norm.running_mean", "norm.running_var", "frozen"]
+    assert (layout.fixed, layout.moving) == (2, layout.size - 2)
+
+
+def test_a_layout_with_frozen_tensors_is_another_one():
+    shapes = {"a": (3,), "b": (2,)}
+    assert Layout.of_shapes(shapes).digest != Layout.of_shapes(shapes, 2).digest
 
 
 def test_round_trip_between_modules():
