@@ -18,7 +18,7 @@ help:
 	@echo "make lint    style, types, layers, generated code"
 	@echo "make docs    the generated parts of docs/"
 	@echo "make bench   measurements (make bench ARGS=--list)"
-	@echo "make nightly audits and accuracy under privacy (LEPTON_DATA=FOLDER for all of them)"
+	@echo "make nightly a million inputs for the decoders; audits and accuracy under privacy (LEPTON_DATA=FOLDER for all)"
 	@echo "make clean   remove .venv and all caches"
 
 demo: $(VENV)/.sim
@@ -36,6 +36,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy .ci/check_wheel.py .ci/reference_docs.py
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/bandit -q -ll -ii -c pyproject.toml -r lepton_fl client/lepton_client server/lepton_server simulations/lepton_simulations strategies/lepton_strategies
 	PYTHON=$(BIN)/python proto/generate --check
 
 docs: $(VENV)/.dev
@@ -45,6 +46,10 @@ bench: $(VENV)/.dev
 	@$(BIN)/python benchmarks $(ARGS)
 
 nightly: $(VENV)/.dev
+	@$(PIP) atheris 2> /dev/null || echo "atheris does not install here: inputs are not guided by coverage"
+	@$(BIN)/python tests/test_decoders.py --inputs 1000000
+	@LEPTON_FUZZ_INPUTS=5000 $(BIN)/pytest -q -k whatever tests/lepton_server/test_coordinator.py \
+	  tests/lepton_server/test_device_service.py tests/lepton_server/test_flower_link.py
 	@$(BIN)/python benchmarks one_run_audit
 	@$(BIN)/python benchmarks dp_sgd $(if $(LEPTON_DATA),--data "$(LEPTON_DATA)" --seeds 5,--only speed)
 	@$(if $(LEPTON_DATA),$(BIN)/python benchmarks private_accuracy --data "$(LEPTON_DATA)")

@@ -94,7 +94,7 @@ class LedgerHead:
         try:
             named = {name: bytes.fromhex(body[name]) for name in ("hash", "key", "signature")}
             return cls(seq=int(body["seq"]), **named)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StateCorrupt("Expected the head of a privacy ledger: seq, hash, key, signature.") from error
 
 

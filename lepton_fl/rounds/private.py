@@ -156,7 +156,7 @@ class PrivateState:
             contract = int(header["separation"]), int(header["times"])
             clip, noise_round = float(header.get("clip", 0.0)), int(header.get("noise_round", 0))
             return cls(noise, noise_round, took_part, charged, *contract, clip)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise StateCorrupt(
                 f"Expected the state of private rounds, got bytes that are none ({error})."
             ) from error

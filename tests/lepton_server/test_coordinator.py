@@ -1,7 +1,9 @@
 """The coordinator from the inside: start, the operator's pages, renewal of certificates, doctor, end."""
 
+import contextlib
 import logging
 import os
+import random
 import socket
 import ssl
 import threading
@@ -25,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:uvicorn"),
 ]
 
+FUZZ_INPUTS = int(os.environ.get("LEPTON_FUZZ_INPUTS", "100"))  # `make nightly` sets more
 PORTS = ("enrolment_port", "device_port", "fleet_port", "ops_port")
 
 
@@ -102,6 +105,45 @@ def test_the_fleet_port_serves_a_renewed_certificate_without_a_restart(coordinat
     assert after != before
     authority.server_path.write_bytes(b"half a file")
     assert served_certificate(coordinator) == after  # the log says why
+
+
+def test_whatever_comes_to_the_http_ports_is_answered_or_cut_off(coordinator, caplog):
+    rng, context = random.Random(0), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the service is what is tested here
+    fleet = int(coordinator.endpoints.fleet.rpartition(":")[2])
+    seed = b"POST /metrics HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\nconnection: close\r\n\r\nabc"
+    nasty = (
+        b"",
+        b"\x00",
+        b"\r\n\r\n",
+        b"\xff",
+        b"transfer-encoding: chunked\r\n",
+        b"content-length: 9" * 9,
+        b"%00",
+    )
+    statuses = set()
+    for _ in range(FUZZ_INPUTS):
+        data = bytearray(seed)
+        for _ in range(rng.choice((1, 2, 4))):
+            at = rng.randrange(len(data) + 1)
+            data[at : at + rng.choice((0, 1, 8))] = rng.choice((*nasty, rng.randbytes(5)))
+        with socket.create_connection(("127.0.0.1", rng.choice((fleet, coordinator.ops_port))), 10) as plain:
+            tls = plain.getpeername()[1] == fleet and rng.random() < 0.8
+            connection = context.wrap_socket(plain) if tls else plain
+            connection.settimeout(0.2)  # what is not finished is waited for; not here
+            answer = b""
+            with contextlib.suppress(OSError):
+                connection.sendall(data)
+                while part := connection.recv(4096):
+                    answer += part
+            connection.close()
+        assert b"Traceback" not in answer
+        if answer.startswith(b"HTTP/1.1 "):
+            statuses.add(int(answer.split()[1]))
+    assert {400, 404} <= statuses
+    assert not {status for status in statuses if status >= 500}, statuses
+    assert "Traceback" not in caplog.text
+    assert get(coordinator.ops_port, "/readyz")[0] == 200
 
 
 def test_a_folder_in_use_and_a_port_in_use_are_named_and_nothing_is_left_open(path, tmp_path):

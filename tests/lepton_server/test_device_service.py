@@ -3,7 +3,9 @@
 import base64
 import datetime as dt
 import logging
+import os
 import queue
+import random
 import socket
 import ssl
 import threading
@@ -35,6 +37,7 @@ from lepton_server.store import open_store
 pytestmark = pytest.mark.network
 
 TASK = "pkg.tasks:digits"
+FUZZ_INPUTS = int(os.environ.get("LEPTON_FUZZ_INPUTS", "300"))  # at each port; `make nightly` sets more
 PATIENCE = 10.0  # s; for what takes milliseconds
 
 
@@ -741,6 +744,70 @@ def test_one_address_cannot_hold_the_enrolment_port(world):
         finish(None)
     assert until(lambda: not world.service._enrolment_door._counted)
     world.enrol()
+
+
+def damaged(seed: bytes, rng: random.Random) -> bytes:
+    """Something like a good message."""
+    data = bytearray(seed)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(data) + 1)
+        end = min(len(data), at + rng.choice((1, 2, 8)))
+        data[at:end] = rng.choice(
+            (b"", b"\xff", rng.randbytes(end - at), bytes(data[at:end]) * 40, b"\x0a\xff\x7f")
+        )
+    return bytes(data)
+
+
+class TestNoise:
+    @pytest.fixture
+    def settings(self):
+        no_bound = {"calls_per_s": 1e5, "call_burst": 10**6, "enrolment_failures": 10**5}
+        return {"limits": no_bound}
+
+    def test_whatever_comes_is_answered_in_our_words(self, world, device, caplog):
+        rng, csr = random.Random(0), crypto.make_csr(device.key, "x")
+        enrolment, mine = world.service.ports
+        good = {
+            "Enroll": pb.EnrollRequest(protocol=1, token_secret=bytes(20), csr_pem=csr, groups=["a"]),
+            "Renew": pb.RenewRequest(protocol=1, device_id=device.device_id, csr_pem=csr),
+            "CheckIn": check_in_request(reason="why", desired_digest="ab" * 32, adverts=[b"x" * 40]),
+            "Wait": pb.WaitRequest(protocol=1),
+            "Certify": pb.CertifyRequest(protocol=1, request=bytes(200)),
+            "FetchMetadata": pb.FetchMetadataRequest(protocol=1, name="timestamp.json"),
+            "FetchChunks": pb.FetchChunksRequest(protocol=1, sha256=[bytes(32)]),
+        }
+        key = crypto.key_to_pem(device.key)
+        ours = grpc.ssl_channel_credentials(world.authority.ca_pem, key, device.certificate)
+        anyone = grpc.ssl_channel_credentials(world.authority.ca_pem)
+        statuses, told = set(), []
+        for port, credentials in ((enrolment, anyone), (mine, ours)):
+            channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials)
+            world.channels.append(channel)
+            for _ in range(FUZZ_INPUTS):
+                name = rng.choice(list(good))
+                method = f"/lepton.v1.DeviceService/{name if rng.random() < 0.95 else name + 'x'}"
+                data = damaged(good[name].SerializeToString(), rng)
+                metadata = [(rng.choice((PATIENCE_KEY, "x", "y-bin")), rng.choice((b"1e99", b"", b"nan")))]
+                answers = channel.unary_stream(method)(data, timeout=PATIENCE, metadata=metadata)
+                try:
+                    if name == "Wait":  # a good one would wait
+                        answers.add_callback(lambda: None)
+                        time.sleep(0.001)
+                        answers.cancel()
+                    for _ in answers:
+                        pass
+                except grpc.RpcError as error:
+                    statuses.add(error.code().name)
+                    in_our_words = CODE_KEY in dict(error.trailing_metadata() or ())
+                    told.append((error.code().name, in_our_words, error.details() or ""))
+        broken = {"INTERNAL", "UNKNOWN", "DATA_LOSS", "DEADLINE_EXCEEDED"}
+        assert not [t for t in told if t[0] in broken or (t[0] == "UNAVAILABLE" and not t[1])]
+        assert not [t for t in told if "Traceback" in t[2]]
+        assert {"INVALID_ARGUMENT", "PERMISSION_DENIED", "UNIMPLEMENTED"} <= statuses
+        assert "reference" not in caplog.text  # nothing that nobody foresaw
+        for door in (world.service._door, world.service._enrolment_door):
+            assert until(lambda door=door: not door._inside)
+        device.check_in()
 
 
 @pytest.mark.parametrize("protocol", [0, 2])

@@ -4,6 +4,8 @@ import base64
 import datetime
 import ipaddress
 import logging
+import os
+import random
 import socket
 import ssl
 import threading
@@ -29,6 +31,7 @@ pytestmark = [
 ]
 
 HOST = "127.0.0.1"
+FUZZ_INPUTS = int(os.environ.get("LEPTON_FUZZ_INPUTS", "300"))  # `make nightly` sets more
 FOUR_MB = 1_000_000  # float32 numbers
 
 
@@ -796,6 +799,52 @@ def test_a_chunk_that_is_repeated_without_end_does_not_unpack(serve):
         record["a"] = Bomb("float32", (4,), "numpy.ndarray", b"x" * 40_000)
         push_raw(node, node.pull()[0], RecordDict({"arrays": record}))
         assert box.get(timeout_s=5).content.reason is Rejection.MALFORMED
+
+
+def test_whatever_a_node_sends_is_answered_in_our_words(serve, caplog):
+    from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+    from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
+    from flwr.proto.node_pb2 import Node
+
+    server, rng = serve(limits={"calls_per_s": 1e5, "call_burst": 10**6}), random.Random(0)
+    with joined(server) as [(node_id, node, key)], server.http() as client, caplog.at_level(logging.ERROR):
+        box, sender = server.link.mailbox(1), Node(node_id=node_id)
+        box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=600)
+        work = node.pull()
+        run, name = server.link._state.run_id, "ab" * 32
+        tree = ObjectTree(object_id=name, children=[ObjectTree(object_id="cd" * 32)])
+        announced = PushMessagesRequest(node=sender, message_object_trees=[tree])
+        announced.messages_list.add().metadata.src_node_id = node_id
+        good = {
+            "pull-messages": PullMessagesRequest(node=sender),
+            "push-messages": announced,
+            "pull-object": PullObjectRequest(node=sender, run_id=run, object_id=name),
+            "push-object": PushObjectRequest(
+                node=sender, run_id=run, object_id=name, object_content=b"x" * 50
+            ),
+            "send-node-heartbeat": PullMessagesRequest(node=sender),
+            "activate-node": PullMessagesRequest(),
+        }
+        statuses = set()
+        for _ in range(FUZZ_INPUTS):
+            path = rng.choice(list(good))
+            data = bytearray(good[path].SerializeToString())
+            for _ in range(rng.choice((1, 1, 2, 8))):
+                at = rng.randrange(len(data) + 1)
+                data[at : at + rng.choice((0, 1, 4))] = rng.choice(
+                    (b"", b"\xff", rng.randbytes(3), b"\x12\xff\x7f")
+                )
+            told = headers(key)
+            if rng.random() < 0.1:
+                told[rng.choice(list(told))] = rng.choice(("", "x" * 500, "AAAA", "2026-01-01"))
+            answer = client.post(f"/v1/fleet/{path}", content=bytes(data), headers=told)
+            statuses.add(answer.status_code)
+            assert b"Traceback" not in answer.content
+        assert not {status for status in statuses if status >= 500}, statuses
+        assert {400, 401} <= statuses
+        handle, records = work
+        node.push(handle, records)  # all is well
+        assert box.get(timeout_s=10) is not None
 
 
 def test_a_node_that_calls_too_often_is_told_when_to_come_again(serve):
