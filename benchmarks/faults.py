@@ -74,7 +74,8 @@ class Fleet(Lepton):
         self.ids: dict[str, str] = {}
         self.extra: dict[str, dict[str, str]] = {}
         (self.folder / "sitecustomize.py").write_text(SKEW)
-        self.environment["PYTHONPATH"] = f"{self.folder}{os.pathsep}{HERE}"
+        given = [path for path in [os.environ.get("PYTHONPATH")] if path]
+        self.environment["PYTHONPATH"] = os.pathsep.join([str(self.folder), str(HERE), *given])
         self.roomy = {name: self.disk(name, mib) for name, mib in (("state", 96), ("dev0", 64))}
         with open(self.config, "a") as file:
             file.write("[check_in]\ninterval_s = 2.0\n[watchdog]\nquarantine_after = 6\n")
