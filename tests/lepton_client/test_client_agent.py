@@ -12,7 +12,15 @@ from lepton_client.enrol import enrol
 from lepton_client.ledger import Ledger
 from lepton_client.state import StateDir
 from lepton_fl import crypto
-from lepton_fl.errors import ConnectionFailed, DiskFull, NotFound, Rejection, StateLocked, TrustError
+from lepton_fl.errors import (
+    ConnectionFailed,
+    DiskFull,
+    NotFound,
+    Rejection,
+    StateLocked,
+    TrustError,
+    UpdateRejected,
+)
 from lepton_fl.wire.messages import Failure, Fields, Ticket
 from lepton_fl.wire.records import Records
 from lepton_fl.wire.v1 import device_pb2 as pb
@@ -41,6 +49,7 @@ class Post:
         self.waiting = {}
         self.answers, self.errors = [], []
         self.joined = self.left = 0
+        self.refusal = None
         self.broken = 0  # so many of the next calls fail
 
     def send(self, number=1, attempt=1):
@@ -73,6 +82,9 @@ class PostNode:
 
     def push(self, handle, records):
         self._fail()
+        refusal, self.post.refusal = self.post.refusal, None
+        if refusal is not None:
+            raise refusal
         with self.post.lock:
             self.post.waiting.pop(handle, None)
             self.post.answers.append((handle, records))
@@ -378,6 +390,97 @@ def test_a_coordinator_that_restarts_in_mid_training_still_gets_the_answer(
     assert post.joined > 1
 
 
+@pytest.mark.parametrize("word", [Rejection.NOT_SELECTED, "shut out"])
+def test_a_device_that_was_shut_out_in_mid_training_hands_over_what_it_has_and_trains_once(
+    coordinator, agent, running, post, work, word
+):
+    """Its node has another number now, or is not let in until it is asked again."""
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    assert work.began.wait(10)
+    shut_out = TrustError("The key is not admitted.")
+    post.refusal = UpdateRejected(word, "another node's") if word != "shut out" else shut_out
+    work.finish.set()
+    until(lambda: post.refusal is None)
+    if word == "shut out":
+        coordinator.instructions.put(participate())  # as the coordinator does, once
+    until(lambda: post.answers)
+    assert work.count == 1
+    assert len(post.answers) == 1
+
+
+def causes(request):
+    return [trouble.cause for trouble in request.troubles]
+
+
+def test_training_that_does_not_move_is_reported_until_it_does(
+    config, coordinator, enrolled, running, post, good_data, monkeypatch
+):
+    monkeypatch.setattr("lepton_client.worker.LOAD_S", 0.0)
+    monkeypatch.setattr("lepton_client.agent.BUSY_SLICE_S", 0.05)
+    stuck, over = threading.Event(), threading.Event()
+
+    class Stuck(Answer):
+        def __call__(self, records, should_stop):
+            should_stop()
+            stuck.wait(30)
+            should_stop()
+            over.wait(30)
+            self.finish.set()
+            return super().__call__(records, should_stop)
+
+    limits = config.limits.model_copy(update={"stall_s": 0.3})
+    settings = config.model_copy(update={"limits": limits})
+    agent = Agent(settings, node_factory=post.node, answer=Stuck(), check=good_data, clock=SystemLike())
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    request = coordinator.heard(lambda r: causes(r) == ["hung-training"])
+    assert request.status == pb.STATUS_BUSY
+    assert "no step of training" in request.troubles[0].detail
+    stuck.set()
+    coordinator.heard(lambda r: causes(r) == [])  # it moves again
+    over.set()
+    until(lambda: post.answers)
+
+
+def test_a_slow_link_is_reported(config, coordinator, enrolled, running, post, good_data, monkeypatch):
+    monkeypatch.setattr("lepton_client.agent.BUSY_SLICE_S", 0.05)
+    monkeypatch.setattr(PostNode, "moving_s", 20.0)
+    work = Answer()
+    agent = Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    request = coordinator.heard(lambda r: causes(r) == ["slow-link"])
+    assert "on its way for 20 s" in request.troubles[0].detail
+    work.finish.set()
+
+
+@pytest.mark.parametrize(("kills", "cause"), [(3, "interrupted"), (4, "out-of-memory")])
+def test_what_ended_the_process_in_mid_training_is_told(
+    config, coordinator, enrolled, running, post, work, good_data, monkeypatch, kills, cause
+):
+    ledger = Ledger(enrolled.ledger, lambda: 3)
+    ledger.begin(Ticket("train", "run", 1, 1, "00"))
+    monkeypatch.setattr("lepton_client.agent.memory_kills", lambda: kills)
+    agent = Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
+    post.send()
+    running(agent)
+    request = coordinator.heard(lambda r: r.troubles)
+    assert causes(request) == [cause]
+    assert "round 1 of run run" in request.troubles[0].detail
+    until(lambda: post.errors)
+    assert post.errors[0][1].value == cause
+
+
 @pytest.mark.parametrize("known", ["begun", "answered"])
 def test_a_message_of_an_attempt_begun_before_is_refused_not_redone(
     coordinator, agent, running, post, work, enrolled, known
@@ -418,6 +521,7 @@ def test_a_full_disk_means_no_training_and_is_reported(
         assert "No space" in post.errors[0][2]
         request = coordinator.heard(lambda r: r.status == pb.STATUS_NOT_ELIGIBLE)
         assert "No space" in request.reason
+        assert causes(request) == ["disk-full"]
     coordinator.heard(is_idle)
     assert work.count == 0
 

@@ -52,6 +52,22 @@ def fates(of, *, examples=100, down=0, up=0, **about):
 # --- drawing ----------------------------------------------------------------------------------------
 
 
+def test_classes_may_be_parts_of_the_fleet_in_its_order():
+    fast = {"name": "fast", "part": [0.0, 0.7], "speed": {"value": 100.0}}
+    slow = {"name": "slow", "part": [0.7, 1.0], "speed": {"value": 1.0}}
+    found = {f.device_id: f.seconds for f in fates(world({"classes": [fast, slow]}))}
+    assert [found[d] for d in IDS] == [1.0] * 140 + [100.0] * 60
+
+
+@pytest.mark.parametrize(
+    "parts", [[[0.0, 0.5], None], [[0.0, 0.5], [0.6, 1.0]], [[0.0, 0.5], [0.5, 0.9]], [[0.5, 1.0]]]
+)
+def test_parts_must_follow_each_other(parts):
+    classes = [{"part": part} if part else {} for part in parts]
+    with pytest.raises(ConfigError, match="part"):
+        world({"classes": classes})
+
+
 def test_a_number_depends_on_what_it_is_about_and_on_nothing_else():
     keys = device_keys(7, IDS)
     whole = uniform(keys, "drop", "train", 1, 1)

@@ -15,6 +15,7 @@ SPECS = [
     PartitionSpec(kind="iid", clients=7),
     PartitionSpec(kind="dirichlet", clients=20, alpha=0.3),
     PartitionSpec(kind="shards", clients=13, shards_per_client=2),
+    PartitionSpec(kind="owned", clients=11, owned_class=4, owners=0.3),
 ]
 
 
@@ -55,9 +56,18 @@ def test_shards_hold_few_classes():
     assert max(len(set(LABELS[rows])) for rows in parts) <= 4
 
 
+def test_an_owned_class_lies_with_the_last_devices_and_all_are_as_large():
+    parts = partition(SPECS[-1], labels=LABELS, users=None, seed=0)
+    has = [bool((LABELS[rows] == 4).any()) for rows in parts]
+    assert has == [False] * 8 + [True] * 3
+    assert max(map(len, parts)) - min(map(len, parts)) <= 2
+
+
 @pytest.mark.parametrize(
     ("spec", "labels", "users", "message"),
     [
+        (PartitionSpec(kind="owned", owned_class=10), LABELS, None, "0 rows of class 10"),
+        (PartitionSpec(kind="owned", clients=1, owners=0.9), LABELS, None, "owned by 1 of 1"),
         (PartitionSpec(kind="natural"), LABELS, None, "no natural users"),
         (PartitionSpec(kind="iid", clients=1001), LABELS, None, "1000 rows do not give 1001 devices"),
         (PartitionSpec(kind="iid", clients=1), LABELS[:0], None, "0 rows"),
