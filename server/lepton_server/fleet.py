@@ -318,7 +318,7 @@ class Fleet:
         self._run_active = False
         self._secure_active = False
         self._renew_s: float | None = None  # None: there is no enrolment authority
-        self.store_error: LeptonError | None = None  # why presence cannot be written, or the journal read, now
+        self.store_error: LeptonError | None = None  # why the store cannot be used, now
         self._batch = _Batch()
         self._seq = self._told_seq = 0
         self._revocation: list[Callable[[str], None]] = []

@@ -321,6 +321,7 @@ class RoundAbandoned(_AboutRun):
     cause: Text
     participation: Participants = Field(default_factory=list)
     burnt: bool = False  # no other attempt is possible: the round counts as done, without a new model
+    wrapped: bool = False  # the sum of quantised updates has left its ring
 
 
 class RoundReoffered(_AboutRun):
