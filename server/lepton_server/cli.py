@@ -367,8 +367,14 @@ def run_show(
     row |= {"coverage": reach.sentence(), "flags": reach.flags(floor_of(found))}
     wrong = troubles(now, parts, names)
     if format == Format.JSON:
-        more = {"spec": dict(found.spec), "rounds_done": rounds, "participation": parts, "seen": seen}
-        more |= {"wait": now.wait, "troubles": wrong, "coverage": reach.to_json()}
+        more: dict[str, Any] = {"spec": dict(found.spec), "rounds_done": rounds}
+        more |= {
+            "participation": parts,
+            "seen": seen,
+            "wait": now.wait,
+            "troubles": wrong,
+            "coverage": reach.to_json(),
+        }
         print_data(row | more, format=format)
         return
     print_data(row)

@@ -488,7 +488,7 @@ class RunDriver:
 
     def _record_verdict(self, run_id: str, verdict: Verdict) -> None:
         run = self._store.run(run_id)
-        body = {
+        body: dict[str, object] = {
             "run_id": run_id,
             "verdict": verdict.outcome,
             "reason": one_line(verdict.reason),

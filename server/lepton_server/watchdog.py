@@ -238,10 +238,25 @@ def wait_of(error: LeptonError, until: float) -> Wait:
 class Attended(Protocol):
     """An open attempt, as the watchdog looks at it; any thread may call."""
 
-    round: int
-    attempt: int
-    asked: int
-    until: float  # UTC, s
+    @property
+    def round(self) -> int:
+        """Its round."""
+        ...
+
+    @property
+    def attempt(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def asked(self) -> int:
+        """How many devices were asked."""
+        ...
+
+    @property
+    def until(self) -> float:
+        """When it closes, UTC seconds."""
+        ...
 
     def open(self) -> Mapping[str, Facts]:
         """The devices that have not answered."""
