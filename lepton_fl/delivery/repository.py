@@ -133,7 +133,7 @@ class Repository:
             _set_role(root, role, signers[role], thresholds.get(role, 1))
         targets = Targets(version=1, expires=self._until("targets"))
         make_private_folder(self.folder)
-        with self._locked():
+        with self.held():
             self._write("targets", 1, self._signed(root, "targets", Metadata(targets), signers["targets"]))
             self._write("root", 1, self._signed(root, "root", Metadata(root), signers["root"]))
         self.refresh(signers)
@@ -147,7 +147,7 @@ class Repository:
         """
         from tuf.api.metadata import TargetFile
 
-        with self._locked(), self._edit("targets", signers) as targets:
+        with self.held(), self._edit("targets", signers) as targets:
             numbers = dict(targets.unrecognized_fields.get("lepton-sequences", {}))
             for manifest in manifests:
                 self._check_forward(manifest, targets, numbers)
@@ -160,13 +160,13 @@ class Repository:
 
     def withdraw(self, name: str, signers: Sequence["CryptoSigner"]) -> None:
         """Take a release off the list: no device installs it any more; raises NotFound."""
-        with self._locked(), self._edit("targets", signers) as targets:
+        with self.held(), self._edit("targets", signers) as targets:
             if targets.targets.pop(f"{name}.json", None) is None:
                 raise NotFound(f"There is no release {name}.", hint="`lepton release list` shows them.")
 
     def renew(self, signers: Signers) -> None:
         """Sign root (where its keys are given) and targets again, for another life."""
-        with self._locked():
+        with self.held():
             for role in OFFLINE:
                 if signers.get(role):
                     with self._edit(role, signers[role]):
@@ -180,7 +180,7 @@ class Repository:
             new: As many as before, or more.
             signers: The root keys in use.
         """
-        with self._locked():
+        with self.held():
             threshold = self.root().signed.roles[role].threshold
             signing = [*signers["root"], *(new if role == "root" else ())]
             with self._edit("root", signing) as root:
@@ -198,7 +198,7 @@ class Repository:
         """
         from tuf.api.metadata import Metadata
 
-        with self._locked():
+        with self.held():
             for version in range(1, other._newest("root") + 1):
                 content = other.read(f"{version}.root.json")
                 if version <= self._newest("root"):
@@ -255,7 +255,7 @@ class Repository:
             TrustError: The list of releases is not signed as root demands; what was served stays.
             NotFound: No keys were made.
         """
-        with self._locked():
+        with self.held():
             root, version = self.root(), self.targets().signed.version
             snapshot = self._snapshot(root, version)
             wrote = snapshot is not None
@@ -398,8 +398,8 @@ class Repository:
         write_atomic(self.folder / f"{version}.{role}.json", content)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One writer at a time, in whatever process."""
+    def held(self) -> Iterator[None]:
+        """One writer at a time, in whatever process; not to be entered twice."""
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

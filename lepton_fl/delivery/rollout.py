@@ -273,6 +273,15 @@ def members(plan: RolloutPlan, stage: int, devices: Iterable[Known]) -> list[Kno
     return [d for d in fleet if d.id in chosen]
 
 
+def reaches(plan: RolloutPlan, device: Known) -> bool:
+    """Whether a device is of one of the plan's stages, whoever else there is."""
+    place = draw(plan.id, device.id)
+    return device.profile in plan.releases and any(
+        place < stage.share if stage.share is not None else bool(set(device.groups) & set(stage.groups))
+        for stage in plan.stages
+    )
+
+
 def decide(plan: RolloutPlan, standing: Standing, devices: Collection[Known], now: float) -> Act:
     """The next act of a rollout; asked again after it was carried out, until it is ``wait``.
 

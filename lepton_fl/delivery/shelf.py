@@ -19,7 +19,7 @@ from lepton_fl.compression.card import Card, read_variant
 from lepton_fl.delivery.manifest import CHUNK, File, Manifest, Pack, describe
 from lepton_fl.delivery.repository import LIFE, Repository
 from lepton_fl.errors import NotFound, StateConflict
-from lepton_fl.files import BlobStore, make_private_folder
+from lepton_fl.files import BlobStore, make_private_folder, sha256_hex
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
@@ -82,6 +82,9 @@ class Shelf:
     ) -> list[tuple[str, Manifest]]:
         """Sign variants as releases; what devices fetch is in place before the signature is.
 
+        A variant whose newest release has the very same files is not signed again: a publication that was cut
+        off is repeated by the same call.
+
         Args:
             folders: Each with a variant's three files.
             signers: The targets keys.
@@ -90,7 +93,7 @@ class Shelf:
                 becomes a release.
 
         Returns:
-            Name and manifest of each.
+            Name and manifest of each; of the one there is, where nothing had to be signed.
 
         Raises:
             NotFound, StateCorrupt: A folder holds no whole variant.
@@ -103,28 +106,47 @@ class Shelf:
         make_private_folder(self.folder)
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             for number, folder in enumerate(folders):
+                if (there := self._released(folder)) is not None:
+                    made.append((there.name, there))
+                    continue
                 base = self._latest(folder, Path(scratch, str(number)))
                 sequence = self._next_sequence(folder, made)
                 manifest, blobs = describe(folder, sequence=sequence, base=base, chunk_bytes=chunk_bytes)
                 for blob in blobs.values():
                     self.blobs.put(blob)
                 made.append((manifest.name, manifest))
-        self.repository.publish([manifest for _, manifest in made], signers)
+        known = self.repository.releases()
+        if fresh := [manifest for name, manifest in made if name not in known]:
+            self.repository.publish(fresh, signers)
         return made
 
     def _next_sequence(self, folder: Path, made: list[tuple[str, Manifest]]) -> int:
         task = read_variant(folder).task
-        return self.repository.next_sequence(task) + sum(m.task == task for _, m in made)
+        last = self.repository.next_sequence(task)
+        return last + sum(m.task == task and m.sequence >= last for _, m in made)
 
-    def _latest(self, folder: Path, scratch: Path) -> Path | None:
-        """The files of the newest release of the same task and variant, to offer differences to."""
+    def _newest(self, folder: Path) -> Manifest | None:
+        """The newest release of the same task and variant."""
         card = read_variant(folder)
         rows = self.repository.releases().items()
         same = [name for name, row in rows if (row["task"], row["variant"]) == (card.task, card.name)]
-        if not same:
+        return self.manifest(same[-1]) if same else None
+
+    def _released(self, folder: Path) -> Manifest | None:
+        """The same, if it has the very files of this folder."""
+        newest = self._newest(folder)
+        same = newest is not None and all(
+            sha256_hex((folder / file.name).read_bytes()) == file.sha256 for file in newest.files
+        )
+        return newest if same else None
+
+    def _latest(self, folder: Path, scratch: Path) -> Path | None:
+        """The files of the newest release of the same task and variant, to offer differences to."""
+        newest = self._newest(folder)
+        if newest is None:
             return None
         scratch.mkdir()
-        for file in self.manifest(same[-1]).files:
+        for file in newest.files:
             with open(scratch / file.name, "wb") as out:
                 out.writelines(self.blobs.read(chunk) for chunk in file.chunks)
         return scratch

@@ -5,6 +5,7 @@ disk (``--keys``), or another machine that holds a copy of the release folder (`
 ``release import`` brings what was signed. Importing this module imports none of its weight.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -190,9 +191,9 @@ def release_publish(
     settings = load(config, {"server.state_dir": state_dir})
     here = _shelf(settings, shelf)
     made = here.publish(variants, _targets_signers(here, keys, passphrase_file), ungated=ungated)
-    _refresh(here, settings, only_if_here=shelf is not None)
     if shelf is None:
-        _record(settings, made)
+        _record(settings, here)
+    _refresh(here, settings, only_if_here=shelf is not None)
     rows = [{"release": name} | manifest.summary() | _saved(manifest) for name, manifest in made]
     print_data(rows, format=format, title="Released", columns=_COLUMNS)
 
@@ -208,8 +209,8 @@ def release_import(
     settings = load(config, {"server.state_dir": state_dir})
     here, other = _shelf(settings, None), _shelf(settings, folder)
     made = [(name, other.manifest(name)) for name in here.take_from(other)]
+    _record(settings, here)
     _refresh(here, settings)
-    _record(settings, made)
     rows = [{"release": name} | manifest.summary() for name, manifest in made]
     print_data(rows, format=format, title="Imported", columns=_COLUMNS)
 
@@ -268,15 +269,22 @@ def release_withdraw(
     state_dir: StateOption = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Take a release off the list: no device installs it any more; those that serve it go on."""
+    """Take a release off the list: no device installs it any more; those that serve it go on.
+
+    Cut off and repeated, with a beginning of the release's SHA-256, it goes on where it was.
+    """
+    from lepton_server.releases import forget
+
     settings = load(config, {"server.state_dir": state_dir})
     here = _shelf(settings, None)
-    name = here.find(release)
-    here.repository.withdraw(name, _targets_signers(here, keys, passphrase_file))
+    signers, name = _targets_signers(here, keys, passphrase_file), release
+    with contextlib.suppress(NotFound):  # off the list already: the journal may not have heard
+        name = here.find(release)
+        here.repository.withdraw(name, signers)
+    with opened(settings) as store:
+        name = forget(store, here, name, reason)
     here.tidy()
     _refresh(here, settings)
-    with opened(settings) as store:
-        store.record("release.withdrawn", name, {"release": name, "reason": reason})
     print_data({"release": name, "state": "withdrawn"}, format=format)
 
 
@@ -383,18 +391,11 @@ def _refresh(shelf: "Shelf", settings: "ServerConfig", *, only_if_here: bool = F
     shelf.repository.refresh(online_signers(shelf, folder))
 
 
-def _record(settings: "ServerConfig", made: "list[tuple[str, Manifest]]") -> None:
-    with opened(settings) as store, store.transaction() as change:
-        for name, manifest in made:
-            body = {
-                "release": name,
-                "task": manifest.task,
-                "variant": manifest.variant,
-                "sequence": manifest.sequence,
-                "run": manifest.lineage.run,
-                "round": manifest.lineage.round,
-            }
-            change.record("release.published", name, body)
+def _record(settings: "ServerConfig", shelf: "Shelf") -> None:
+    from lepton_server.releases import adopt
+
+    with opened(settings) as store:
+        adopt(store, shelf)
 
 
 def _saved(manifest: "Manifest") -> dict[str, object]:

@@ -320,6 +320,7 @@ class Fleet:
         self._renew_s: float | None = None  # None: there is no enrolment authority
         self.store_error: LeptonError | None = None  # why the store cannot be used, now
         self._batch = _Batch()
+        self._said = 0
         self._seq = self._told_seq = 0
         self._revocation: list[Callable[[str], None]] = []
         self._grown: list[Callable[[], None]] = []
@@ -557,7 +558,9 @@ class Fleet:
                 device.due = now + next_s * self._config.offline_after
             self._note_clock(device, device_time - wall if device_time else 0.0)
             self._note_troubles(device, troubles, now)
-            device.serves, device.service, device.tried = serves, service, tried
+            said = serves, service, tried
+            self._said += said != (device.serves, device.service, device.tried)
+            device.serves, device.service, device.tried = said
             self._batch.presence[device_id] = (wall, status)
             instructions = self._take(device, now) if device.pending else ()
             desired = device.desired if device.desired_digest != desired_digest else ""
@@ -617,6 +620,7 @@ class Fleet:
         if status == BUSY and device.pending:
             device.pending = [p for p in device.pending if not p.sent] or None  # it got them
         if report is not device.report and report != device.report:
+            self._said += report.serving != device.report.serving
             device.report = report
             self._batch.reports.add(device.device_id)
             changed = True
@@ -891,6 +895,10 @@ class Fleet:
             devices = list(self._devices.values())
         served = (d.report.serving.release for d in devices if d.report.serving and not d.revoked)
         return dict(Counter(name for name in served if name))
+
+    def said(self) -> int:
+        """Grows whenever a device says something else about releases than before; see :meth:`heard`."""
+        return self._said
 
     def heard(self, device_id: str) -> Heard:
         """What a device said last of releases, what it counted, and what it makes of one."""

@@ -17,6 +17,7 @@ from lepton_fl.errors import LeptonError, NotFound
 from lepton_server.config import ServerConfig
 
 if TYPE_CHECKING:
+    from lepton_fl.delivery.manifest import Manifest
     from lepton_fl.delivery.repository import Signers
     from lepton_server.store import Device, Store, Transaction
 
@@ -76,6 +77,55 @@ def wish(
     change.record("device.desired", device.id, {"device_id": device.id, "desired": desired})
 
 
+def adopt(store: "Store", shelf: Shelf) -> int:
+    """Journal every signed release that the journal does not know: a publication may have been cut off.
+
+    The signature makes a release, the journal follows. Called after signing, and by the coordinator before it
+    tells devices of a new list; whoever comes first writes, one at a time.
+
+    Returns:
+        How many were missing.
+    """
+    if not shelf.repository.exists:
+        return 0
+    with shelf.repository.held():
+        known = {event.subject for event in store.events(kinds=("release.published",))}
+        missing = [name for name in shelf.repository.releases() if name not in known]
+        if missing:
+            with store.transaction() as change:
+                for name in missing:
+                    change.record("release.published", name, _published(name, shelf.manifest(name)))
+    return len(missing)
+
+
+def forget(store: "Store", shelf: Shelf, wanted: str, reason: str) -> str:
+    """Journal that a release was withdrawn, once; returns its name.
+
+    Raises:
+        NotFound: The journal knows no such release that is off the signed list.
+    """
+    with shelf.repository.held():
+        events = store.events(kinds=("release.published", "release.withdrawn"))
+        gone = {event.subject for event in events if event.kind == "release.withdrawn"}
+        known = {event.subject for event in events} - gone - shelf.repository.releases().keys()
+        found = [name for name in known if len(wanted) >= 4 and name.startswith(wanted)]
+        if len(found) != 1:
+            raise NotFound(f"There is no release {wanted!r}.", hint="`lepton release list` shows them.")
+        store.record("release.withdrawn", found[0], {"release": found[0], "reason": reason})
+    return found[0]
+
+
+def _published(name: str, manifest: "Manifest") -> dict[str, Any]:
+    return {
+        "release": name,
+        "task": manifest.task,
+        "variant": manifest.variant,
+        "sequence": manifest.sequence,
+        "run": manifest.lineage.run,
+        "round": manifest.lineage.round,
+    }
+
+
 def shelf_of(config: ServerConfig) -> Shelf:
     """The coordinator's shelf, with the lifetimes that it is configured with."""
     life = {"timestamp": config.delivery.timestamp_days, "snapshot": config.delivery.snapshot_days}
@@ -107,8 +157,9 @@ def _no_passphrase(path: Path) -> bytes:
 class ListKeeper:
     """Signs snapshot and timestamp anew when releases were published, and before they expire."""
 
-    def __init__(self, shelf: Shelf, keys: Path) -> None:
-        self._shelf, self._keys = shelf, keys
+    def __init__(self, shelf: Shelf, keys: Path, store: "Store | None" = None) -> None:
+        """Keep ``shelf``'s list with the online keys in ``keys``; ``store`` hears of releases first."""
+        self._shelf, self._keys, self._store = shelf, keys, store
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="release-keeper", daemon=True)
         self._seen = 0
@@ -142,6 +193,8 @@ class ListKeeper:
         try:
             if not self._shelf.repository.exists:
                 return
+            if self._store is not None and (count := adopt(self._store, self._shelf)):
+                log.info("%d signed releases were not in the journal yet", count)
             if self._shelf.repository.refresh(online_signers(self._shelf, self._keys)):
                 log.info("the list of releases was signed anew", extra={"event": "releases.signed"})
         except LeptonError as error:

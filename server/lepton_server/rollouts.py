@@ -6,9 +6,11 @@ given meanwhile is heard: an act that does not follow any more is refused by the
 """
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lepton_fl.delivery.rollout import (
@@ -22,6 +24,7 @@ from lepton_fl.delivery.rollout import (
     Wish,
     decide,
     members,
+    reaches,
 )
 from lepton_fl.delivery.trial import needed
 from lepton_fl.errors import ConfigError, LeptonError, NotFound, StateConflict
@@ -35,6 +38,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOK_S: Final = 2.0  # between two looks
+IDLE_S: Final = 60.0  # everything is looked at again, should an event ever be missed
+_FOLLOWED: Final = (
+    *("device.enrolled", "device.revoked", "device.reported", "device.desired"),
+    *("rollout.planned", "rollout.told", "rollout.reverted", "rollout.suspected", "rollout.moved"),
+)
 AT_ONCE: Final = 1000  # devices in one event
 STEPS: Final = 100  # acts of one look
 
@@ -88,14 +96,28 @@ def standing_of(store: "Store", row: "Rollout") -> Standing:
     )
 
 
-def candidates(store: "Store", row: "Rollout", told: Mapping[str, Told], hearing: Hearing) -> list[Known]:
-    """The enrolled devices that a rollout decides by: of its task and in no other one, or told by it."""
+def candidates(
+    store: "Store",
+    row: "Rollout",
+    told: Mapping[str, Told],
+    hearing: Hearing,
+    devices: "Iterable[Device] | None" = None,
+) -> list[Known]:
+    """The enrolled devices that a rollout decides by: of its task and in no other one, or told by it.
+
+    Args:
+        store: The coordinator's state.
+        row: The rollout.
+        told: Whom it has told.
+        hearing: What devices said last.
+        devices: Those to choose from; None = all that the store has.
+    """
     trial = plan_of(row).health.trial
     question = trial.question.digest() if trial else ""
     elsewhere = {device for device, other in store.told_in().items() if other != row.id}
     return [
         known(device, hearing, question)
-        for device in store.devices()
+        for device in (store.devices() if devices is None else devices)
         if device.state == "active"  # one that is revoked answers no more: nothing waits for it
         and device.id not in elsewhere
         and (device.id in told or _task_of(device) == row.task)
@@ -196,13 +218,71 @@ def progress(store: "Store", row: "Rollout", hearing: Hearing = _from_the_journa
 # --- the thread -------------------------------------------------------------------------------------
 
 
+class _Followed:
+    """The devices as recorded: read once, and then as the journal goes on."""
+
+    def __init__(self, store: "Store") -> None:
+        self._store, self._seq = store, -1
+        self.devices: dict[str, Device] = {}
+        self.version = 0  # of who could take part, and in which place
+        self.news = 0  # events of devices and rollouts so far
+
+    def refresh(self) -> None:
+        """Read what was journalled since the last call."""
+        if self._seq < 0:
+            self._seq = self._store.head_seq()  # first: what is written meanwhile is then seen twice
+            self.devices = {device.id: device for device in self._store.devices()}
+            self.news += 1
+            return
+        head = self._store.head_seq()
+        events = self._store.events(self._seq, kinds=_FOLLOWED)
+        for event in events:
+            if event.kind.startswith("device."):
+                self._apply(event.kind, event.body)
+        self._seq = max(head, *(event.seq for event in events)) if events else head
+        self.news += len(events)
+
+    def _apply(self, kind: str, body: Mapping[str, Any]) -> None:
+        name = str(body["device_id"])
+        was = self.devices.get(name)
+        if was is not None and kind == "device.desired":
+            self.devices[name] = replace(was, desired=body["desired"])
+            return
+        self.version += 1
+        if was is not None and kind == "device.reported":
+            self.devices[name] = replace(was, reported=body["reported"])
+        else:
+            self.devices[name] = self._store.device(name)
+
+
 class RolloutKeeper:
-    """Carries the open rollouts on."""
+    """Carries the open rollouts on, and gives devices that enrol later what their profile has in service.
+
+    Looks often and does little: as long as the journal says nothing of devices and rollouts, no device says
+    anything else than before, and no time is up, nothing is decided anew. All devices are gone through only
+    when others could take part or a stage begins; else those that were told.
+    """
 
     def __init__(
-        self, store: "Store", hearing: Hearing = _from_the_journal, clock: Callable[[], float] = time.time
+        self,
+        store: "Store",
+        hearing: Hearing = _from_the_journal,
+        clock: Callable[[], float] = time.time,
+        said: Callable[[], int] | None = None,
     ) -> None:
-        self._store, self._hearing, self._clock = store, hearing, clock
+        """Nothing begins yet.
+
+        Args:
+            store: The coordinator's state.
+            hearing: What devices said last.
+            clock: Wall clock s.
+            said: Grows when one of them says something else; None = look every time.
+        """
+        self._store, self._hearing, self._clock, self._said = store, hearing, clock, said
+        self._followed = _Followed(store)
+        self._all_told: dict[str, tuple[int, int]] = {}  # rollout -> stage, version at which nobody was left
+        self._heard = -1, -1  # news of the journal, and what devices had said, at the last look
+        self._quiet = 0.0, 0.0  # from when and until when nothing can change by itself
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollout-keeper", daemon=True)
 
@@ -226,25 +306,72 @@ class RolloutKeeper:
 
     def look(self) -> None:
         """Once: every open rollout does all it can do now."""
+        now, said = self._clock(), self._said() if self._said else 0
+        self._followed.refresh()
+        heard, (begins, ends) = (self._followed.news, said), self._quiet
+        if self._said is not None and heard == self._heard and begins <= now < ends:
+            return
+        self._quiet = 0.0, 0.0  # should this look be cut short, the next one looks again
+        self._welcome()
+        until = now + IDLE_S
         for row in self._store.rollouts(phases=("running", "rolling-back")):
-            for _ in range(STEPS):
-                if self._stop.is_set() or not self._step(row.id):
-                    break
+            until = min(until, self._carry_on(row.id))
+        self._heard, self._quiet = heard, (now, until)
 
-    def _step(self, rollout_id: str) -> bool:
-        """One act; False = there is nothing to do now."""
-        act, devices = look_at(self._store, rollout_id, self._clock(), self._hearing)
-        if act.kind == "wait":
-            return False
+    def _carry_on(self, rollout_id: str) -> float:
+        """All that one rollout can do now; wall clock s at which it is to be looked at again."""
+        for _ in range(STEPS):
+            if self._stop.is_set():
+                break
+            act = self._step(rollout_id)
+            if act is None:
+                break
+            if act.kind == "wait":
+                return act.until or math.inf
+        return 0.0
+
+    def _step(self, rollout_id: str) -> Act | None:
+        """One act, done; None = it did not follow any more."""
+        self._followed.refresh()
         row = self._store.rollout(rollout_id)
+        standing, here = standing_of(self._store, row), self._followed
+        place = row.stage, here.version
+        some = self._all_told.get(row.id) == place
+        chosen = [here.devices[name] for name in standing.told] if some else here.devices.values()
+        devices = candidates(self._store, row, standing.told, self._hearing, chosen)
+        act = decide(plan_of(row), standing, devices, self._clock())
+        if act.kind != "tell":
+            self._all_told[row.id] = place
+        if act.kind == "wait":
+            return act
         try:
             with self._store.transaction() as change:
                 self._carry_out(change, row, act, {d.id: d for d in devices})
         except StateConflict as error:  # somebody gave a command meanwhile, or a device was revoked
             log.info("rollout %s is looked at again: %s", rollout_id, error)
-            return False
+            return None
         _tell(row, act)
-        return True
+        return act
+
+    def _welcome(self) -> None:
+        """Assign what their profile has in service to devices that nobody ever assigned anything to."""
+        fresh = [
+            d for d in self._followed.devices.values() if d.state == "active" and "release" not in d.desired
+        ]
+        plans = in_service(self._store) if fresh else {}
+        chosen = []
+        for device in fresh:
+            told = self._hearing(device.id).serving or device.reported.get("serving") or {}
+            plan = plans.get((str(told.get("task", "")), str(told.get("profile", ""))))
+            if plan is not None and reaches(plan, found := known(device, self._hearing)):
+                chosen.append((device, plan.releases[found.profile]))
+        for start in range(0, len(chosen), AT_ONCE):
+            with self._store.transaction() as change:
+                for device, name in chosen[start : start + AT_ONCE]:
+                    wish(change, device, name)
+        if chosen:
+            log.info("%d devices that enrolled later get what their profile has in service", len(chosen))
+            self._followed.refresh()
 
     def _carry_out(
         self, change: "Transaction", row: "Rollout", act: Act, devices: Mapping[str, Known]
@@ -296,6 +423,16 @@ def _tell(row: "Rollout", act: Act) -> None:
         log.info("rollout %s: stage %d is left: %s", row.id, row.stage + 1, act.cause, extra=where)
     else:
         log.info("rollout %s: %s %d devices %s", row.id, act.kind, len(act.devices), act.cause, extra=where)
+
+
+def in_service(store: "Store") -> dict[tuple[str, str], RolloutPlan]:
+    """The rollout that was done last, by task and profile; none whose release was withdrawn since."""
+    withdrawn = {event.subject for event in store.events(kinds=("release.withdrawn",))}
+    found: dict[tuple[str, str], RolloutPlan] = {}
+    for row in sorted(store.rollouts(phases=("done",)), key=lambda row: row.since):
+        plan = plan_of(row)
+        found |= {(row.task, profile): plan for profile in plan.releases}
+    return {place: plan for place, plan in found.items() if plan.releases[place[1]] not in withdrawn}
 
 
 def check_free(store: "Store", device_ids: set[str]) -> None:

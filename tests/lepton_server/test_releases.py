@@ -13,8 +13,10 @@ from lepton_server.downloads import MAX_CHUNKS, Downloads
 from lepton_server.fleet import Failed, Report, Serving
 from lepton_server.releases import (
     ListKeeper,
+    adopt,
     assign,
     assigned_release,
+    forget,
     online_keys,
     online_signers,
     shelf_of,
@@ -204,3 +206,52 @@ def test_the_coordinator_signs_what_was_published_and_says_what_it_lacks(tmp_pat
     keeper.look()
     keeper.look()
     assert caplog.text.count("cannot be kept fresh") == 1
+
+
+def test_a_publication_that_was_cut_off_is_completed_by_whoever_comes_first(tmp_path, works, make_variant):
+    config = ServerConfig.model_validate({"server": {"state_dir": tmp_path / "state"}})
+    shelf, variant = shelf_of(config), make_variant(tmp_path / "v")
+    signers = {
+        role: [new_key(online_keys(config) if role in ("snapshot", "timestamp") else tmp_path, role, None)]
+        for role in ROLES
+    }
+    shelf.repository.create(signers, {})
+
+    def journalled():
+        return [event.subject for event in works.store.events(kinds=("release.published",))]
+
+    ((name, _),) = shelf.publish([variant], signers["targets"])  # and the process is killed
+    assert journalled() == []
+    ListKeeper(shelf, online_keys(config), works.store).look()  # the coordinator, before devices hear of it
+    assert journalled() == [name]
+    assert shelf.publish([variant], signers["targets"])[0][0] == name  # the same call goes on where it was
+    assert adopt(works.store, shelf) == 0
+    ((other, _),) = shelf.publish([make_variant(tmp_path / "v2", seed=2, round=2)], signers["targets"])
+    assert adopt(works.store, shelf) == 1
+    assert journalled() == [name, other]
+    shelf.repository.withdraw(name, signers["targets"])  # killed again
+    assert forget(works.store, shelf, name[:8], "wrong") == name
+    with pytest.raises(NotFound):
+        forget(works.store, shelf, name[:8], "wrong")  # once
+    with pytest.raises(NotFound):
+        forget(works.store, shelf, other[:8], "it is still signed")
+    assert [e.body["reason"] for e in works.store.events(kinds=("release.withdrawn",))] == ["wrong"]
+
+
+def test_a_publication_that_dies_while_signing_publishes_nothing(tmp_path, make_variant, monkeypatch):
+    config = ServerConfig.model_validate({"server": {"state_dir": tmp_path / "state"}})
+    shelf = shelf_of(config)
+    signers = {role: [new_key(tmp_path, role, None)] for role in ROLES}
+    shelf.repository.create(signers, {})
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lepton_fl.delivery.repository.write_atomic", die)
+        with pytest.raises(KeyboardInterrupt):
+            shelf.publish([make_variant(tmp_path / "v")], signers["targets"])
+    assert shelf.repository.releases() == {}
+    ((name, manifest),) = shelf.publish([tmp_path / "v"], signers["targets"])
+    assert list(shelf.repository.releases()) == [name]
+    assert manifest.sequence == 1

@@ -5,6 +5,7 @@ import pytest
 from lepton_fl.delivery.rollout import Health, RolloutPlan, Service, Stage
 from lepton_fl.delivery.trial import Question, Trial
 from lepton_fl.errors import ConfigError, StateConflict
+from lepton_server import rollouts
 from lepton_server.fleet import Failed, Report, Serving, Tried
 from lepton_server.releases import assign, assigned_release
 from lepton_server.rollouts import RolloutKeeper, check_free, check_trial, find, move, progress
@@ -232,3 +233,137 @@ def test_a_trial_that_the_first_stage_cannot_answer_is_refused(fleet):
     with pytest.raises(ConfigError, match=r"has 1 devices, and 1 of them answer trials.* it needs 3 answers"):
         check_trial(fleet.store, plan)
     check_trial(fleet.store, plan.model_copy(update={"stages": (Stage(share=1.0),)}))
+
+
+# --- devices that enrol later -------------------------------------------------------------------------
+
+
+def everywhere(fleet, name="r1", release=NEW, **fields):
+    """A rollout that is done."""
+    plan = RolloutPlan(id=name, task="digits", releases={"phone": release}, health=HEALTH, **fields)
+    fleet.store.record("rollout.planned", {"rollout_id": name, "task": "digits", "plan": plan.to_json()})
+    move(fleet.store, name, "running")
+    for _ in range(5):
+        fleet.keeper.look()
+        for device in fleet.told:
+            fleet.says(device, release)
+    assert fleet.phase == "done"
+
+
+def newcomer(fleet, works, profile="phone"):
+    (device,) = works.register(1)
+    fleet.fleet.follow()
+    told = Serving("digits", profile, "", ())
+    fleet.fleet.check_in(device, Report((), "0.1", (), told))
+    return device
+
+
+def test_a_device_that_enrols_later_gets_what_its_profile_has_in_service(fleet, works):
+    everywhere(fleet)
+    device = newcomer(fleet, works)
+    other = newcomer(fleet, works, profile="gateway")
+    fleet.keeper.look()
+    assert fleet.wanted[device] == NEW
+    assert fleet.wanted[other] is None
+    assert fleet.store.rebuild().equal
+
+
+def test_nobody_is_given_what_was_withdrawn_or_what_the_operator_took_away(fleet, works):
+    everywhere(fleet)
+    taken = newcomer(fleet, works)
+    assign(fleet.store, [taken], None)  # nothing was wanted of it, and nothing changes
+    fleet.keeper.look()
+    assert fleet.wanted[taken] == NEW
+    assign(fleet.store, [taken], None)
+    fleet.keeper.look()
+    assert fleet.wanted[taken] is None
+    fleet.store.record("release.withdrawn", NEW, {"release": NEW, "reason": "wrong"})
+    late = newcomer(fleet, works)
+    fleet.keeper.look()
+    assert fleet.wanted[late] is None
+
+
+def test_a_rollout_to_a_group_says_nothing_of_the_others(fleet, works):
+    (lab,) = works.register(1, groups=("lab",))
+    fleet.says(lab, "")
+    fleet.fleet.flush(everything=True)
+    everywhere(fleet, stages=(Stage(groups=("lab",)),))
+    assert fleet.told == [lab]
+    late = newcomer(fleet, works)
+    (mate,) = works.register(1, groups=("lab",))
+    fleet.says(mate, "")
+    fleet.keeper.look()
+    assert (fleet.wanted[late], fleet.wanted[mate]) == (None, NEW)
+
+
+# --- looking only when there is something to see ------------------------------------------------------
+
+
+class Counting:
+    """A store that counts who reads all devices."""
+
+    def __init__(self, store):
+        self._store, self.reads = store, 0
+
+    def devices(self, **fields):
+        self.reads += 1
+        return self._store.devices(**fields)
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+def test_devices_are_read_once_and_nothing_is_decided_without_news(fleet, monkeypatch):
+    store = Counting(fleet.store)
+    fleet.keeper = RolloutKeeper(store, fleet.fleet.heard, said=fleet.fleet.said)
+    decided = []
+    real = rollouts.decide
+    monkeypatch.setattr(rollouts, "decide", lambda *a: decided.append(len(a[2])) or real(*a))
+    fleet.plan()
+    fleet.keeper.look()
+    (canary,) = fleet.told
+    assert store.reads == 1
+    fleet.keeper.look()
+    decided.clear()
+    for _ in range(5):
+        fleet.keeper.look()
+    assert decided == []
+    fleet.says(canary, NEW)  # somebody says something else
+    fleet.keeper.look()
+    assert len(fleet.told) == 3
+    assert decided[0] == 1  # only who was told is looked at, until a stage begins
+    for device in fleet.told:
+        fleet.says(device, NEW)
+    fleet.keeper.look()
+    assert fleet.phase == "done"
+    assert store.reads == 1
+
+
+def test_time_alone_is_news(fleet):
+    now = [1000.0]
+    fleet.keeper = RolloutKeeper(fleet.store, fleet.fleet.heard, lambda: now[0], said=fleet.fleet.said)
+    fleet.plan(stages=(Stage(share=1.0),), health=HEALTH.model_copy(update={"window_s": 3600}))
+    now[0] = fleet.store.rollout("r1").since + 1
+    fleet.keeper.look()
+    for device in fleet.told:
+        fleet.says(device, NEW)
+    fleet.keeper.look()
+    fleet.keeper.look()
+    assert fleet.phase == "running"
+    now[0] += 3600
+    fleet.keeper.look()
+    assert fleet.phase == "done"
+
+
+def test_a_command_and_a_new_device_are_news(fleet, works):
+    fleet.keeper = RolloutKeeper(fleet.store, fleet.fleet.heard, said=fleet.fleet.said)
+    fleet.plan(stages=(Stage(share=1.0),))
+    fleet.keeper.look()
+    fleet.keeper.look()
+    late = newcomer(fleet, works)
+    fleet.fleet.flush(everything=True)
+    fleet.keeper.look()
+    assert late in fleet.told
+    move(fleet.store, "r1", "rolling-back", "enough", aborting=True)
+    fleet.keeper.look()
+    assert fleet.phase == "aborted"
