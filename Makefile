@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help demo demo-delivery test lint docs bench nightly clean
+.PHONY: help demo demo-delivery test lint docs bench nightly nightly-inputs nightly-audit nightly-races \
+  nightly-step nightly-anchor nightly-accuracy clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -45,14 +46,33 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@$(BIN)/python benchmarks $(ARGS)
 
-nightly: $(VENV)/.dev
+# What takes too long for every build; part by part with `make -k`, so that one that fails ends no other. What
+# is kept is of one commit: a part that was ended goes on where it was.
+KEPT := build/nightly/$(shell git rev-parse --short HEAD 2>/dev/null || echo export)
+
+nightly: nightly-inputs nightly-audit nightly-races nightly-step \
+  $(if $(LEPTON_DATA),nightly-anchor nightly-accuracy)
+
+nightly-inputs: $(VENV)/.dev
 	@$(PIP) atheris 2> /dev/null || echo "atheris does not install here: inputs are not guided by coverage"
 	@$(BIN)/python tests/test_decoders.py --inputs 1000000
 	@LEPTON_FUZZ_INPUTS=5000 $(BIN)/pytest -q -k whatever tests/lepton_server/test_coordinator.py \
 	  tests/lepton_server/test_device_service.py tests/lepton_server/test_flower_link.py
+
+nightly-audit: $(VENV)/.dev
 	@$(BIN)/python benchmarks one_run_audit
-	@$(BIN)/python benchmarks dp_sgd $(if $(LEPTON_DATA),--data "$(LEPTON_DATA)" --seeds 5,--only speed)
-	@$(if $(LEPTON_DATA),$(BIN)/python benchmarks private_accuracy --data "$(LEPTON_DATA)")
+
+nightly-races: $(VENV)/.dev
+	@LEPTON_SCHEDULES=1000 $(BIN)/pytest tests/lepton_server/test_ledger_races.py
+
+nightly-step: $(VENV)/.dev
+	@$(BIN)/python benchmarks dp_sgd --only speed
+
+nightly-anchor: $(VENV)/.dev
+	@$(BIN)/python benchmarks dp_sgd --only anchor --data "$(LEPTON_DATA)" --seeds 5 --kept $(KEPT)/anchor.jsonl
+
+nightly-accuracy: $(VENV)/.dev
+	@$(BIN)/python benchmarks private_accuracy --data "$(LEPTON_DATA)" --kept $(KEPT)/accuracy.jsonl
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

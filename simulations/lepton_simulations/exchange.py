@@ -156,7 +156,9 @@ class InMemoryExchange:
         if exact is None or exact.reports != collected.reports:  # a sum of several was lost
             return {}
         true = exact.finalize()
-        return {"measured_error": float(np.linalg.norm(mean - true) / max(float(np.linalg.norm(true)), 1e-300))}
+        return {
+            "measured_error": float(np.linalg.norm(mean - true) / max(float(np.linalg.norm(true)), 1e-300))
+        }
 
     def _in_few_bits(self, plan: RoundPlan, device_id: str, reply: Records) -> Records:
         """An answer as it travels; without secure aggregation, which encodes it by itself."""
