@@ -85,7 +85,7 @@ class RunState:
     stale: int = 0  # evaluations since the best one
     retried: tuple[tuple[int, int], ...] = ()  # (round, attempt) of rounds whose first attempt did not count
     private: PrivateState | None = None  # of a private run, after its first round
-    expected: float = 0.0  # norm of the next sum, where updates are quantised; 0 = nothing is known
+    expected: float = 0.0  # of the next sum of quantised updates, see ``next_expected``; 0 = nothing
 
     @cached_property
     def model_sha256(self) -> str:
@@ -481,7 +481,7 @@ def plan_round(
     control = control_of(spec.local, state.server, work.num_coordinates) if kind == "train" else None
     secure = spec.secure if kind == "train" and spec.secure_aggregation == "required" else None
     devices = max(secure.sums(len(cohort))) if secure else len(cohort)
-    few = planned_for(spec, state.expected, devices, work.num_moving) if kind == "train" else None
+    few = planned_for(spec, number, state.expected, devices, work.num_moving) if kind == "train" else None
     return RoundPlan(
         run_id=run_id,
         round=number,
@@ -551,7 +551,8 @@ def learnt(after: RunState, collected: Collected) -> RunState:
     """The state after a round whose sum tells what to expect of the next one."""
     if collected.few_bits is None:
         return after
-    return after.on(expected=next_expected(after.expected, collected.few_bits.norm))
+    rate = collected.plan.local.learning_rate
+    return after.on(expected=next_expected(after.expected, collected.few_bits.norm, rate))
 
 
 def after_attempt(

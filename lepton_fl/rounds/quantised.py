@@ -25,7 +25,7 @@ from lepton_fl.packing import signed
 from lepton_fl.plan import Quantisation, QuantisationSpec, RoundPlan, RunSpec
 from lepton_fl.rounds.accumulator import Subtotal, UpdateBatch
 from lepton_fl.secagg.cohorts import add_sums
-from lepton_fl.secagg.encoding import Counter
+from lepton_fl.secagg.encoding import Counter, Sum
 from lepton_fl.secagg.field import Random
 from lepton_fl.secagg.masks import Ring, ring_type
 from lepton_fl.secagg.quantised import (
@@ -43,13 +43,14 @@ FIRST_BITS = 16  # of the ring of a sum of which nothing is known, where all dev
 DECAY = 0.9  # what is expected of a sum falls by no more than this from one to the next
 LEAST_REACH = 2.0**-24  # over the clip norm: finer steps than the updates' own grid serve nobody
 TYPICAL_ROUNDING = 1 / 6  # variance of rounding a number of many steps, once
+LEAST_ROUNDING = 1 / 8  # of all but numbers of a fraction of a step
 
 
 @dataclass(frozen=True)
 class FewBits:
     """What a sum in few bits tells of itself."""
 
-    norm: float  # of the longest sum, updates of weight 1 counting 1, its rounding included; model units
+    norm: float  # of the longest sum, about, updates of weight 1 counting 1; model units
     error: float  # expected norm of all rounding over that of the sum
     bits: int  # of a coordinate in the ring
     wrapped: bool  # a sum has left its ring: it is not used
@@ -92,14 +93,16 @@ def planned(
     return Quantisation(bits=_ring(asked, devices, coordinates), reach=reach, risk=TUNED, cohort=devices)
 
 
-def planned_for(spec: RunSpec, expected: float, devices: int, coordinates: int) -> Quantisation | None:
-    """The same of a run; None if its updates do not travel in few bits."""
+def planned_for(
+    spec: RunSpec, number: int, expected: float, devices: int, coordinates: int
+) -> Quantisation | None:
+    """The same of round ``number`` of a run; None if its updates do not travel in few bits."""
     if spec.quantisation is None:
         return None
     weight = spec.max_weight if spec.weighting == "examples" else 1
     return planned(
         spec.quantisation,
-        expected,
+        expected * spec.learning_rate(max(1, number)),
         clip_norm=spec.clip_norm,
         max_weight=weight,
         devices=devices,
@@ -129,14 +132,20 @@ def prove_fits(spec: RunSpec, coordinates: int) -> None:
     """
     devices = spec.largest_sum if spec.secure_aggregation == "required" else spec.most_asked
     for expected in (0.0, spec.clip_norm):
-        plan = planned_for(spec, expected, devices, coordinates)
+        plan = planned_for(spec, 1, expected, devices, coordinates)
         if plan is not None:
             Quantised(coordinates, devices, 1, plan.reach / spec.grid_step, "0" * 64, plan.bits, plan.risk)
 
 
-def next_expected(before: float, norm: float) -> float:
-    """What to expect of the next sum, from what was expected and what came."""
-    return max(norm, DECAY * before)
+def next_expected(before: float, norm: float, rate: float = 1.0) -> float:
+    """What to expect of the next sum, from what was expected and what came.
+
+    Args:
+        before: what was expected.
+        norm: of the sum that came.
+        rate: the devices' learning rate: updates are in proportion to it, so what is expected is per unit.
+    """
+    return max(norm / rate, DECAY * before)
 
 
 def encoding_for(asked: RoundPlan | Request, size: int, counters: tuple[Counter, ...] = ()) -> Quantised:
@@ -265,11 +274,17 @@ def decode(
     """
     sums = [encoding.decode(total) for total in totals]
     wrapped = any(encoding.has_left_ring(total, found) for total, found in zip(totals, sums, strict=True))
-    norm = max(map(encoding.norm, sums))
     found = add_sums(sums)
     mean = encoding.restore(found)
     mean *= plan.grid_step / max(1, found.weight)
-    rounding = sqrt(reports * TYPICAL_ROUNDING * encoding.num_coordinates)
-    whole = encoding.norm(found) * encoding.scale
-    error = rounding / whole if whole else 0.0
+    norm = max(_norm(encoding, part, reports / len(sums)) for part in sums)
+    rounding, whole = sqrt(reports * TYPICAL_ROUNDING * len(mean)), _norm(encoding, found, reports)
+    error = rounding / (whole * encoding.scale) if whole else 0.0
     return mean, FewBits(norm * plan.grid_step, error, encoding.bits, wrapped)
+
+
+def _norm(encoding: Quantised, found: Sum, reports: float) -> float:
+    """Of a sum, in grid steps, without the least that rounding has added; a quarter of it at least."""
+    whole = encoding.norm(found)
+    rounding = LEAST_ROUNDING * reports * encoding.num_coordinates / encoding.scale**2
+    return max(sqrt(max(0.0, whole**2 - rounding)), whole / 4)

@@ -213,7 +213,7 @@ class Quantised:
         return not np.array_equal(expected, total[len(total) - self.checks :])
 
     def norm(self, found: Sum) -> float:
-        """Of the sum, in grid steps, its rounding included: what the next rounds' reach follows."""
+        """Of the sum, in grid steps, its rounding included."""
         update = found.update.astype(np.float64)
         return float(np.sqrt(np.dot(update, update))) / self.scale
 

@@ -20,7 +20,6 @@ from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Best, Committed, Evaluated, after_attempt
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Collected
 from lepton_fl.rounds.optimizers import ServerState
-from lepton_fl.rounds.quantised import next_expected
 from lepton_fl.vector import Vector
 from lepton_server.ops import Meters
 from lepton_server.patience import Patience, Stopped, one_line
@@ -104,8 +103,7 @@ def fold(progress: Progress, event: Event) -> Progress:
         case "round.committed":
             retried = after_attempt(progress.retried, body["round"], body["attempt"])
             done = replace(progress, round=body["round"], attempt=0, open=False, retried=retried)
-            if (norm := body.get("metrics", {}).get("sum_norm")) is not None:
-                done = replace(done, expected=next_expected(progress.expected, norm))
+            done = replace(done, expected=body.get("expected", 0.0))
             return replace(done, model_sha256=body["model_sha256"], state_sha256=body["state_sha256"])
         case "round.evaluated":
             return replace(progress, evaluated=body["round"], stale=body["stale"])
@@ -256,6 +254,7 @@ class RunBook:
             "bytes_up": round_.collected.bytes_up,
             "bytes_down": round_.bytes_down,
             "seconds": round_.seconds,
+            "expected": state.expected,
         }
         created = {
             "model_sha256": model_sha256,

@@ -543,9 +543,8 @@ def _run_row(run: "Run") -> dict[str, Any]:
 
 def _round_row(record: Any) -> dict[str, Any]:  # noqa: ANN401 - store.Round, imported late
     figures = dict(record.metrics) | dict(record.evaluated)
-    short = {
-        k: v for k, v in figures.items() if k in ("loss", "accuracy", "r2", "central_accuracy", "train_loss")
-    }
+    names = ("loss", "accuracy", "r2", "central_accuracy", "train_loss", "quantisation_error")
+    short = {k: v for k, v in figures.items() if k in names}
     return {
         "round": record.round,
         "attempt": record.attempt,

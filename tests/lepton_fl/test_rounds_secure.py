@@ -523,7 +523,7 @@ def test_quantised_updates_give_the_bits_of_a_plain_round_through_real_masks(bit
     """Seven of them are packed; two leave; nobody but the coordinator of a plain round sees an integer."""
     fields = {"weighting": "examples", "max_weight": 9, "quantisation": {"bits": bits}}
     plain, request = plan_of(RunSpec.model_validate({**GOOD, **fields}))
-    few = planned_for(RunSpec.model_validate({**GOOD, **fields}), 3.0, 20, SIZE)
+    few = planned_for(RunSpec.model_validate({**GOOD, **fields}), 1, 30.0, 20, SIZE)
     plain = plain.model_copy(update={"quantisation": few, "min_reports": 1})
 
     def coins(device):

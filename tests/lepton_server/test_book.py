@@ -65,7 +65,7 @@ def test_a_runs_position_follows_from_its_events():
                 attempt=1,
                 model_sha256=A,
                 state_sha256=A,
-                metrics={"loss": 1.0, "sum_norm": 2.5},
+                expected=2.5,
             ),
             {"round": 3, "attempt": 0, "open": False, "expected": 2.5},
         ),

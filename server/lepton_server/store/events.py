@@ -311,6 +311,7 @@ class RoundCommitted(_AboutRun):
     bytes_up: Count = 0
     bytes_down: Count = 0
     seconds: Seconds = 0.0
+    expected: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # of the next quantised sum
 
 
 class RoundAbandoned(_AboutRun):
