@@ -89,6 +89,7 @@ ENROLMENTS_AT_ONCE = 512  # more are put off, ...
 ENROLMENTS_OF_ADDRESS = 32  # ... and more from one address
 CALLS_OF_DEVICE = 16  # in hand at a time; it needs two
 READ_S: Final = 10.0  # for the request of a call to arrive
+SEND_S: Final = 120.0  # for a chunk (256 kB) to leave
 LATE_S: Final = (
     0.5  # a call that has waited longer for its turn shows that there are too many; half of them are put off
 )
@@ -597,7 +598,11 @@ class DeviceService:
         async with contextlib.aclosing(sent) as chunks:  # its turn ends here, however the call ends
             async for chunk in chunks:
                 try:
-                    await context.write(pb.Chunk(data=chunk))
+                    async with asyncio.timeout(SEND_S):  # whoever does not read gives its turn to others
+                        await context.write(pb.Chunk(data=chunk))
+                except TimeoutError as error:
+                    slow = ConnectionFailed(f"A chunk was not taken within {SEND_S:g} s.")
+                    raise _Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, slow) from error
                 except grpc.aio.InternalError:  # the device has hung up; it asks for the rest when it is back
                     return
 

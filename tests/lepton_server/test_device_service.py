@@ -1,5 +1,6 @@
 """The device service over real sockets and real TLS: devices that behave, and peers that do not."""
 
+import asyncio
 import base64
 import datetime as dt
 import logging
@@ -978,6 +979,19 @@ def test_what_a_device_serves_is_checked(world, device):
     ):
         with pytest.raises(ConfigError):
             device.check_in(serving=pb.Serving(**(good | change)))
+
+
+def test_a_device_that_does_not_read_loses_its_turn(world, device, monkeypatch):
+    monkeypatch.setattr(device_service, "SEND_S", 0.3)
+    world.service._downloads._turn = asyncio.Semaphore(1)
+    blobs, other = Shelf(world.config.release_dir).blobs, world.enrol()
+    names = [bytes.fromhex(blobs.put(os.urandom(2**18))) for _ in range(16)]
+    chunks = pb.FetchChunksRequest(protocol=1, sha256=names)
+    slow = device.stub().FetchChunks(chunks, timeout=4 * PATIENCE)  # nobody reads
+    assert until(world.service._downloads._turn.locked)
+    assert len(list(other.stub().FetchChunks(chunks, timeout=4 * PATIENCE))) == 16
+    with pytest.raises(grpc.RpcError, match="not taken within"):
+        list(slow)
 
 
 def test_chunks_and_metadata_are_for_enrolled_devices_at_the_device_port(world, device):
