@@ -383,7 +383,7 @@ def main() -> int:
         herd = Herd(Path(folder), int(port), float(seconds), int(concurrent))
         print(json.dumps(asyncio.run(herd.run(phase, float(rate)))), flush=True)
         return 0
-    return 0 if measure(args, Console()) else 1
+    return 0 if measure(args, Console(width=120)) else 1
 
 
 if __name__ == "__main__":
