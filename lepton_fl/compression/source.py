@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lepton_fl.compression.card import Transfer
-from lepton_fl.compression.federated import TEACHER
+from lepton_fl.compression.federated import TEACHER, check_teacher, with_teacher
 from lepton_fl.errors import ConfigError, DataError, NotFound, StateCorrupt, TaskError
 from lepton_fl.tasks import Dataset, Task, load_task, resolve
 from lepton_fl.vector import Vector, vector_digest
@@ -101,6 +101,24 @@ def read_weights(path: Path, task: Task) -> Vector:
     """
     file = weights_file(path)
     return _vector(task, read_tensors(file)[0], file)
+
+
+def start_of(task: Task, teacher: str, fresh: Vector) -> Vector:
+    """The model a run begins with, where its teacher is named by a run's folder or a model's file.
+
+    Args:
+        task: of the run.
+        teacher: ``RunSpec.teacher``.
+        fresh: (P,) the task's initial model; it is that itself where there is no teacher.
+
+    Raises:
+        ConfigError: a distillation without a teacher, or a teacher for anything else.
+        NotFound, StateCorrupt, TaskError: see ``read_weights``.
+    """
+    check_teacher(task, teacher)
+    if task.teacher is None:
+        return fresh
+    return with_teacher(task, fresh, read_weights(Path(teacher), task.teacher))
 
 
 def taught_on_devices(path: Path) -> Transfer:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from lepton_fl.compression.federated import check_teacher, with_teacher
+from lepton_fl.compression.federated import check_teacher
+from lepton_fl.compression.source import start_of
 from lepton_fl.errors import ConfigError
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.buffered import BufferedCampaign
@@ -398,17 +399,8 @@ def _start(
             return state
         book.check(config)
     book.begin(config, labels)
-    model = _initial(config.run, fleet.data.task, fleet.trainer.initial(config.run.seed))
+    model = start_of(fleet.data.task, config.run.teacher, fleet.trainer.initial(config.run.seed))
     return RunState(model, ServerState.initial(config.run.server, fleet.size))
-
-
-def _initial(run: RunSpec, task: Task, fresh: Vector) -> Vector:
-    """The model to begin with; a distillation's holds its teacher."""
-    if not run.teacher or task.teacher is None:
-        return fresh
-    from lepton_fl.compression.source import read_weights
-
-    return with_teacher(task, fresh, read_weights(Path(run.teacher), task.teacher))
 
 
 def _refuse_what_has_no_meaning(run: RunSpec, task: Task) -> None:

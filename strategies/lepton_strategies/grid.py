@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Final
 
+from lepton_fl.compression.source import start_of
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.buffered import BufferedCampaign
@@ -304,7 +305,8 @@ def run_campaign(
     """
     work = work_of(spec.task)
     if state is None:
-        model = trainer_of(work.task).initial(spec.seed)
+        trainer = trainer_of(work.task)
+        model = start_of(trainer.task, spec.teacher, trainer.initial(spec.seed))
         state = RunState(model, ServerState.initial(spec.server, work.num_coordinates))
     book = book or LogBook()
     exchange, roster = GridExchange(grid, poll_s=poll_s), GridRoster(grid)
