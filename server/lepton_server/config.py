@@ -192,14 +192,14 @@ class LimitsSection(_Section):
         "to come at their next turn.",
     )
     calls_per_s: float = Field(
-        default=10.0,
+        default=20.0,
         gt=0,
         le=100_000,
         allow_inf_nan=False,
         description="Calls per second to the device port that one device may make in the long run.",
     )
     call_burst: int = Field(
-        default=100, ge=1, le=1_000_000, description="Calls that one device may make at once after a rest."
+        default=200, ge=1, le=1_000_000, description="Calls that one device may make at once after a rest."
     )
     max_connections: int = Field(
         default=4_096, ge=1, le=100_000, description="Connections to the fleet port at a time."
