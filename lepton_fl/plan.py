@@ -602,8 +602,9 @@ class RunSpec(Frozen):
 
     @property
     def largest_sum(self) -> int:
-        """Devices of one secure sum, at most."""
-        return max(self.secure.sums(self.most_asked))
+        """Devices of one secure sum, at most, however many of the planned devices can be asked."""
+        fewest = -(-min(self.min_reports, self.most_asked) // self.secure.max_cohort)  # sums of the least
+        return min(self.secure.max_cohort, -(-self.most_asked // fewest))
 
     def _finest_step(self) -> float:
         """As ``secagg.encoding.fit`` finds it, not below 2**-24."""

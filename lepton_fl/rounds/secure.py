@@ -88,7 +88,8 @@ def lead(
         parties: each new, or resumed.
         ask: sends each device the message of a stage and yields the answers until all have come or time is
             up; closing it withdraws the question. Devices answer the same question again with the same bytes.
-        wanted: with so many vectors in all, the uploads close; 0 = wait for all.
+        wanted: with so many vectors in all, and enough of each cohort that can still have them, the uploads
+            close; 0 = wait for all.
         hear: told of every answer.
         journal: keeps the records of each cohort; see ``ServerSession``.
         now: seconds since 1970.
@@ -150,6 +151,7 @@ class _Leader:
 
     def __post_init__(self) -> None:
         self._place = {d: i for i, party in enumerate(self.parties) for d in party.devices}
+        self._refused: set[str] = set()  # who brings no vector, as the protocol knows them
 
     def pass_stage(self, stage: Stage, parties: Sequence[Party]) -> None:
         """Ask once, all cohorts together, and close the stage of each."""
@@ -178,7 +180,10 @@ class _Leader:
         return [device for device in party.devices if device not in heard]
 
     def _ask(self, stage: Stage, messages: Mapping[str, bytes], parties: Sequence[Party]) -> None:
-        """Ask until all have been heard, or time is up, or so many vectors are there as are wanted."""
+        """Ask until all have been heard, or time is up, or so many vectors are there as are wanted.
+
+        Of several sums, the uploads do not close while one that still can lacks vectors: it would be lost.
+        """
         if not messages:
             return
         most = sum(len(p.devices) if stage is Stage.ADVERTS else p.session.n for p in parties)
@@ -188,8 +193,22 @@ class _Leader:
             for told in answers:
                 self._take(stage, told)
                 del told  # it may be large: not while waiting for the next one
-                if sum(len(p.session.heard()) for p in parties) >= most:
+                if self._full(stage, parties, most):
                     return
+
+    def _full(self, stage: Stage, parties: Sequence[Party], most: int) -> bool:
+        if stage is not Stage.UPLOADS:
+            return sum(len(p.session.heard()) for p in parties) >= most
+        alive = [p.session for p in parties if self._could_come_about(p)]
+        heard = [len(session.heard()) for session in alive]
+        enough = all(h >= s.needed() for h, s in zip(heard, alive, strict=True))
+        return enough and sum(heard) >= min(most, sum(session.n for session in alive))
+
+    def _could_come_about(self, party: Party) -> bool:
+        """Whether enough vectors of a sum are there or can still come."""
+        session = party.session
+        possible = session.expected() - (self._refused - session.heard())
+        return len(possible) >= session.needed()
 
     def reveal(self) -> None:
         """Ask for shares; of all, because with more than are needed a bad one does no harm."""
@@ -223,6 +242,8 @@ class _Leader:
             refusal = error
         except TrustError as error:
             refusal = UpdateRejected(Rejection.MALFORMED, str(error), hint=error.hint)
+        if refusal is not None and stage is Stage.UPLOADS:
+            self._refused.add(told.device)
         self.hear(stage, told, refusal)
 
 

@@ -436,6 +436,49 @@ def test_a_sum_that_fails_leaves_the_others(stage, bits):
         assert_allclose(mean, expected, atol=2e-3)
 
 
+OVER = {"cohort": {"size": 32, "over_selection": 1.25, "min_reports": 1}, "secure": SPLIT["secure"]}
+
+
+def test_a_round_of_several_sums_does_not_close_while_one_of_them_would_be_lost():
+    """Two sums' devices are quick, so as many vectors as are wanted come before the third has enough."""
+    plan, request = plan_of(spec_of(**OVER), MANY, wanted_reports=32)
+    needed = plan.secure.least_survivors(13)
+    quick = sorted(map(len, groups_of(plan)))[-2:]
+    assert sum(quick) + needed > 32  # by the total alone it would have closed too early
+    collected, mean = secure(Fleet(plan, request))
+    counted = [d for d, e in collected.participation.items() if e.outcome == ACCEPTED]
+    assert all(len(set(g) & set(counted)) >= needed for g in groups_of(plan))
+    assert collected.reports == len(counted) < 40  # and it has closed without the slowest
+    assert mean.tobytes() == mean_of(plain_spec(spec_of(**OVER)), counted).tobytes()
+
+
+def test_a_sum_that_cannot_come_about_any_more_is_not_waited_for():
+    plan, request = plan_of(spec_of(**OVER), MANY, wanted_reports=24)
+    lost, *kept = groups_of(plan)
+    fleet = Fleet(plan, request)
+
+    def refuse(told):
+        return Told(told.device, UpdateRejected(Rejection.FAILED, "no data"))
+
+    fleet.spoil = {(Stage.UPLOADS, d): refuse for d in lost[:6]}
+    collected, mean = secure(fleet)
+    assert mean is not None
+    assert 24 <= collected.reports < sum(map(len, kept))
+    assert not set(fleet.revealed) & set(lost)
+
+
+def test_the_grid_has_room_for_the_largest_sum_that_fewer_devices_can_make():
+    """1,001 are planned, in two sums of 501; if one of them is away, the others make one sum of 1,000."""
+    for size, least, largest in ((1001, 900, 1000), (1001, 1001, 501), (1500, 1200, 750), (999, 16, 999)):
+        spec = spec_of(cohort={"size": size, "min_reports": least}, clip_norm=2.0)
+        assert spec.largest_sum == largest
+        sums = [max(spec.secure.sums(asked)) for asked in range(least, size + 1)]
+        assert max(sums) == largest
+    spec = spec_of(cohort={"size": 1001, "min_reports": 900}, clip_norm=2.0)
+    plan, _ = plan_of(spec, tuple(f"d{i:04}" for i in range(1000)))
+    assert encoding_of(plan).cohort == 1000  # which would be refused if it did not fit
+
+
 def test_if_all_sums_fail_there_is_none():
     plan, request = plan_of(spec_of(**SPLIT), MANY)
     fleet = Fleet(plan, request, dict.fromkeys([d for g in groups_of(plan) for d in g[:6]], Stage.UPLOADS))
