@@ -1,16 +1,22 @@
 """Runs from the queue to the verdict, through crashes, stops, full disks and each other's company."""
 
 import contextlib
+import os
 import threading
 from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
 
 from lepton_fl.errors import DiskFull, Rejection, StateLocked
 from lepton_fl.files import BlobStore
+from lepton_fl.rounds.quantised import compressed
+from lepton_fl.secagg.quantised import ring_bits
+from lepton_fl.vector import to_grid
+from lepton_fl.wire.messages import Ticket, TrainReply
 from lepton_server import patience
-from lepton_server.book import RunBook, load_model
+from lepton_server.book import RunBook, load_model, progress_of
 from lepton_server.runs import RunDriver
 from lepton_server.store import Store
 
@@ -486,3 +492,63 @@ def test_one_refused_report_does_not_keep_the_others_from_the_journal(works):
     works.fleet.flush(everything=True)
     assert works.store.head_seq() == before
     works.unharmed()
+
+
+def test_a_run_in_few_bits_is_journalled_with_what_it_expects_and_begins_anew_after_a_lost_sum(works):
+    lengths = {1: 0.01, 2: 0.01, 3: 0.9, 4: 0.9}
+
+    def answer(device_id, plan, request):
+        if plan.kind == "evaluate":
+            return honest(device_id, plan, request)
+        delta = np.random.default_rng(len(device_id)).normal(size=len(request.model)).astype(np.float32)
+        delta *= lengths[plan.round] / np.linalg.norm(delta)
+        sums = {"loss_sum": np.array([1.0]), "examples": np.array([2])}
+        update = to_grid(delta, plan.grid_step, plan.clip_norm)
+        reply = TrainReply(Ticket.of(plan), plan.task_version, 2, update, sums, 0.1).to_records()
+        return compressed(request.to_records(), reply, os.urandom)
+
+    honest, works.exchange.script = works.exchange.script, answer
+    few = {"quantisation": {"bits": 4}, "clip_norm": 1.0, "weighting": "equal", "rounds": 4}
+    drive(works, works.queue("r1", **few))
+    run = works.store.run("r1")
+    assert run.state == "completed", run.reason
+    planned = [e.body["plan"] for e in works.store.events(kinds=("round.planned",), subject="r1")]
+    first, tuned = 16, ring_bits(4, 3, len(load_model(works.blobs, run.model_sha256)))
+    bits = [(p["round"], p["quantisation"]["bits"]) for p in planned if p["kind"] == "train"]
+    assert bits == [(1, first), (2, tuned), (3, tuned), (3, first), (4, tuned)]
+    (lost,) = works.store.events(kinds=("round.abandoned",), subject="r1")
+    assert lost.body["wrapped"]
+    assert f"left its ring of {tuned} bits" in lost.body["cause"]
+    done = list(works.store.events(kinds=("round.committed",), subject="r1"))
+    assert all({"quantisation_error", "ring_bits", "sum_norm"} <= e.body["metrics"].keys() for e in done)
+    assert progress_of(works.store, "r1").expected == done[-1].body["expected"] > done[0].body["expected"]
+    assert works.store.rebuild().equal
+    works.unharmed()
+
+
+def test_a_run_in_few_bits_killed_around_any_record_goes_on_with_the_same_rings(works, kill_at):
+    def answer(device_id, plan, request):
+        asked, reply = request.to_records(), honest(device_id, plan, request)
+        return compressed(asked, reply, Random(f"{plan.round} {device_id}").randbytes)
+
+    honest, works.exchange.script = works.exchange.script, answer
+    few = {"quantisation": {"bits": 8}, "clip_norm": 100.0, "weighting": "equal", "evaluate_every": 0}
+    works.queue("undisturbed", **few)
+    count = kill_at(0)
+    drive(works, "undisturbed")
+
+    def rings(run_id):
+        events = works.store.events(kinds=("round.planned",), subject=run_id)
+        return {e.body["round"]: e.body["plan"]["quantisation"]["bits"] for e in events}
+
+    for number in range(2, count["seen"] + 1):
+        run_id = works.queue(f"after-{number}", **few)
+        kill_at(number, "after")
+        with contextlib.suppress(kill_at.error):
+            drive(works, run_id)
+        kill_at(0)
+        works.fleet.release(run_id)
+        if not works.store.run(run_id).finished:
+            drive(works, run_id)
+        assert works.store.run(run_id).state == "completed"
+        assert rings(run_id) == rings("undisturbed")
