@@ -35,7 +35,7 @@ _TRIAL_S = 0.001  # per engine
 Ring = NDArray[np.unsignedinteger[Any]]  # little-endian uint16 or uint32
 Kind = Literal["gcm", "ctr"]
 Mask = tuple[bytes | bytearray, int]  # seed, +1 or -1
-Fill = Callable[[int, memoryview], None]  # segment number, and up to SEGMENT bytes to fill, with 16 more
+Fill = Callable[[int, memoryview, memoryview], None]  # segment number, zeros, room for them and 16 bytes
 
 
 def ring_type(bits: int) -> np.dtype[Any]:
@@ -46,8 +46,8 @@ def ring_type(bits: int) -> np.dtype[Any]:
 def _gcm(seed: bytes | bytearray) -> Fill:
     cipher = AESGCM(seed)
 
-    def fill(segment: int, out: memoryview) -> None:
-        cipher.encrypt_into(segment.to_bytes(12, "little"), _ZEROS[: len(out) - _TAG], None, out)
+    def fill(segment: int, zeros: memoryview, out: memoryview) -> None:
+        cipher.encrypt_into(segment.to_bytes(12, "little"), zeros, None, out)
 
     return fill
 
@@ -55,9 +55,9 @@ def _gcm(seed: bytes | bytearray) -> Fill:
 def _ctr(seed: bytes | bytearray) -> Fill:
     encryptor = Cipher(algorithms.AES(seed), modes.CTR(bytes(12) + _FIRST)).encryptor()
 
-    def fill(segment: int, out: memoryview) -> None:
+    def fill(segment: int, zeros: memoryview, out: memoryview) -> None:
         encryptor.reset_nonce(segment.to_bytes(12, "little") + _FIRST)
-        encryptor.update_into(_ZEROS[: len(out) - _TAG], out)
+        encryptor.update_into(zeros, out)
 
     return fill
 
@@ -83,7 +83,7 @@ def measure(kind: Kind, seconds: float = _TRIAL_S, clock: Callable[[], float] = 
     best, began = float("inf"), clock()
     while True:
         start = clock()
-        fill(0, out)
+        fill(0, _ZEROS, out)
         end = clock()
         best = min(best, end - start)
         if end - began >= seconds:
@@ -102,7 +102,7 @@ def keystream(seed: bytes | bytearray, num_bytes: int, kind: Kind | None = None)
     buffer = byte_view(_buffer())
     fill = _ENGINES[kind or fastest()](seed)
     while len(out) < num_bytes:
-        fill(len(out) // SEGMENT, buffer)
+        fill(len(out) // SEGMENT, _ZEROS, buffer)
         out += buffer[: min(SEGMENT, num_bytes - len(out))]
     return bytes(out)
 
@@ -145,9 +145,9 @@ def _add(
         ciphers = [(engine(seed), np.add if sign > 0 else np.subtract) for seed, sign in batch]
         for segment in segments:
             target = vector[segment * len(stream) : (segment + 1) * len(stream)]
-            part, room = stream[: len(target)], out[: target.nbytes + _TAG]
+            part, zeros, room = stream[: len(target)], _ZEROS[: target.nbytes], out[: target.nbytes + _TAG]
             for fill, operation in ciphers:
-                fill(segment, room)
+                fill(segment, zeros, room)
                 operation(target, part, out=target)
     buffer.fill(0)
 
