@@ -1,7 +1,9 @@
 """A private run on a real fleet: charged, killed in mid-round, exhausted, resumed, and proven elsewhere."""
 
+import contextlib
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -86,6 +88,36 @@ def test_a_private_run_is_charged_killed_exhausted_resumed_and_proven(real_fleet
     with open_store(fleet.folder / "server" / "lepton.db") as store:
         store.verify_journal()
         assert store.rebuild().equal
+
+
+def test_a_restored_older_ledger_is_refused_by_the_device_and_noticed_by_the_coordinator(
+    real_fleet, digit_files
+):
+    fleet = real_fleet
+    database, copy = fleet.folder / "server" / "lepton.db", fleet.folder / "copy.db"
+    budget = ("privacy", "budget", "fleet", "--delta", "1e-3", "--epsilon")
+    fleet.start_server()
+    fleet.join("dev0")
+    fleet.lepton(*budget, "5")
+    with contextlib.closing(sqlite3.connect(database)) as source:
+        source.execute("VACUUM INTO ?", (str(copy),))
+    fleet.lepton(*budget, "6")
+    fleet.start_client("dev0", digit_files[0])
+    kept = fleet.state("dev0") / "ledger_head.json"
+    fleet.until(kept.exists, "the device has seen the ledger")
+    fleet.kill("dev0", signal.SIGKILL)
+    fleet.kill("server", signal.SIGKILL)
+    for file in database.parent.glob("lepton.db*"):
+        file.unlink()
+    copy.rename(database)
+    fleet.start_server()
+    fleet.start_client("dev0", digit_files[0])
+    with open_store(database) as store:
+        fleet.until(lambda: store.missed_head() is not None, "the coordinator hears of it")
+        assert store.missed_head() == json.loads(kept.read_text())["head"]["seq"]
+        fleet.until(lambda: store.active_devices()[0].status == "not-eligible", "the device sits out")
+    shown = fleet.run("privacy", "show", "--config", str(fleet.config))
+    assert "this is an older copy" in shown.stdout + shown.stderr
 
 
 def test_verifying_an_export_needs_neither_database_nor_torch(tmp_path):
