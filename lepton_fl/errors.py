@@ -17,6 +17,7 @@ Other libraries' exceptions are translated where they enter. ``code`` is stable 
     │   ├── StateTooNew             7  written by newer code
     │   ├── StateCorrupt            7  a hash does not match
     │   ├── StateConflict           7  a change does not follow from what is recorded
+    │   │   └── LeaseLost           7  another coordinator has taken over
     │   └── DiskFull                7  no space was left; nothing was changed
     ├── RunError                    8  a run stopped with a verdict other than success
     │   ├── QuorumError             8  too few devices could take part in time
@@ -138,6 +139,12 @@ class StateConflict(StateError):
     """A change does not follow from what is recorded (a second end of one run); nothing was changed."""
 
     code = "state-conflict"
+
+
+class LeaseLost(StateConflict):
+    """Another coordinator has taken over the database; this one writes nothing more."""
+
+    code = "lease-lost"
 
 
 class DiskFull(StateError):

@@ -517,6 +517,8 @@ class Agent:
             self._diary.verdict(said.run_id, said.round, said.accepted, said.reason, said.detail)
             if said.kind == "train" and not said.accepted:
                 self._settle(said.run_id, said.round, said.attempt, False)
+            elif said.kind == "train":
+                self._worker.taken(said.run_id, said.round, said.attempt)
         elif kind == "leave":
             told = instruction.leave
             if self._worker.leave((told.run_id, told.round, told.nonce)):

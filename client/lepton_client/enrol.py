@@ -16,6 +16,7 @@ from lepton_client.link import PROTOCOL, Link, UntrustedServer
 from lepton_client.secure import signing_key
 from lepton_client.state import Identity, StateDir
 from lepton_fl import crypto
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import ConfigError, NotFound, TrustError
 from lepton_fl.wire.v1 import device_pb2 as pb
 
@@ -46,6 +47,7 @@ def enrol(
         return _already(state.identity(), join)
     key = _key(state)
     signing_key(state)  # made here, certified at the first check-in
+    reached("enrol.key")
     request = pb.EnrollRequest(
         protocol=PROTOCOL,
         token_secret=join.secret,
@@ -55,6 +57,7 @@ def enrol(
     )
     with Link(join.addr, join.ca_pem, timeout_s=timeout_s) as link:
         answer = link.enroll(request)
+    reached("enrol.answered")
     identity = Identity(
         device_id=answer.device_id,
         name=name,

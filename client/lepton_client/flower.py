@@ -432,7 +432,7 @@ _REASONS: Final = {
     "not-selected": Rejection.NOT_SELECTED,
     "too-large": Rejection.OUT_OF_RANGE,
     "malformed": Rejection.MALFORMED,
-    "forged-sender": Rejection.NOT_SELECTED,
+    "forged-sender": Rejection.LATE,  # it knows us as another node: it was restarted in mid-upload
     "refused": Rejection.MALFORMED,
 }
 

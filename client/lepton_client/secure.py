@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from lepton_client.config import ClientSection
 from lepton_client.state import FORMAT, Identity, StateDir
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import NotFound, Rejection, StateCorrupt, TrustError, UpdateRejected
 from lepton_fl.files import canonical_json, read_private, write_private
 from lepton_fl.wire.v1 import device_pb2 as pb
@@ -213,6 +214,7 @@ class Seat:
             return self._upload(member, asked, name)
         if asked.stage is Stage.CONSENTS:
             consent = member.consent(name, asked.frame)
+            reached("secure.signed")
             self._work(name).vector = None
             return StageAnswer(consent, prekey=member.prekey())
         return StageAnswer(member.reveal(name, asked.frame))
@@ -255,6 +257,7 @@ class Seat:
         for device in member.deliver(name, asked.frame):
             log.warning("the key share of device %s cannot be used", device)
         tail, masked = member.mask(name, work.vector)
+        reached("secure.masked")
         return StageAnswer(tail, masked, seconds=work.seconds)
 
     def _work(self, name: str) -> _Work:

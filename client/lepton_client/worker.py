@@ -5,6 +5,8 @@ answer it, pushes the answer and stays a while for the next round. Rules:
 
 * Nothing is trained that the ledger does not first hold as begun; what it holds is not trained again.
 * An answer is pushed until it is taken, refused, or too late; a coordinator that restarted is joined anew.
+* What was trained and not taken is kept until its round is over: a coordinator that was restarted in between
+  asks again, and gets that answer.
 * ``leave`` and ``stop`` end training before its next step; what was left is not answered.
 """
 
@@ -13,14 +15,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lepton_client.backoff import Backoff
 from lepton_client.clock import Clock
 from lepton_client.ledger import Ledger
 from lepton_client.secure import Seat
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import (
     ConnectionFailed,
     DiskFull,
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 
 CALM_S: Final = 1.0  # between two looks for the next stage's message, which the coordinator announces
 LOAD_S: Final = 120.0  # what a first training may take to load before it counts as hung
+KEEP_S: Final = 300.0  # that an answer is kept for a coordinator that was restarted, at least
 GRACE: Final = 5.0  # seconds after a deadline in which an answer may still be taken
 
 
@@ -100,6 +103,16 @@ class Selection:
     refusal: str = ""  # why this device will not do it, when that is so
     reason: Rejection = Rejection.FAILED  # the same in a word
     resumed: bool = False  # the coordinator goes on after a restart with what this device may have finished
+    refused: bool = False  # the fleet API did not know this device since it was selected
+
+
+@dataclass
+class _Trained:
+    """An answer that the coordinator does not have yet."""
+
+    ticket: "Ticket"
+    answer: "Records | str"  # the latter: what went wrong
+    until: float  # clock seconds; nobody asks for it later
 
 
 class Worker:
@@ -141,8 +154,8 @@ class Worker:
         self._open: dict[Key, Selection] = {}
         self._left: set[Key] = set()
         self._finished: deque[Key] = deque(maxlen=64)
+        self._answers: dict[Key, _Trained] = {}
         self._stay_until = 0.0
-        self._kept: tuple[Key, Callable[[Node, Any], None]] | None = None  # done, and not handed over yet
         self._beat: float | None = None  # clock seconds of the last step of the work in hand; None = none is
         self._stepped = False  # whether anything was ever trained by this process
         self._stopping = False
@@ -202,8 +215,20 @@ class Worker:
             self._lock.notify_all()
             return True
 
+    def taken(self, run_id: str, round_number: int, attempt: int) -> None:
+        """The coordinator says that it has the answer of an attempt."""
+        with self._lock:
+            found = [t.ticket for t in self._answers.values() if t.ticket.kind == "train"]
+        for ticket in found:
+            if (ticket.run_id, ticket.round, ticket.attempt) == (run_id, round_number, attempt):
+                self._forget(ticket, taken=True)
+                self._done((ticket.run_id, ticket.round, ticket.nonce))
+
     def leave(self, key: Key) -> bool:
         """The round closed without this device; False when it was not at work on it."""
+        trained = self._answers.get(key)
+        if trained is not None:
+            self._forget(trained.ticket, taken=False)
         with self._lock:
             if self._open.pop(key, None) is None:
                 if self._seat is not None:
@@ -293,8 +318,12 @@ class Worker:
         log.warning("lost the round's connection: %s", error)
         if isinstance(error, TrustError):
             with self._lock:
-                self._open.clear()  # not ours to insist; the next check-in says why
-            return
+                # Not ours to insist; the next check-in says why. A coordinator that was restarted lets us in
+                # when it selects us, perhaps after the call that failed: so once more.
+                again = {key: s for key, s in self._open.items() if not s.refused}
+                self._open = {key: replace(s, refused=True) for key, s in again.items()}
+            if not again:
+                return
         self._pause(self._backoff.next())
 
     def _attend(self) -> bool:
@@ -339,29 +368,82 @@ class Worker:
             self._pause(self._poll_s)
             return
         key = (ticket.run_id, ticket.round, ticket.nonce)
-        if self._kept is not None and self._kept[0] == key:  # it was shut out meanwhile, and asked again
-            push = partial(self._kept[1], node, handle)
-            self._hand_over(push, node, ticket, key)
-        elif (refused := self._refusal(ticket, key)) is not None:
+        reached("train.downloaded")
+        trained = self._trained(key)
+        if trained is None and (refused := self._refusal(ticket, key)) is not None:
             why, text = refused
             log.warning("%s round %d of run %s is not done: %s", ticket.kind, key[1], key[0], text)
             self._push(lambda: node.push_error(handle, why, text), node, key)
             self._pause(self._poll_s)  # the same message may come again until the round is over
         else:
-            log.info("%s round %d of run %s begins", ticket.kind, ticket.round, ticket.run_id)
-            hand_over = self._do(records, key)
-            self._kept = key, hand_over
-            self._hand_over(partial(hand_over, node, handle), node, ticket, key)
+            if trained is None:
+                reached("train.begun")
+                log.info("%s round %d of run %s begins", ticket.kind, ticket.round, ticket.run_id)
+                trained = self._train(ticket, records, key)
+                reached("train.trained")
+            if self._gone(key):
+                self._forget(ticket, taken=False)
+            elif not self._hand_over(node, handle, trained, key):
+                # Its question was a coordinator's that is gone, or our node was shut out: join anew.
+                raise ConnectionFailed("The round's question is not known any more; it may be asked again.")
         self._done(key)
 
-    def _hand_over(self, push: Callable[[], None], node: Node, ticket: "Ticket", key: Key) -> None:
-        """Push what came of the work; it is kept until it was taken or refused, for it is not done twice."""
-        taken = not self._gone(key) and self._push(push, node, key)
-        self._kept = None
+    def _hand_over(
+        self,
+        node: Node,
+        handle: Any,  # noqa: ANN401 - the node's own
+        trained: "_Trained",
+        key: Key,
+    ) -> bool:
+        """Push an answer; False if it came too late and is kept until its round is over."""
+        answer, ticket = trained.answer, trained.ticket
+
+        def push() -> None:
+            if isinstance(answer, str):
+                node.push_error(handle, Rejection.FAILED, answer)
+            else:
+                node.push(handle, answer)
+
+        refusal = self._hand(push, node, key)
+        if refusal is None:
+            reached("train.sent")
+        elif refusal.reason is Rejection.LATE and ticket.kind == "train":
+            return False
+        self._forget(ticket, taken=refusal is None)
+        return True
+
+    def _trained(self, key: Key) -> "_Trained | None":
+        """What this attempt has brought, if the coordinator does not have it yet."""
+        self._forget_old()
+        with self._lock:
+            return self._answers.get(key)
+
+    def _train(self, ticket: "Ticket", records: "Records", key: Key) -> "_Trained":
+        """Do the work, and keep what came of it."""
+        trained = _Trained(ticket, self._do(records, key), self._clock.now() + KEEP_S)
+        with self._lock:
+            selection = self._open.get(key)
+            if selection is not None:
+                trained.until = max(trained.until, selection.deadline + GRACE)
+            self._answers[key] = trained
+        return trained
+
+    def _forget(self, ticket: "Ticket", taken: bool) -> None:
+        """The coordinator has an answer, or never will."""
+        with self._lock:
+            self._answers.pop((ticket.run_id, ticket.round, ticket.nonce), None)
         if ticket.kind == "train":
             self._settle(ticket.run_id, ticket.round, ticket.attempt, taken)
         if taken:
             self._note(ticket)
+
+    def _forget_old(self) -> None:
+        """Answers that nobody has asked for in time."""
+        now = self._clock.now()
+        with self._lock:
+            old = [t.ticket for t in self._answers.values() if now > t.until]
+        for ticket in old:
+            self._forget(ticket, taken=False)
 
     def _work_stage(self, node: Node, handle: Any, records: "Records") -> None:  # noqa: ANN401 - the node's
         """Answer one stage of a round with secure aggregation; after the roster, train."""
@@ -389,6 +471,7 @@ class Worker:
             return  # too late for this stage; perhaps not for the round
         self._pace_s = max(self._poll_s, CALM_S)
         if asked.stage is Stage.SHARES and self._seat is not None:
+            reached("secure.keyed")
             log.info("train round %d of run %s begins", key[1], key[0])
             self._beat = self._clock.now()
             try:
@@ -436,18 +519,16 @@ class Worker:
         self._note(ticket)
         self._done(key)
 
-    def _do(self, records: "Records", key: Key) -> Callable[[Node, Any], None]:
-        """Do the work; returns how to hand over what came of it, to a node and as an answer to a handle."""
+    def _do(self, records: "Records", key: Key) -> "Records | str":
+        """Do the work; what came of it, or what went wrong."""
         self._beat = self._clock.now()
         try:
-            answer = self._answer(records, lambda: self._step(key))
+            return self._answer(records, lambda: self._step(key))
         except Exception as error:  # whatever is wrong with this machine, the round must hear of it
             log.exception("round %d of run %s could not be worked on", key[1], key[0])
-            text = f"The device failed with {type(error).__name__}."
-            return lambda node, handle: node.push_error(handle, Rejection.FAILED, text)
+            return f"The device failed with {type(error).__name__}."
         finally:
             self._beat = None
-        return lambda node, handle: node.push(handle, answer)
 
     def _step(self, key: Key) -> bool:
         """A sign that the work moves; whether it is to end."""
@@ -478,17 +559,18 @@ class Worker:
         Returns:
             Whether the coordinator has it; False when it refused it by reason.
         """
+        return self._hand(push, node, key) is None
+
+    def _hand(self, push: Callable[[], None], node: Node, key: Key | None) -> UpdateRejected | None:
+        """The same; returns why the coordinator has refused it."""
         backoff = Backoff(0.2, 5.0)
         while True:
             try:
                 push()
-                return True
+                return None
             except UpdateRejected as refusal:
                 log.warning("the answer was refused (%s): %s", refusal.reason, refusal)
-                if refusal.reason is Rejection.NOT_SELECTED and key is not None and not self._over(key):
-                    # Our node has another number since it was shut out: join anew, and look once more.
-                    raise ConnectionFailed("The coordinator knows this node by another number.") from refusal
-                return False
+                return refusal
             except LeptonError as error:
                 if isinstance(error, TrustError) or key is None or self._over(key):
                     raise

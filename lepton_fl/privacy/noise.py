@@ -55,8 +55,8 @@ class Keystream:
     """The words of AES-256-CTR under a fresh key of the operating system.
 
     Args:
-        key: 32 bytes fix the stream, for tests and simulations. Noise that protects somebody never has a
-            stored key: two releases with the same noise differ by the plain data.
+        key: 32 bytes fix the stream. Two sums with the same noise differ by the plain data: the key of noise
+            that protects somebody is used for one sum only (``rounds.private`` binds the two).
     """
 
     def __init__(self, key: bytes | None = None) -> None:

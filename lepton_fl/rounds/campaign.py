@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, Rejection, RunError
 from lepton_fl.plan import MAX_RETRIED, RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
@@ -36,6 +37,7 @@ from lepton_fl.vector import Layout, Vector, vector_digest
 from lepton_fl.wire.messages import Request
 
 Kind = Literal["train", "evaluate"]
+Moved = Callable[[RoundPlan, str, Sequence[str]], None]  # of an attempt: its phase, and whose updates count
 SHOW_EVERY_S = 5.0  # a cause of waiting that keeps changing is shown at most so often
 
 
@@ -186,7 +188,8 @@ class Campaign:
     measure: Callable[[Collected, NDArray[np.float64]], Mapping[str, float]] = lambda collected, mean: {}
     # Of who was asked in this run; a restart brings it back.
     history: History = field(default_factory=History)
-    unfinished: RoundPlan | None = None  # an attempt that a restart cut off and ``secure`` can go on with
+    unfinished: RoundPlan | None = None  # an attempt that a restart cut off and the exchange can go on with
+    moved: Moved = lambda plan, phase, counted: None  # records the phases of an attempt
     _blamed: set[str] = field(default_factory=set, init=False)  # broke the protocol: not asked again
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
     _void: int = field(default=0, init=False)  # rounds in a row that gave nothing and cannot be repeated
@@ -262,7 +265,9 @@ class Campaign:
                 plan = self._plan("train", number, state, cohort, self.spec.cohort.size)
                 if self.private:
                     self.private.reserve(plan)
+                reached("round.planning")
                 self.book.planned(plan)
+                reached("round.planned")
             elif self.private:
                 self.private.reopened(plan)
             began = self.clock()
@@ -287,6 +292,7 @@ class Campaign:
             after, metrics = self._settled(after, collected)
             metrics |= measured
             self.book.committed(Committed(after, collected, metrics, seconds, _bytes_down(plan)))
+            reached("round.released")
             self._void = 0
             return after
         raise RunError(
@@ -325,7 +331,10 @@ class Campaign:
             request = Request.of(plan, state.model, control)
             collected, mean = self.secure.collect(plan, request, self.exchange, self.clock, finish)
         else:
-            collected, mean = collect_training(plan, state.model, self.exchange, control, self.clock, finish)
+            closed = partial(self._closed, plan)
+            collected, mean = collect_training(
+                plan, state.model, self.exchange, control, self.clock, finish, closed
+            )
         if self.private:
             redact(collected)
             if mean is None and collected.burnt:
@@ -333,6 +342,12 @@ class Campaign:
             elif mean is None:
                 self.private.void(plan, f"Nothing was added up: {collected.summary()}.")
         return collected, mean
+
+    def _closed(self, plan: RoundPlan, collected: Collected) -> None:
+        """Whose updates count is fixed before anything is made of them."""
+        reached("round.aggregating")
+        self.moved(plan, "aggregated", collected.accepted)
+        reached("round.aggregated")
 
     def _settled(self, after: RunState, collected: Collected) -> tuple[RunState, dict[str, float]]:
         """The state to commit, and what may be told of the round."""
@@ -426,6 +441,7 @@ class Campaign:
         if self._heard(collected):
             after, improved = self._judge(after, metrics)
         self.book.evaluated(Evaluated(after, collected, metrics, improved))
+        reached("round.evaluated")
         return after
 
     def _evaluate_on_devices(self, state: RunState) -> Collected | None:

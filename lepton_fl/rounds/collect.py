@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import Cause, Rejection, RunError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.accumulator import Accumulator, Aggregator, UpdateBatch
@@ -110,6 +111,7 @@ def collect_training(
     auxiliary: Vector | None = None,
     clock: Clock = time.monotonic,
     finish: Finish | None = None,
+    closed: Callable[["Collected"], None] = lambda collected: None,
 ) -> tuple[Collected, NDArray[np.float64] | None]:
     """One attempt at a training round.
 
@@ -120,6 +122,7 @@ def collect_training(
         auxiliary: (A,) what else devices need; None where ``plan.auxiliary`` is 0.
         clock: says when each answer came.
         finish: makes the update of what was aggregated, if enough have answered; None = as it is.
+        closed: told then whose updates these are, before anything is made of them.
 
     Returns:
         What happened, and the (P + A,) mean update, or None if fewer than ``plan.min_reports`` came.
@@ -141,6 +144,7 @@ def collect_training(
     collected = collect(plan, request, exchange, TRAINING, take, take_many, clock)
     if not collected.enough:
         return collected, None
+    closed(collected)
     if isinstance(aggregator, QuantisedSum):
         return collected, collected.in_few_bits(*aggregator.decode())
     return collected, (finish(aggregator) if finish else aggregator.finalize())
@@ -293,6 +297,8 @@ def _handle(
         arrived_s=collected.elapsed_s(),
     )
     exchange.tell(plan, device_id, None)
+    if plan.kind == "train":
+        reached("update.added")
 
 
 def _check_sender(collected: Collected, device_id: str) -> None:

@@ -36,10 +36,19 @@ class Ledger(Protocol):
         """
         ...
 
-    def releasing(self, run_id: str, round_number: int, attempt: int) -> None:
+    def releasing(self, run_id: str, round_number: int, attempt: int, sealed: bytes = b"") -> bytes:
         """Say durably that the release is about to be computed: from now on it may be public.
 
         An attempt that a crash cut short without this word has released nothing, for nothing was added up.
+
+        Args:
+            run_id: of the run.
+            round_number: first round: 1.
+            attempt: first attempt: 1.
+            sealed: what the noise is made of; kept until the release is stored.
+
+        Returns:
+            What holds: ``sealed``, or what was given when this very release was begun before a restart.
         """
         ...
 
@@ -83,8 +92,9 @@ class MemoryLedger:
             refuse_overspent(self.account.budget, self.account.events)
         self._open[run_id, round_number, attempt] = event is not None
 
-    def releasing(self, run_id: str, round_number: int, attempt: int) -> None:
+    def releasing(self, run_id: str, round_number: int, attempt: int, sealed: bytes = b"") -> bytes:
         """See ``Ledger``; a process that ends takes this ledger with it."""
+        return sealed
 
     def commit(self, run_id: str, round_number: int, attempt: int) -> None:
         """See ``Ledger``."""

@@ -13,7 +13,9 @@ is the noisy mean: losses and counts are neither reported nor journalled in a pr
 that travel behind the update and are charged with it.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
@@ -22,6 +24,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import RunError, StateCorrupt
 from lepton_fl.plan import PrivacySpec, RoundPlan, RunSpec
 from lepton_fl.privacy.budget import Budget
@@ -30,6 +33,7 @@ from lepton_fl.privacy.distributed import DistributedNoise
 from lepton_fl.privacy.events import Event, Gaussian, from_json, to_json
 from lepton_fl.privacy.factorization import participations
 from lepton_fl.privacy.mechanisms import Correlated, Independent, ReleaseMechanism
+from lepton_fl.privacy.noise import KEY_BYTES as NOISE_KEY_BYTES
 from lepton_fl.privacy.noise import Keystream
 from lepton_fl.privacy.planning import Prepared, Ring, Shape, prepare
 from lepton_fl.privacy.sealing import seal, unseal
@@ -173,7 +177,7 @@ class PrivateRounds:
         ledger: Ledger,
         *,
         sealing_key: bytes,
-        stream: Callable[[RoundPlan], Keystream] = lambda plan: Keystream(),
+        noise_key: Callable[[RoundPlan], bytes] = lambda plan: os.urandom(NOISE_KEY_BYTES),
     ) -> None:
         """Prepare; nothing is charged yet.
 
@@ -183,12 +187,12 @@ class PrivateRounds:
             ready: see ``prepared``.
             ledger: what is charged.
             sealing_key: 32 bytes; encrypts remembered noise at rest.
-            stream: of an attempt's noise; fresh from the operating system, but in a simulation.
+            noise_key: of an attempt's noise; fresh from the operating system, but in a simulation.
         """
         self._spec, self._privacy, self._run_id = spec, _privacy(spec), run_id
         self._start: ReleaseMechanism = ready.mechanism
         self._mechanism = self._following = self._start
-        self._ready, self._ledger, self._key, self._stream = ready, ledger, sealing_key, stream
+        self._ready, self._ledger, self._key, self._noise_key = ready, ledger, sealing_key, noise_key
         self._round = 0  # the last committed one
         self._clip = self._next_clip = ready.clip
         self._figures: dict[str, float] = {}  # what the last release told besides the update
@@ -318,16 +322,38 @@ class PrivateRounds:
         """
         if not isinstance(aggregator, Accumulator):
             raise RunError(f"Noise is added to exact sums; {plan.aggregation.name!r} makes none.")
-        self._ledger.releasing(self._run_id, plan.round, plan.attempt)
         shape, total = self._ready.shape(self._clip), aggregator.subtotal().total
         if (plan.clip_norm, plan.grid_step) != (shape.clip_norm, shape.grid_step):
             raise RunError("The plan of this attempt was made for another clip norm than its noise.")
-        stream, mechanism = self._stream(plan), self._mechanism
+        stream, mechanism = self._bound_stream(plan, total), self._mechanism
+        reached("noise.bound")
         if isinstance(mechanism, Independent):
             mechanism = replace(mechanism, norm_bound=shape.norm_bound)
         self._following = mechanism.release(total, plan.round, stream).following
+        reached("noise.added")
         self._read_tail(shape, total[plan.sent_size :].tolist())
         return scaled(total[: plan.sent_size], plan.grid_step / self._spec.cohort.size)
+
+    def _bound_stream(self, plan: RoundPlan, total: NDArray[np.int64]) -> Keystream:
+        """The noise of this attempt, bound to this very sum before any of it is drawn.
+
+        After a crash the same noise may be added once more, but to nothing else: the sum's hash is sealed
+        with the key. The release is then the one that was begun, not a second one.
+
+        Raises:
+            StateCorrupt: a release of another sum was begun; adding this noise would show the difference.
+        """
+        digest = hashlib.sha256(total.view(np.uint8).data).digest()
+        name = f"{self._run_id}/{plan.attempt}"
+        sealed = seal(self._noise_key(plan) + digest, self._key, run_id=name, round_number=plan.round)
+        sealed = self._ledger.releasing(self._run_id, plan.round, plan.attempt, sealed)
+        begun = unseal(sealed, self._key, run_id=name, round_number=plan.round)
+        if begun[NOISE_KEY_BYTES:] != digest:
+            raise StateCorrupt(
+                f"Round {plan.round} of run {self._run_id}: noise was bound to another sum than this one.",
+                hint="Updates were lost or altered on the disk. The release stays charged; start a new run.",
+            )
+        return Keystream(begun[:NOISE_KEY_BYTES])
 
     def _read_tail(self, shape: Shape, tail: list[int]) -> None:
         """What the noisy sums behind the update say."""

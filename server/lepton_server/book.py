@@ -4,16 +4,18 @@ A run's state is a fold over its own events plus two blobs (model, optimiser sta
 repair after a crash.
 """
 
+import json
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import Cause, LeptonError, Rejection, StateConflict, StateCorrupt
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RoundPlan, RunSpec
@@ -25,6 +27,7 @@ from lepton_server.ops import Meters
 from lepton_server.patience import Patience, Stopped, one_line
 from lepton_server.privacy import Ledger, newest_states, without_names
 from lepton_server.quarantine import Quarantine
+from lepton_server.received import Inbox
 from lepton_server.store import Event, Store
 from lepton_server.watchdog import Wait, Watchdog, cause_of
 
@@ -170,6 +173,7 @@ class RunBook:
         ledger: Ledger | None = None,
         watch: Watchdog | None = None,
         quarantine: Quarantine | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
         """Go on from what is recorded.
 
@@ -182,8 +186,9 @@ class RunBook:
             ledger: of a private run.
             watch: told of waits.
             quarantine: judges devices after each attempt.
+            inbox: keeps updates.
         """
-        self._watch, self._quarantine = watch, quarantine
+        self._watch, self._quarantine, self._inbox = watch, quarantine, inbox
         self._checkpoints, self._run_id, self._meters = checkpoints, run_id, meters
         self._store, self._blobs, self._patience = checkpoints.store, checkpoints.blobs, patience
         self._metric, self._ledger = spec.early_stop.metric, ledger
@@ -200,7 +205,15 @@ class RunBook:
         there = [
             (str(r.model_sha256), r.state_sha256) for r in rounds if self._blobs.has(str(r.model_sha256))
         ]
+        self._release_rest()
         self._kept = deque(there)  # more than KEEP_ROUNDS if a kill came before old ones were dropped
+
+    def _release_rest(self) -> None:
+        """A kill came between the commit of a round and the end of it."""
+        done = [row for row in self._store.rounds(self._run_id) if row.state == "committed"]
+        for row in done[-1:]:
+            if row.phase == "committed":
+                self._erase(RoundPlan.model_validate_json(json.dumps(dict(row.plan))), "released")
 
     def planned(self, plan: RoundPlan) -> None:
         """Journal a plan; of a private run, its charge is set aside in the same step.
@@ -225,6 +238,29 @@ class RunBook:
                 raise
             raise Stopped(f"Stopped on request before round {plan.round}.") from None
 
+    def moved(self, plan: RoundPlan, phase: str, counted: Sequence[str] = ()) -> None:
+        """Journal the phase of an attempt, and fix whose updates count.
+
+        Raises:
+            Interrupted, Stopped: see ``Patience.insist``.
+        """
+
+        def write() -> None:
+            with self._store.transaction() as transaction:
+                if transaction.move(plan.run_id, plan.round, plan.attempt, phase):
+                    transaction.count_received(plan.run_id, plan.round, plan.attempt, counted)
+
+        self._patience.insist(write)
+
+    def _erase(self, plan: RoundPlan, phase: str = "") -> None:
+        """Nothing but the model is left of a round; what a crash leaves is erased at the next start."""
+        noise = self._ledger.noise_sha256 if self._ledger else ""
+        if self._inbox is not None:
+            inbox = self._inbox
+            self._patience.insist(lambda: inbox.forget(plan.run_id, plan.round, noise))
+        if phase:
+            self.moved(plan, phase)
+
     def abandoned(self, collected: Collected, cause: str) -> None:
         """Journal that an attempt does not count, and why."""
         body = _attempt(collected.plan) | {"cause": cause, "participation": _participation(collected)}
@@ -237,6 +273,7 @@ class RunBook:
                     self._ledger.write_voided(transaction)
 
         self._patience.insist(write)
+        self._erase(collected.plan)
         if self._ledger:
             self._ledger.settled()
         self._meters.abandoned.labels(self._run_id).inc()
@@ -272,6 +309,7 @@ class RunBook:
                 save_model(self._blobs, state.model)
                 state_sha256 = save_server_state(self._blobs, state.server)
                 memory = self._blobs.put(without_names(state.private)) if state.private else ""
+                reached("model.stored")
                 with self._store.transaction() as transaction:
                     named = body | {"state_sha256": state_sha256}
                     transaction.record("round.committed", self._run_id, named)
@@ -280,6 +318,8 @@ class RunBook:
                         self._ledger.write_committed(transaction, model_sha256, memory)
 
         self._patience.insist(write)
+        reached("round.committed")
+        self._erase(plan, "released")
         self._replace_memory(memory)
         self._parent = model_sha256
         self._kept.append((model_sha256, state_sha256))

@@ -62,11 +62,14 @@ def server(
         list[str] | None,
         typer.Option(help="Name or address by which devices reach this machine; repeatable."),
     ] = None,
+    standby: Annotated[
+        bool | None,
+        typer.Option("--standby", help="Wait while another coordinator leads, and take over when it ends."),
+    ] = None,
 ) -> None:
     """Run the coordinator until it is stopped. The first start makes its certificate authority."""
-    settings = load(
-        config, {"server.state_dir": state_dir, "listen.host": host, "listen.public_names": public_name}
-    )
+    given = {"server.state_dir": state_dir, "listen.host": host, "listen.public_names": public_name}
+    settings = load(config, given | {"server.standby": standby})
     from lepton_fl.logs import configure
     from lepton_server.memory import give_back_early
 

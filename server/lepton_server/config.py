@@ -32,6 +32,11 @@ class ServerSection(_Section):
         default=Path("lepton-state"),
         description="Folder of keys, database and blobs; made with mode 0700. One coordinator per folder.",
     )
+    standby: bool = Field(
+        default=False,
+        description="Wait while another coordinator leads, and take over when it ends; "
+        "needs PostgreSQL, the same keys and shared blobs. Off = refuse to start then.",
+    )
 
 
 class ListenSection(_Section):
@@ -228,8 +233,8 @@ class RoundsSection(_Section):
         default=2,
         ge=1,
         le=1_000,
-        description="Replies of one round that are in memory at a time, from the start of their upload until "
-        "they are added; other devices wait. Each costs as much as a model.",
+        description="Replies of one round that come in at a time; others wait. Each takes as much memory "
+        "as a model until it is whole: then it is on the disk.",
     )
     stay_s: float = Field(
         default=30.0,
@@ -357,6 +362,11 @@ class ServerConfig(_Section):
     def spool_dir(self) -> Path:
         """The folder of files that came in open attempts; with the blobs, so that it moves with them."""
         return self.blob_dir / "spool"
+
+    @property
+    def attempts_dir(self) -> Path:
+        """The folder of what open attempts need: updates that have come, and what noise is made of."""
+        return self.blob_dir / "attempts"
 
     @property
     def release_dir(self) -> Path:

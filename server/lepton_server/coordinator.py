@@ -32,9 +32,11 @@ from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.heads import Heads
+from lepton_server.lease import Leadership
 from lepton_server.ops import Meters, ops_app
 from lepton_server.privacy import PrivacyKeys
 from lepton_server.quarantine import Quarantine
+from lepton_server.received import Inbox
 from lepton_server.releases import ListKeeper, online_keys, shelf_of
 from lepton_server.rollouts import RolloutKeeper
 from lepton_server.runs import RunDriver
@@ -61,6 +63,7 @@ class Coordinator:
         self._driver: RunDriver | None = None
         self._service: DeviceService | None = None
         self._fleet: Fleet | None = None
+        self._lease: Leadership | None = None
         self._ops_port = 0
         self._listeners: dict[str, threading.Thread] = {}
 
@@ -83,9 +86,15 @@ class Coordinator:
         self._ended.set()
 
     def wait(self) -> None:
-        """Block until ``stop``."""
+        """Block until ``stop``.
+
+        Raises:
+            LeaseLost: another coordinator has taken over.
+        """
         while not self._ended.wait(1.0):  # a bounded wait lets signals through
             pass
+        if self._lease is not None and self._lease.lost is not None:
+            raise self._lease.lost
 
     def close(self) -> None:
         """End all parts; runs are left to be continued."""
@@ -119,6 +128,7 @@ class Coordinator:
         make_private_folder(folder)
         stack.enter_context(_claim(folder))
         store = stack.enter_context(open_store(config.store_url))
+        self._lead(stack, store)
         blobs = BlobStore(config.blob_dir)
         sweep_spools(store, config.spool_dir)
         authority = Authority.open(folder / "keys", hosts_of(config.listen))
@@ -165,6 +175,7 @@ class Coordinator:
             spool_dir=config.spool_dir,
             watch=watch,
             quarantine=Quarantine(config.watchdog, store, fleet, self.meters),
+            inbox=Inbox(store, BlobStore(config.attempts_dir)),
         )
         fleet.on_revoked(self._driver.expel)
         self._serve_ops(stack)
@@ -178,6 +189,13 @@ class Coordinator:
         self._driver.start()
         stack.callback(self._driver.close)
         log.info("ready: enrolment %(enrolment)s, devices %(devices)s, fleet %(fleet)s", endpoints)
+
+    def _lead(self, stack: ExitStack, store: Store) -> None:
+        """Be the one coordinator of this database, or wait to become it."""
+        folder, standby = self.config.server.state_dir, self.config.server.standby
+        lease = self._lease = Leadership.take(store, folder, standby=standby, stopped=self._ended)
+        stack.callback(lease.release)
+        lease.keep(self.stop)
 
     def _serve_fleet(self, stack: ExitStack, link: FlowerLink, authority: Authority) -> int:
         listen, tls = self.config.listen, ServerTls(authority.server_path)

@@ -4,14 +4,18 @@ The messages travel through Flower's fleet API, the word that there is one throu
 selected device is told at once if it waits on a stream, else at its next check-in. A device that vanishes in
 mid-round is given up after ``GONE_S`` of silence; nobody waits for it until the deadline. A run that is asked
 to stop waits ``STOP_S`` for the answers that are on their way.
+
+Updates are durable before their devices hear that they have come (``received``). An attempt that a restart
+cut off goes on: what had come is there again, the other devices are asked again, and give what they have.
 """
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import Cause, LeptonError, NotFound, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.exchange import Answer
@@ -19,8 +23,9 @@ from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.fleet import Fleet
-from lepton_server.flower import FlowerLink, Mailbox, Reply
+from lepton_server.flower import FlowerLink, Keep, Mailbox, Reply
 from lepton_server.patience import Interrupted
+from lepton_server.received import Inbox, Kept
 from lepton_server.watchdog import Facts, diagnose
 
 log = logging.getLogger(__name__)
@@ -28,6 +33,7 @@ log = logging.getLogger(__name__)
 WAKE_S = 0.5  # how often a waiting round looks for vanished devices and a shutdown
 GONE_S = 20.0  # a device that had a stream, lost it, and is silent at the fleet API for so long, is gone
 SILENT_S = 40.0  # one that never had a stream; one that works sends a heartbeat to the fleet API every 10 s
+BACK_S = 120.0  # after a restart devices come back spread out
 STOP_S = 10.0  # how long an attempt goes on after a request to stop
 
 
@@ -39,6 +45,7 @@ class _Attempt:
     ends: float  # monotonic seconds; of a stage, if there are several
     leaves: float = 0.0  # when devices stop waiting for more; 0 = at the end
     resumed: bool = False  # it was begun before a restart
+    durable: bool = False  # its answers are kept before they are acknowledged
     hurried: bool = False  # the run was asked to stop, and the end is set accordingly
     devices: dict[str, str] = field(default_factory=dict)  # message id -> device id, unanswered
     nodes: dict[str, int] = field(default_factory=dict)  # device id -> Flower node id
@@ -84,6 +91,9 @@ class FleetExchange:
         stopping: Callable[[], bool] = lambda: False,
         attends: Callable[[_Look | None], None] = lambda attempt: None,
         reoffered: Callable[[RoundPlan, str], None] = lambda plan, device_id: None,
+        inbox: Inbox | None = None,
+        moved: Callable[[RoundPlan, str], None] = lambda plan, phase: None,
+        unfinished: RoundPlan | None = None,
     ) -> None:
         """Make the exchange of a run.
 
@@ -96,7 +106,11 @@ class FleetExchange:
             stopping: whether the run was asked to stop.
             attends: told of the attempt that is open; None = it is closed.
             reoffered: told of a device that is asked once more, because its node had been shut out.
+            inbox: keeps updates; None = they are in memory only.
+            moved: told that an attempt has come to a phase.
+            unfinished: an attempt that a restart has cut off: its devices take part in it again.
         """
+        self._inbox, self.moved, self._unfinished = inbox, moved, unfinished
         self._link, self._fleet, self._public_keys = link, fleet, public_keys
         self._attends, self._reoffered = attends, reoffered
         self._stay_s, self._closing, self._stopping = stay_s, closing, stopping
@@ -107,17 +121,41 @@ class FleetExchange:
         Raises:
             Interrupted: the coordinator shuts down.
         """
-        attempt = _Attempt(plan, time.monotonic() + plan.deadline_s)
-        box = self._link.mailbox()
+        again = self._unfinished is not None and self._unfinished.nonce == plan.nonce
+        attempt = _Attempt(plan, time.monotonic() + plan.deadline_s, resumed=again)
+        waits, box = list(plan.cohort) if again else [], self._link.mailbox()
         try:
+            for kept in self._known(attempt, durable=True):
+                waits.remove(kept.device_id)
+                yield Answer(kept.device_id, self._link.reread(kept.read), kept.num_bytes)
+            if self._inbox and again and self._inbox.is_closed(plan):
+                return  # it is fixed whose updates count
             self._attend(attempt)
-            yield from self._send(attempt, box, dict.fromkeys(plan.cohort, request.to_records()))
+            asked = waits if again else plan.cohort
+            attempt.durable = plan.kind == "train"
+            yield from self._send(attempt, box, dict.fromkeys(asked, request.to_records()))
+            waits = []
+            if plan.kind == "train":
+                self.moved(plan, "offered")
+                reached("round.offered")
             yield from self._answers(attempt, box)
             yield from self._silent(attempt)
         finally:
             self._attends(None)
             box.close()
-            self._release(attempt, set(attempt.devices.values()))
+            # At a shutdown the devices go on working: the attempt goes on after the restart.
+            going_on = self._inbox is not None and plan.kind == "train" and self._closing()
+            self._release(attempt, set() if going_on else {*waits, *attempt.devices.values()})
+
+    def _known(self, attempt: _Attempt, durable: bool) -> list[Kept]:
+        """What an attempt had been sent before a restart."""
+        return self._inbox.of(attempt.plan) if self._inbox and durable and attempt.resumed else []
+
+    def _keep(self, plan: RoundPlan, device_id: str) -> Keep:
+        """What makes a device's update durable."""
+        inbox = self._inbox
+        assert inbox is not None  # asked before
+        return lambda contents, num_bytes: inbox.keep(plan, device_id, contents, num_bytes).read
 
     def stages(self, plan: RoundPlan, seconds: float, *, resumed: bool = False) -> "Stages":
         """Open an attempt whose devices are asked several times; close it.
@@ -131,13 +169,25 @@ class FleetExchange:
         return Stages(self, _Attempt(plan, leaves, leaves, resumed), self._link.mailbox())
 
     def ask_stage(
-        self, attempt: _Attempt, box: Mailbox, messages: Mapping[str, Records], seconds: float
+        self,
+        attempt: _Attempt,
+        box: Mailbox,
+        messages: Mapping[str, Records],
+        seconds: float,
+        durable: bool = False,
     ) -> Generator[Answer | None, None, None]:
         """See ``Stages.ask``."""
         attempt.ends, attempt.hurried = time.monotonic() + seconds, False
         try:
             self._attend(attempt)
-            yield from self._send(attempt, box, messages)
+            attempt.durable = durable
+            known = [k for k in self._known(attempt, durable) if k.device_id in messages]
+            for kept in known:
+                yield Answer(kept.device_id, self._link.reread(kept.read), kept.num_bytes)
+            rest = messages
+            if known:
+                rest = _Some(messages, {k.device_id for k in known})
+            yield from self._send(attempt, box, rest)
             yield from self._answers(attempt, box, idle=True)
         finally:
             box.withdraw(list(attempt.devices))
@@ -204,7 +254,10 @@ class FleetExchange:
                 continue
             try:
                 node_id = self._admit(device_id)
-                message_id = box.post(node_id, messages[device_id], message_type=plan.kind, ttl_s=ttl_s)
+                keep = self._keep(plan, device_id) if attempt.durable and self._inbox else None
+                message_id = box.post(
+                    node_id, messages[device_id], message_type=plan.kind, ttl_s=ttl_s, keep=keep
+                )
             except (TrustError, NotFound) as error:
                 yield Answer(device_id, UpdateRejected(Rejection.REVOKED, str(error)))
                 continue
@@ -216,6 +269,7 @@ class FleetExchange:
             attempt.devices[message_id] = device_id
             if self._instruct(device_id, self._participate(attempt, node_id)):
                 attempt.streamed.add(device_id)
+            reached("round.offering")
 
     def _was_evicted(self, attempt: _Attempt, reply: Reply) -> bool:
         """Whether a message failed because the device's node was shut out, though the device is enrolled."""
@@ -291,7 +345,8 @@ class FleetExchange:
             else:
                 attempt.missing_since.setdefault(device_id, now)
             facts = self.facts(attempt, device_id, now)
-            limit = GONE_S if device_id in attempt.streamed and facts.lost_s else SILENT_S
+            silent_s = BACK_S if attempt.resumed else SILENT_S
+            limit = GONE_S if device_id in attempt.streamed and facts.lost_s else silent_s
             idle = facts.idle_s
             lost = facts.lost_s >= limit and (idle is None or idle >= limit)
             cut = facts.vitals.streaming and facts.came and idle is not None and idle >= limit
@@ -351,14 +406,35 @@ class FleetExchange:
                 self._instruct(device_id, leave)
 
 
+class _Some(Mapping[str, Records]):
+    """A mapping without some of its keys; its values are made when they are needed."""
+
+    def __init__(self, all_: Mapping[str, Records], without: set[str]) -> None:
+        self._all, self._keys = all_, [key for key in all_ if key not in without]
+
+    def __getitem__(self, key: str) -> Records:
+        return self._all[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 class Stages:
     """One attempt whose devices are asked several times, as secure aggregation does it."""
 
     def __init__(self, exchange: FleetExchange, attempt: _Attempt, box: Mailbox) -> None:
         self._exchange, self._attempt, self._box = exchange, attempt, box
 
-    def ask(self, messages: Mapping[str, Records], seconds: float) -> Generator[Answer | None, None, None]:
+    def ask(
+        self, messages: Mapping[str, Records], seconds: float, *, durable: bool = False
+    ) -> Generator[Answer | None, None, None]:
         """Send each device its message and yield answers, and None now and then while none comes.
+
+        With ``durable`` an answer is on the disk before its device hears that it has come, and there again
+        after a restart; one stage of an attempt can have that.
 
         Ends when all have answered or ``seconds`` have passed. Closing it withdraws what is open; devices
         stay in the attempt.
@@ -366,7 +442,7 @@ class Stages:
         Raises:
             Interrupted: the coordinator shuts down.
         """
-        yield from self._exchange.ask_stage(self._attempt, self._box, messages, seconds)
+        yield from self._exchange.ask_stage(self._attempt, self._box, messages, seconds, durable)
 
     def close(self) -> None:
         """End the attempt: devices are told to leave, unless the coordinator shuts down."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lepton_fl.crypto import PrivateKey, key_from_pem, key_to_pem, new_key, public_der
 from lepton_fl.errors import BudgetRefused, ConfigError, NotFound, StateConflict, StateCorrupt, TrustError
-from lepton_fl.files import read_private, remove, write_private
+from lepton_fl.files import BlobStore, read_private, remove, write_private
 from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.privacy.budget import epsilon_of
 from lepton_fl.privacy.events import Event, from_json, to_json
@@ -30,7 +30,7 @@ from lepton_fl.privacy.record import FLEET, Charge, Key, Policy, accounts_of, re
 from lepton_fl.privacy.sealing import KEY_BYTES
 from lepton_fl.rounds.private import PrivateRounds, PrivateState, budget_of
 from lepton_server.config import PrivacySection
-from lepton_server.store import SignedBudget, Store, Transaction
+from lepton_server.store import ChargeRecord, SignedBudget, Store, Transaction
 
 Insist = Callable[[Callable[[], object]], object]  # see ``patience.Patience.insist``
 
@@ -154,6 +154,7 @@ class Ledger:
         spec: RunSpec,
         budget_key: bytes,
         insist: Insist = lambda write: write(),
+        blobs: BlobStore | None = None,
     ) -> None:
         """Use the ledger; nothing is charged yet.
 
@@ -163,9 +164,12 @@ class Ledger:
             spec: of it, with ``privacy``.
             budget_key: that must have signed every budget (DER).
             insist: repeats a write until trouble that passes has passed.
+            blobs: keeps what the noise of an open release is made of; None = a release that a crash cuts off
+                is repeated, and charged again.
         """
         if spec.privacy is None:
             raise ConfigError(f"Run {run_id} asks for no privacy.")
+        self._blobs, self.noise_sha256 = blobs, ""
         self._store, self._run_id, self._insist, self._budget_key = store, run_id, insist, budget_key
         self._accounts = accounts_of(run_id, spec.task, spec.cohort.groups)
         self._unit, self._trust = spec.privacy.unit, spec.privacy.trust
@@ -185,12 +189,24 @@ class Ledger:
         )
         self._extra = []
 
-    def releasing(self, run_id: str, round_number: int, attempt: int) -> None:
+    def releasing(self, run_id: str, round_number: int, attempt: int, sealed: bytes = b"") -> bytes:
         """Write it down, durably, if planning has not done so."""
         if self._trust == "distributed":
-            return
-        body = _attempt((run_id, round_number, attempt))
-        self._insist(lambda: self._store.record("privacy.releasing", body))
+            return sealed
+        key = run_id, round_number, attempt
+        for begun in charges_begun(self._store, key):
+            self.noise_sha256 = begun.state_sha256 or ""
+            return self._blobs.read(self.noise_sha256) if self._blobs and self.noise_sha256 else b""
+        self._insist(lambda: self._write_releasing(key, sealed))
+        return sealed
+
+    def _write_releasing(self, key: Key, sealed: bytes) -> None:
+        if sealed and self._blobs:
+            self.noise_sha256 = self._blobs.put(sealed)
+        with self._store.transaction() as change:
+            body = _attempt(key) | {"noise_sha256": self.noise_sha256 or None}
+            change.record("privacy.releasing", body)
+            change.move(*key, "noised")
 
     def commit(self, run_id: str, round_number: int, attempt: int) -> None:
         """Stage it; ``write_committed`` writes it with the release."""
@@ -256,6 +272,7 @@ class Ledger:
     def settled(self) -> None:
         """What was staged is written."""
         self._reserved = self._voided = self._committed = None
+        self.noise_sha256 = ""
 
     def _check(self, budget: SignedBudget) -> None:
         place = (budget.policy.account, budget.policy.version, budget.signature)
@@ -299,6 +316,7 @@ def guard_run(
     devices: int,
     committed: int,
     insist: Insist = lambda write: write(),
+    blobs: BlobStore | None = None,
 ) -> Guard:
     """Open a run's own budget, if it is not there, and make what keeps its guarantee.
 
@@ -311,6 +329,7 @@ def guard_run(
         devices: that could take part.
         committed: its last committed round.
         insist: repeats a write until trouble that passes has passed.
+        blobs: see ``Ledger``.
 
     Raises:
         ConfigError: delta would allow to publish one device's data whole.
@@ -336,7 +355,7 @@ def guard_run(
         note="as the run asks",
     )
     insist(lambda: _open(store, keys, policy))
-    ledger = Ledger(store, run_id, spec, keys.public(), insist)
+    ledger = Ledger(store, run_id, spec, keys.public(), insist, blobs)
     sealing_key = keys.noise(make=committed == 0)
     return Guard(PrivateRounds(spec, run_id, ready, ledger, sealing_key=sealing_key), ledger)
 
@@ -384,15 +403,24 @@ def stored_state(
     return replace(state, charged=dict(charged), took_part=store.participations(run_id))
 
 
-def may_go_on(store: Store, plan: RoundPlan) -> bool:
-    """Whether a secure attempt that a restart cut off can go on under the charge that it has.
+def charges_begun(store: Store, key: Key) -> list[ChargeRecord]:
+    """The charge of an attempt, if its release was begun and is not stored."""
+    run_id, *attempt = key
+    return [c for c in store.charges(run_id, states=("releasing",)) if [c.round, c.attempt] == attempt]
+
+
+def may_go_on(store: Store, plan: RoundPlan, blobs: BlobStore | None) -> bool:
+    """Whether an attempt that a restart cut off can go on under the charge that it has.
 
     Under distributed trust its sum is the one release that was reserved. Under central trust noise that was
-    drawn may have been seen, and would be drawn anew: that is another release, of another attempt.
+    drawn may have been seen: the same may be added to the same sum again, if what it is made of was kept;
+    fresh noise would be another release, of another attempt.
     """
-    begun = store.charges(plan.run_id, states=("releasing",))
-    mine = [c for c in begun if (c.round, c.attempt) == (plan.round, plan.attempt)]
-    return all(c.trust == "distributed" for c in mine)
+    begun = charges_begun(store, (plan.run_id, plan.round, plan.attempt))
+    return all(
+        c.trust == "distributed" or (blobs is not None and c.state_sha256 and blobs.has(c.state_sha256))
+        for c in begun
+    )
 
 
 def without_names(state: PrivateState) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random, SystemRandom
 
 from lepton_fl.compression.federated import check_teacher
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import Cause, ConfigError, LeptonError, StateConflict, TaskError, TrustError
 from lepton_fl.files import BlobStore
 from lepton_fl.plan import RoundPlan, RunSpec
@@ -42,6 +43,7 @@ from lepton_server.privacy import (
 )
 from lepton_server.quarantine import Quarantine
 from lepton_server.reach import coverage_of, floor_of, history_of
+from lepton_server.received import Inbox
 from lepton_server.requests import refuse_unknown
 from lepton_server.secure import SecureFleet
 from lepton_server.signing import Signing
@@ -107,6 +109,7 @@ class RunDriver:
         spool_dir: Path | None = None,
         watch: Watchdog | None = None,
         quarantine: Quarantine | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
         """Prepare; nothing happens before :meth:`start`.
 
@@ -124,11 +127,12 @@ class RunDriver:
             spool_dir: where files wait that have come in an open attempt.
             watch: told of what runs wait for; None = nobody looks on.
             quarantine: judges devices after each attempt; None = nobody does.
+            inbox: keeps updates; None = an attempt that a restart cuts off is abandoned.
         """
-        self._signing, self._spool_dir = signing, spool_dir
+        self._signing, self._spool_dir, self._inbox = signing, spool_dir, inbox
         self._config, self._store, self._blobs, self._fleet = config, store, blobs, fleet
         self._link, self._meters, self._privacy_keys = link, meters, keys
-        self._rng, self._exchange = rng or SystemRandom(), exchange or self._fleet_exchange
+        self._rng, self._exchange = rng or SystemRandom(), exchange
         self._closing = threading.Event()
         self._workshop = Workshop(self._closing.is_set, patience_s=config.build_s)
         self._checkpoints = Checkpoints(store, blobs)
@@ -243,7 +247,7 @@ class RunDriver:
     def _is_stopping(self, run_id: str) -> Callable[[], bool]:
         return lambda: run_id in self._stopping
 
-    def _fleet_exchange(self, run_id: str) -> FleetExchange:
+    def _fleet_exchange(self, run_id: str, book: RunBook, unfinished: RoundPlan | None) -> FleetExchange:
         return FleetExchange(
             self._link,
             self._fleet,
@@ -253,6 +257,9 @@ class RunDriver:
             stopping=self._is_stopping(run_id),
             attends=lambda attempt: self._watch_dog.attends(run_id, attempt),
             reoffered=self._note_reoffer,
+            inbox=self._inbox,
+            moved=book.moved,
+            unfinished=unfinished,
         )
 
     def _note_reoffer(self, plan: RoundPlan, device_id: str) -> None:
@@ -276,15 +283,24 @@ class RunDriver:
         self._watch_dog.waits(run_id, Wait("the first model", Cause.BUILDING, "it is being made", until))
         work, initial = self._prepare(spec, patience)
         self._watch_dog.waits(run_id, None)
-        unfinished = self._unfinished(run_id) if spec.secure_aggregation == "required" else None
+        unfinished = self._unfinished(run_id)
         start = [self._state(run_id, spec, initial, patience, unfinished)]
         del initial
         guard = self._guard(run_id, spec, work, start[0].round, patience)
         ledger = guard.ledger if guard else None
         book = RunBook(
-            self._checkpoints, run_id, spec, self._meters, patience, ledger, self._watch_dog, self._quarantine
+            self._checkpoints,
+            run_id,
+            spec,
+            self._meters,
+            patience,
+            ledger,
+            self._watch_dog,
+            self._quarantine,
+            self._inbox,
         )
-        secure = self._secure(run_id, spec, book, patience, unfinished)
+        fleet = self._fleet_exchange(run_id, book, unfinished)
+        secure = self._secure(run_id, spec, book, patience, fleet, unfinished)
         log.info("run %s: %s from round %d", run_id, work.task, start[0].round + 1)
         roster = FleetRoster(self._fleet, work, spec.cohort.groups, self._closing, secure=secure is not None)
         self._watch_dog.chooses_from(run_id, roster.look)
@@ -292,7 +308,7 @@ class RunDriver:
             spec=spec,
             run_id=run_id,
             work=work,
-            exchange=self._exchange(run_id),
+            exchange=self._exchange(run_id) if self._exchange else fleet,
             roster=roster,
             history=history_of(self._store, run_id),
             book=book,
@@ -301,19 +317,26 @@ class RunDriver:
             private=guard.rounds if guard else None,
             secure=secure,
             unfinished=unfinished,
+            moved=book.moved,
         )
         return campaign.run(
             start.pop(), self._is_stopping(run_id)
         )  # no name here keeps the first model alive
 
     def _secure(
-        self, run_id: str, spec: RunSpec, book: RunBook, patience: Patience, unfinished: RoundPlan | None
+        self,
+        run_id: str,
+        spec: RunSpec,
+        book: RunBook,
+        patience: Patience,
+        fleet: FleetExchange,
+        unfinished: RoundPlan | None,
     ) -> SecureFleet | None:
         """How the rounds of a run that must not see single updates are collected."""
         if spec.secure_aggregation == "off" or self._signing is None or self._spool_dir is None:
             return None
         return SecureFleet(
-            self._fleet_exchange(run_id),
+            fleet,
             self._fleet,
             self._signing,
             self._store,
@@ -331,7 +354,9 @@ class RunDriver:
         if not planned:
             return None
         plan = RoundPlan.model_validate_json(json.dumps(dict(planned[-1].plan)))
-        if not may_go_on(self._store, plan):
+        if not plan.secure and (self._inbox is None or not self._inbox.is_whole(plan)):
+            return None
+        if not may_go_on(self._store, plan, self._inbox.blobs if self._inbox else None):
             return None
         log.info("run %s goes on with round %d, attempt %d", run_id, plan.round, plan.attempt)
         return plan
@@ -399,6 +424,7 @@ class RunDriver:
             devices=population(found),
             committed=committed,
             insist=patience.insist,
+            blobs=self._inbox.blobs if self._inbox else None,
         )
 
     def _state(
@@ -497,12 +523,15 @@ class RunDriver:
         }
         found = coverage_of(self._store, run)
         body |= {"coverage": found.to_json(), "flags": found.flags(floor_of(run))}
+        reached("run.finishing")
         with self._store.transaction() as change:
             void_unbegun(change, run_id, "The run ended before the release was begun; nothing was added up.")
             change.record("run.finished", run_id, body)
         if verdict.outcome != "exhausted":  # that one may be resumed
             self._forget_noise(run_id)
         self._forget_spool(run_id)
+        if self._inbox is not None:
+            self._inbox.forget(run_id)
         self._meters.waiting.labels(run_id).set(0)
         self._watch_dog.ends(run_id)
         log.info(

@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_fl.crashpoints import reached
 from lepton_fl.errors import Rejection, StateCorrupt, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.collect import Clock, Collected, Finish, Participation
@@ -43,6 +44,7 @@ STAGES: Final = 4  # besides training
 SHOW_AFTER_S: Final = 5.0  # a stage that takes longer is shown in `lepton run show`
 SHOW_EVERY_S: Final = 20.0
 
+_PHASES: Final = {Stage.SHARES: "offered", Stage.REVEALS: "unmasking"}
 _WORDS: Final = {
     Stage.ADVERTS: "collecting keys",
     Stage.SHARES: "collecting key shares",
@@ -162,6 +164,12 @@ class SecureFleet:
         each = ((Offer.of(context_of(plan, request, name, number)), group) for number, group in groups)
         return {device: offer for offer, group in each for device in group}
 
+    def entered(self, plan: RoundPlan, stage: Stage) -> None:
+        """An attempt is at a stage."""
+        if (phase := _PHASES.get(stage)) is not None:
+            self._exchange.moved(plan, phase)
+            reached(f"round.{phase}")
+
     def patience(self, plan: RoundPlan, stage: Stage) -> float:
         """Seconds for a stage."""
         return plan.deadline_s if stage is Stage.UPLOADS else self._stage_s
@@ -208,7 +216,8 @@ class _Devices:
                     yield Told(device, advert, num_bytes=len(advert))
         began, patience = time.monotonic(), self._rounds.patience(self._plan, stage)
         asked = _Messages(self._plan, self._request, self._rounds, stage, messages, waiting)
-        for answer in self._stages.ask(asked, patience):
+        self._rounds.entered(self._plan, stage)
+        for answer in self._stages.ask(asked, patience, durable=stage is Stage.UPLOADS):
             if answer is None:
                 self._look(stage, list(waiting), began, patience)
                 continue

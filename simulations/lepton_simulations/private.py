@@ -6,7 +6,7 @@ its label says so. Epsilon is what a real fleet with these settings would spend.
 
 from lepton_fl.errors import ConfigError
 from lepton_fl.plan import RunSpec
-from lepton_fl.privacy.noise import Keystream, simulation_key
+from lepton_fl.privacy.noise import simulation_key
 from lepton_fl.privacy.planning import Prepared
 from lepton_fl.rounds.campaign import RunState
 from lepton_fl.rounds.ledger import MemoryLedger
@@ -68,7 +68,7 @@ class Guard:
             self._ready,
             MemoryLedger(budget_of(self._run, self._ready, self._run_id), charged),
             sealing_key=simulation_key("sealed noise", seed),
-            stream=lambda plan: Keystream(simulation_key(seed, plan.round, plan.attempt)),
+            noise_key=lambda plan: simulation_key(seed, plan.round, plan.attempt),
         )
 
 

@@ -650,3 +650,90 @@ def test_a_senseless_interval_does_not_turn_into_a_storm(coordinator, agent, run
     until(lambda: agent._diary._fields.get("connected"))
     time.sleep(0.3)
     assert coordinator.check_ins.qsize() <= 2
+
+
+# --- a coordinator that is restarted in mid-round -------------------------------------------------------
+
+
+class Restarted(Post):
+    """Pushes come too late: their question was asked by a coordinator that is gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.gone, self.strange = threading.Event(), 0
+
+    def node(self, address, ca_pem, key):
+        return RestartedNode(self)
+
+
+class RestartedNode(PostNode):
+    def activate(self):
+        super().activate()
+        if self.post.strange:
+            self.post.strange -= 1
+            raise TrustError("the request is not signed by an admitted key")
+
+    def push(self, handle, records):
+        if not self.post.gone.is_set():
+            with self.post.lock:
+                self.post.waiting.clear()  # the message went with the process that had it
+            self.post.gone.set()
+            raise UpdateRejected(Rejection.LATE, "the message is unknown")
+        super().push(handle, records)
+
+
+def test_what_was_trained_is_given_to_the_coordinator_that_asks_again(
+    coordinator, config, enrolled, work, good_data, running
+):
+    post = Restarted()
+    agent = Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    work.finish.set()
+    post.send()
+    coordinator.instructions.put(participate())
+    assert post.gone.wait(30)
+    again = participate()
+    again.participate.resumed = True
+    post.send()
+    coordinator.instructions.put(again)
+    until(lambda: post.answers)
+    assert work.count == 1
+    assert not post.errors
+    until(lambda: not Ledger(enrolled.ledger).interrupted())
+
+
+def test_a_verdict_settles_what_was_never_acknowledged(
+    coordinator, config, enrolled, work, good_data, running
+):
+    post = Restarted()
+    agent = Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    work.finish.set()
+    post.send()
+    coordinator.instructions.put(participate())
+    assert post.gone.wait(30)
+    assert Ledger(enrolled.ledger).interrupted()
+    verdict = pb.Verdict(run_id="run", round=1, attempt=1, kind="train", accepted=True)
+    coordinator.instructions.put(pb.Instruction(verdict=verdict))
+    until(lambda: not Ledger(enrolled.ledger).interrupted())
+    until(lambda: not agent._worker.busy)
+
+
+def test_a_selection_outlives_one_refusal_of_a_coordinator_that_just_came_up(
+    coordinator, config, enrolled, work, good_data, running
+):
+    post = Restarted()
+    post.gone.set()
+    post.strange = 1
+    agent = Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    work.finish.set()
+    post.send()
+    coordinator.instructions.put(participate())
+    until(lambda: post.answers)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from lepton_fl.contribution import check_tail, contributions, shrink, tails
 from lepton_fl.errors import ConfigError, Rejection, UpdateRejected
 from lepton_fl.plan import PrivatePart, RoundPlan, RunSpec
-from lepton_fl.privacy.noise import Keystream, simulation_key
+from lepton_fl.privacy.noise import simulation_key
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal, UpdateBatch
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
 from lepton_fl.rounds.collect import Collected
@@ -51,7 +51,7 @@ def rounds_of(run: RunSpec) -> PrivateRounds:
     ready = prepared(run, SIZE)
     ledger = MemoryLedger(budget_of(run, ready, "run"))
     key = simulation_key("test")
-    return PrivateRounds(run, "run", ready, ledger, sealing_key=key, stream=lambda plan: Keystream(key))
+    return PrivateRounds(run, "run", ready, ledger, sealing_key=key, noise_key=lambda plan: key)
 
 
 def shaped(run: RunSpec) -> RoundPlan:

@@ -15,7 +15,7 @@ from lepton_fl.privacy.accounting import GdpExact
 from lepton_fl.privacy.audit import gdp_lower_bound
 from lepton_fl.privacy.budget import Budget
 from lepton_fl.privacy.events import Gaussian
-from lepton_fl.privacy.noise import Keystream, simulation_key
+from lepton_fl.privacy.noise import simulation_key
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal
 from lepton_fl.rounds.campaign import Campaign, RunState, Work, plan_round
 from lepton_fl.rounds.cohort import Candidate
@@ -93,7 +93,7 @@ def guard(run: RunSpec, ledger: MemoryLedger | None = None, key: bytes = KEY) ->
         ready,
         ledger or MemoryLedger(budget_of(run, ready, "run")),
         sealing_key=key,
-        stream=lambda plan: Keystream(simulation_key("test", plan.round, plan.attempt)),
+        noise_key=lambda plan: simulation_key("test", plan.round, plan.attempt),
     )
 
 
@@ -381,7 +381,7 @@ def audited(divisor) -> float:
     for reports, total in ((4, -2 * canary), (3, -3 * canary)):
         added, private = Accumulator(plan), guard(run)
         added.merge(Subtotal(np.tile(total, TRIALS), reports, reports))
-        private._stream = lambda plan, reports=reports: Keystream(simulation_key("audit", reports))
+        private._noise_key = lambda plan, reports=reports: simulation_key("audit", reports)
         private.reserve(plan)
         mean = divisor(private, plan, added, reports)
         scores.append(mean.reshape(TRIALS, LENGTH) @ (canary / np.linalg.norm(canary)))

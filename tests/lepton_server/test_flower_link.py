@@ -20,7 +20,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from lepton_fl.errors import ConnectionFailed, Rejection, TrustError, UpdateRejected
+from lepton_fl.errors import (
+    ConnectionFailed,
+    DiskFull,
+    Rejection,
+    StateConflict,
+    TrustError,
+    UpdateRejected,
+)
 from lepton_fl.wire.records import Records
 
 pytestmark = [
@@ -328,6 +335,97 @@ def test_a_restarted_device_activates_at_once_and_gets_its_message_again(server)
         assert box.get(timeout_s=5).content.config == {"round": 1}
 
 
+# --- durable before it is acknowledged ------------------------------------------------------------------
+
+
+class Disk:
+    """Keeps replies; ``trouble`` is raised while it lasts."""
+
+    def __init__(self):
+        self.kept, self.trouble, self.slow = [], None, threading.Event()
+        self.slow.set()
+
+    def __call__(self, contents, num_bytes):
+        assert self.slow.wait(30)
+        if self.trouble is not None:
+            raise self.trouble
+        self.kept.append((dict(contents), num_bytes))
+        return lambda: dict(contents)
+
+
+def test_a_reply_is_durable_before_the_device_hears_that_it_has_come(server):
+    disk = Disk()
+    with joined(server) as [(node_id, node, _)]:
+        box = server.link.mailbox()
+        box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60, keep=disk)
+        handle, _ = node.pull()
+        disk.slow.clear()
+        done = threading.Event()
+        pushing = threading.Thread(
+            target=lambda: (node.push(handle, Records({"u": np.arange(9)}, {"x": 1})), done.set())
+        )
+        pushing.start()
+        assert not done.wait(0.5)
+        assert box.get(timeout_s=0) is None  # nor has the round got it
+        disk.slow.set()
+        pushing.join(30)
+        assert done.is_set()
+        assert len(disk.kept) == 1
+        reply = box.get(timeout_s=5)
+        assert reply.content.config == {"x": 1}
+        assert reply.content.arrays["u"].tolist() == list(range(9))
+        assert_empty(server)
+
+
+def test_durable_replies_leave_memory_and_their_slots_to_others(server):
+    disk, count = Disk(), 6  # three times as many as there are slots, and nobody takes one
+    with joined(server, count) as members:
+        box = server.link.mailbox(max_unread_replies=2)
+        for node_id, _, _ in members:
+            box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60, keep=disk)
+        for number, (_, node, _) in enumerate(members):
+            handle, _ = node.pull()
+            node.push(handle, Records({"u": np.full(100_000, number)}, {"x": number}))
+        held = sum(len(content or b"") for content in stored(server))
+        assert held < 100_000
+        found = {box.get(timeout_s=5).content.config["x"] for _ in members}
+        assert found == set(range(count))
+        assert_empty(server)
+
+
+def stored(server):
+    """The contents of Flower's object store."""
+    return [entry.content for entry in server.link._state.object_store.store.values()]
+
+
+def test_a_reply_that_cannot_be_kept_is_not_acknowledged_and_sent_again(server):
+    disk = Disk()
+    disk.trouble = DiskFull("no space")
+    with joined(server) as [(node_id, node, _)]:
+        box = server.link.mailbox()
+        box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60, keep=disk)
+        handle, _ = node.pull()
+        threading.Timer(0.5, lambda: setattr(disk, "trouble", None)).start()
+        node.push(handle, Records({}, {"x": 1}))
+        assert len(disk.kept) == 1
+        assert box.get(timeout_s=5).content.config == {"x": 1}
+        assert_empty(server)
+
+
+def test_a_round_that_takes_no_more_says_that_it_is_late(server):
+    disk = Disk()
+    disk.trouble = StateConflict("closed")
+    with joined(server) as [(node_id, node, _)]:
+        box = server.link.mailbox()
+        box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60, keep=disk)
+        handle, _ = node.pull()
+        with pytest.raises(UpdateRejected) as refused:
+            node.push(handle, Records({}, {"x": 1}))
+        assert refused.value.reason is Rejection.LATE
+        box.close()
+        assert_empty(server)
+
+
 # --- failures that are reported -------------------------------------------------------------------------
 
 
@@ -502,7 +600,7 @@ def test_a_forged_sender_is_refused(server):
         thief._node = victim._node  # in the other's name
         with pytest.raises(UpdateRejected) as refused:
             thief.push(handle, Records({}, {"x": 1}))
-        assert refused.value.reason is Rejection.NOT_SELECTED
+        assert refused.value.reason is Rejection.LATE
         with pytest.raises(TrustError):
             thief.pull()
         thief._node = honest

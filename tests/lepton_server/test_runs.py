@@ -160,14 +160,14 @@ def test_a_stop_ends_a_run_whatever_it_does(works, monkeypatch, state):
         driver.start()
         works.until(lambda: works.store.run("r1").waiting)
     elif state == "asking":  # the real exchange: nobody answers
-        driver._exchange = driver._fleet_exchange
+        driver._exchange = None  # the real one
         driver.start()
         works.until(lambda: works.store.rounds("r1"))
     works.store.record("run.stopping", {"run_id": "r1", "reason": "enough"})
     if state == "queued":
         driver.start()
     run = works.finished()
-    assert run.state == "stopped"
+    assert run.state == "stopped", run.reason
     assert run.waiting == ""
     assert works.fleet.counts().busy == (state == "waiting")
     if state == "asking":
@@ -198,7 +198,7 @@ def test_a_shutdown_leaves_the_run_to_be_continued(works, monkeypatch, where):
     driver = works.driver()
     if where == "waiting":
         works.fleet.claim(works.ids[:1], "another")
-    driver._exchange = driver._fleet_exchange
+    driver._exchange = None  # the real one
     if where == "building":
         monkeypatch.setattr(driver, "_prepare", lambda *_: driver._closing.wait() and interrupted())
     driver.start()
@@ -466,7 +466,7 @@ def test_a_round_that_changes_nothing_does_not_cost_the_first_model(works):
 def test_a_revoked_device_is_shut_out_in_mid_round_and_the_round_goes_on(works):
     works.queue(rounds=1, evaluate_every=0, cohort={"min_reports": 1, "max_attempts": 1})
     driver = works.driver()
-    driver._exchange = driver._fleet_exchange
+    driver._exchange = None  # the real one
     works.fleet.on_revoked(driver.expel)
     driver.start()
     works.until(lambda: len(driver._keys) == 3)

@@ -73,13 +73,16 @@ class Wire:
 
     def __init__(self, seats):
         self.seats, self.silent, self.twist = seats, {}, lambda device, stage, records: records
-        self.answers, self.asked, self.told = {}, [], []
+        self.answers, self.asked, self.told, self.phases = {}, [], [], []
+
+    def moved(self, plan, phase):
+        self.phases.append(phase)
 
     def stages(self, plan, seconds, *, resumed=False):
         self.plan = plan
         return self
 
-    def ask(self, messages, seconds):
+    def ask(self, messages, seconds, *, durable=False):
         for device in messages:
             asked = StageRequest.read(messages[device])
             self.asked.append((asked.stage, device))

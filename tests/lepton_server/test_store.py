@@ -185,6 +185,7 @@ def a_whole_life(store):
     store.record("round.abandoned", "r1", body)
     plan(store, 1, attempt=2)
     charge(store, 1, 2)
+    store.record("round.moved", {"run_id": "r1", "round": 1, "attempt": 2, "phase": "offered"})
     store.record("privacy.releasing", attempt(1, 2))
     released = attempt(1, 2, model_sha256=SHA["b"], state_sha256=SHA["d"], extra=[EVENT_JSON])
     store.record("privacy.committed", released)

@@ -30,6 +30,6 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
 
 from lepton_server.flower.guard import Limits
-from lepton_server.flower.link import FlowerLink, Mailbox, Refused, Reply
+from lepton_server.flower.link import FlowerLink, Keep, Mailbox, Refused, Reply
 
-__all__ = ["FlowerLink", "Limits", "Mailbox", "Refused", "Reply"]
+__all__ = ["FlowerLink", "Keep", "Limits", "Mailbox", "Refused", "Reply"]

@@ -6,7 +6,8 @@ A request passes in this order, and nothing of a body is read before the second 
 2. the headers carry a fresh signature of an admitted key, else 401, and the node calls at its pace, else 429;
 3. the body arrives within its size and time, else 413 or 408;
 4. what it asks concerns this node (its own reply, an object of its own message), else 403, 409 or 410;
-5. a reply gets a slot of its mailbox's gate, else 503 with Retry-After; so does a large response;
+5. a reply gets a slot of its mailbox's gate, else 503 with Retry-After; so does a large response; the request
+   that completes a reply which must be durable is answered when it is;
 6. Flower's own middlewares and handlers do the work, and authenticate once more. The two bulk paths,
    push-object and pull-object, go straight to Flower's state: its HTTP stack costs more than they do, and
    copies what passes; see ``frames``.
@@ -59,6 +60,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import Receive, Scope, Send
 
+from lepton_fl.crashpoints import reached
 from lepton_server.admission import Pace
 from lepton_server.flower.frames import cut_content, pull_response
 from lepton_server.flower.gate import Gate
@@ -253,8 +255,13 @@ class Guard:
             stored = await run_in_threadpool(self._store, request, content)
         else:
             stored = self._store(request, content)
+        whole = self._link.whole(request.session_id)
+        if whole:
+            await run_in_threadpool(self._link.keep, whole)
         response = PushObjectResponse(stored=stored)
         await _send_response(send, 200, _PROTOBUF, response.SerializeToString())
+        if whole:
+            reached("update.acknowledged")
 
     async def _send_object(self, send: Send, object_id: str) -> None:
         content = self._state.get_object(self._state.run_id, object_id)
@@ -291,6 +298,7 @@ class Guard:
         if response[0] == 200 and not stored:
             self._link.offer(node_id, message_id, reply_id)  # says why, when the message was withdrawn
             raise Refusal(422, "refused", "The reply was not accepted.")
+        await run_in_threadpool(self._link.keep, message_id)  # if nothing is left to push
         if await body.is_gone():  # hung up while it waited: the slot is for one that is there
             self._link.abandon(message_id, reply_id)
             raise Disconnected

@@ -6,8 +6,12 @@ the level of Flower's logger is set; Flower's ``TaskIdentity`` is not needed, so
 other's way.
 
 A message is OPEN until a device announces a reply, UPLOADING while that reply's objects come in (the reply
-holds a slot of its mailbox's gate), READY until the round takes it, ANSWERED afterwards. A device that dies
-while uploading loses its slot after ``Limits.upload_timeout_s`` and its message is OPEN again.
+holds a slot of its mailbox's gate), WHOLE while it is being made durable (where its message asks for that),
+READY until the round takes it, ANSWERED afterwards. A device that dies while uploading loses its slot after
+``Limits.upload_timeout_s`` and its message is OPEN again.
+
+The device hears that its reply has come when the last of its requests is answered, and that is after WHOLE:
+whatever it was told is on the disk. A durable reply leaves memory, and its slot, at once.
 """
 
 import logging
@@ -15,10 +19,10 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Self
+from typing import Any, Final, NoReturn, Self
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -28,7 +32,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from lepton_fl.errors import Rejection, StateError, TrustError, UpdateRejected
+from lepton_fl.errors import LeptonError, Rejection, StateConflict, StateError, TrustError, UpdateRejected
 from lepton_fl.wire.records import Records
 from lepton_server.flower.frames import inflate_arrays, shared_arrays
 from lepton_server.flower.gate import Gate
@@ -70,11 +74,17 @@ class Refused:
     reason: Rejection  # LATE, DUPLICATE, NOT_SELECTED or OUT_OF_RANGE (too large)
 
 
+Contents = dict[str, Any]  # object id -> bytes or bytearray
+Reread = Callable[[], Contents]  # the same again, from the disk
+Keep = Callable[[Mapping[str, bytes], int], Reread]  # (contents, bytes on the wire): durable on return
+
+
 class _Stage(Enum):
     OPEN = 1
     UPLOADING = 2
-    READY = 3
-    ANSWERED = 4
+    WHOLE = 3
+    READY = 4
+    ANSWERED = 5
 
 
 @dataclass
@@ -94,6 +104,8 @@ class _Post:
     num_bytes: int = 0
     idle_until: float = 0.0  # monotonic seconds; while UPLOADING
     holds_slot: bool = False
+    keep: Keep | None = None  # makes a reply durable
+    kept: Reread | None = None  # once it is
 
 
 class FlowerLink:
@@ -270,7 +282,7 @@ class FlowerLink:
             if post is not None and post.node_id == node_id:
                 if post.stage is _Stage.OPEN:
                     return Offer(post.box.gate)
-                if post.stage is _Stage.UPLOADING:
+                if post.stage in (_Stage.UPLOADING, _Stage.WHOLE):
                     return Offer(None)
                 if post.reply_id == reply_id:
                     return Offer(None, repeat=True)
@@ -310,6 +322,48 @@ class FlowerLink:
                 return False
             return True
 
+    def whole(self, session_id: str) -> str:
+        """The message whose reply is complete and not durable yet; empty if it is no such session."""
+        with self._lock:
+            post = self._sessions.get(session_id)
+            return post.message_id if post is not None and post.stage is _Stage.WHOLE else ""
+
+    def keep(self, message_id: str) -> None:
+        """Make a complete reply durable, if that is asked for and nobody else does so; takes a while.
+
+        Raises:
+            Refusal: 503 it could not be kept now, 410 the round takes none any more.
+        """
+        with self._lock:
+            post = self._posts.get(message_id)
+            if post is None or post.stage is not _Stage.WHOLE or post.keep is None:
+                return
+            if self._sessions.pop(post.session_id, None) is None:
+                return  # another thread is at it
+            contents, keep, num_bytes = self._contents(post), post.keep, post.num_bytes
+        try:
+            kept = keep(contents, num_bytes)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the message must not hang in between
+            self._not_kept(post, error)
+        with self._lock:
+            if post.stage is not _Stage.WHOLE:
+                return  # withdrawn in this moment; the device has done its part
+            post.kept = kept
+            self._ready(post)
+            self._state.discard_reply(post.message_id, post.reply_id)
+            self._free_slot(post)
+
+    def _not_kept(self, post: _Post, error: Exception) -> NoReturn:
+        with self._lock:
+            if post.stage is _Stage.WHOLE:
+                self._reopen(post)
+        if isinstance(error, StateConflict):
+            self._count(post.node_id, post.message_id, Rejection.LATE)
+            raise Refusal(*_REFUSALS[Rejection.LATE]) from error
+        log.error("The answer of node %d cannot be kept: %s", post.node_id, error)
+        retry = [(b"retry-after", b"2")]
+        raise Refusal(503, "busy", "The answer cannot be kept at this time.", retry) from error
+
     def abandon(self, message_id: str, reply_id: str) -> None:
         """The device that announced this reply has gone: free its slot."""
         with self._lock:
@@ -331,7 +385,7 @@ class FlowerLink:
                 self._sessions[session_id] = post
                 post.session_id, post.tree, post.missing = session_id, tree, set(missing)
                 if not missing:
-                    self._ready(post)
+                    self._complete(post)
         if stale:  # withdrawn in this moment
             self._state.discard_reply(metadata.reply_to_message_id, metadata.message_id)
 
@@ -344,9 +398,21 @@ class FlowerLink:
             post.num_bytes += num_bytes
             post.idle_until = time.monotonic() + self.limits.upload_timeout_s
             if not post.missing:
-                self._ready(post)
+                self._complete(post)
 
     # --- stages (the lock is held) ----------------------------------------------------------------------
+
+    def _complete(self, post: _Post) -> None:
+        if post.keep is None:
+            self._ready(post)
+        else:
+            post.stage = _Stage.WHOLE  # the guard calls ``keep`` before it answers
+
+    def _contents(self, post: _Post) -> Contents:
+        if post.tree is None:
+            return {}
+        nodes = iterate_object_tree(post.tree)
+        return {node.object_id: self._state.object_store.get(node.object_id) or b"" for node in nodes}
 
     def _ready(self, post: _Post) -> None:
         post.stage = _Stage.READY
@@ -386,7 +452,7 @@ class FlowerLink:
         self._free_slot(post)
 
     def _fail(self, post: _Post, reason: Rejection, message: str) -> None:
-        if post.stage is _Stage.READY and reason is not Rejection.REVOKED:
+        if post.stage in (_Stage.WHOLE, _Stage.READY) and reason is not Rejection.REVOKED:
             return  # a complete answer counts, even when it is fetched late
         self._remove(post, None)
         post.box.failed(post, UpdateRejected(reason, message))
@@ -394,14 +460,21 @@ class FlowerLink:
     # --- what mailboxes do ------------------------------------------------------------------------------
 
     def add_post(
-        self, box: "Mailbox", node_id: int, message_type: str, encoded: Encoded, ttl_s: float
+        self,
+        box: "Mailbox",
+        node_id: int,
+        message_type: str,
+        encoded: Encoded,
+        ttl_s: float,
+        keep: Keep | None = None,
     ) -> str:
         """Send a message on a mailbox's behalf."""
         with self._lock:  # no answer can come before the message is in the book
             if self._stop.is_set():
                 raise StateError("The Flower link is closed.")
             message_id = self._state.send(node_id, message_type, encoded)
-            post = _Post(message_id, node_id, box, time.monotonic() + ttl_s, encoded.object_ids)
+            expires = time.monotonic() + ttl_s
+            post = _Post(message_id, node_id, box, expires, encoded.object_ids, keep=keep)
             self._posts[message_id] = post
             self._by_node.setdefault(node_id, {})[message_id] = post
             return message_id
@@ -409,18 +482,27 @@ class FlowerLink:
     def take(self, post: _Post) -> Reply | None:
         """Move a complete reply out of the store and decode it; None when it was withdrawn."""
         with self._lock:
-            if post.stage is not _Stage.READY or post.tree is None or post.reply_id is None:
+            if post.stage is not _Stage.READY or post.reply_id is None:
                 return None
-            tree, reply_id, num_bytes = post.tree, post.reply_id, post.num_bytes
-            contents = {
-                node.object_id: self._state.object_store.get(node.object_id) or b""
-                for node in iterate_object_tree(tree)
-            }
+            reply_id, kept = post.reply_id, post.kept
+            contents = self._contents(post) if kept is None else {}
             held, post.holds_slot = post.holds_slot, False  # kept while the round works on the reply
             self._remove(post, reply_id)
             post.box.taken += held
-        content = _decode(reply_id, contents, self.limits.max_reply_bytes)
-        return Reply(post.message_id, post.node_id, content, num_bytes)
+        content = self.decode(contents) if kept is None else self.reread(kept)
+        return Reply(post.message_id, post.node_id, content, post.num_bytes)
+
+    def reread(self, kept: Reread) -> Records | UpdateRejected:
+        """What a durable reply holds; a file that is lost loses this one device's answer."""
+        try:
+            return self.decode(kept())
+        except LeptonError as error:
+            log.error("A kept answer is lost: %s", error)
+            return UpdateRejected(Rejection.OFFLINE, f"Its answer is lost: {error}")
+
+    def decode(self, contents: Contents) -> Records | UpdateRejected:
+        """The records of a reply's objects, of which the last one is the reply itself."""
+        return _decode(next(reversed(contents), ""), contents, self.limits.max_reply_bytes)
 
     def done_with(self, box: "Mailbox") -> int:
         """How many slots a mailbox's earlier replies held; they are free from now on."""
@@ -480,8 +562,12 @@ class Mailbox:
         self.ready: queue.SimpleQueue[_Post | Reply | None] = queue.SimpleQueue()
         self._last: tuple[Records, Encoded] | None = None
 
-    def post(self, node_id: int, records: Records, *, message_type: str, ttl_s: float) -> str:
+    def post(
+        self, node_id: int, records: Records, *, message_type: str, ttl_s: float, keep: Keep | None = None
+    ) -> str:
         """Send records to a node and return the message's id.
+
+        With ``keep`` the answer is made durable by it before the device hears that it has come.
 
         Posting the same ``records`` object to many nodes encodes and stores it once; do not change it
         between the calls. Equal arrays are stored once in any case.
@@ -496,7 +582,7 @@ class Mailbox:
         if last is None or last[0] is not records:
             content = to_record_dict(records, arrays=shared_arrays(records.arrays))
             last = self._last = records, Encoded(content)
-        return self._link.add_post(self, node_id, message_type, last[1], ttl_s)
+        return self._link.add_post(self, node_id, message_type, last[1], ttl_s, keep)
 
     def get(self, timeout_s: float | None = None) -> Reply | None:
         """The next outcome, decoded in this thread; None after ``timeout_s`` seconds without one.
@@ -563,7 +649,7 @@ def _load_key(der: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes]:
     return key, pem
 
 
-def _decode(reply_id: str, contents: dict[str, bytes], max_bytes: int) -> Records | UpdateRejected:
+def _decode(reply_id: str, contents: Contents, max_bytes: int) -> Records | UpdateRejected:
     try:
         arrays = inflate_arrays(contents, max_bytes)
         rest = {name: bytes(content) for name, content in contents.items()}

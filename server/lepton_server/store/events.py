@@ -299,6 +299,28 @@ class RoundPlanned(_AboutRun):
     model_sha256: Sha256
 
 
+# The order in which an attempt passes them; `planned`, `committed` and `abandoned` are events of their own.
+PHASES = (
+    "planned",
+    "offered",  # every device of the cohort has its message
+    "collecting",  # the first update is durable
+    "unmasking",  # secure: the survivors are known, shares are asked for
+    "aggregated",  # it is fixed whose updates count
+    "noised",  # central privacy: it is fixed what noise the sum gets
+    "committed",
+    "released",  # the updates and the noise's key are erased; the model is all that is left
+)
+Phase = Literal["offered", "collecting", "unmasking", "aggregated", "noised", "released"]
+
+
+class RoundMoved(_AboutRun):
+    """An attempt is in another phase; phases may be left out, and never come again."""
+
+    round: Positive
+    attempt: Positive
+    phase: Phase
+
+
 class RoundCommitted(_AboutRun):
     """An attempt gave a new model: the round is done."""
 
@@ -489,6 +511,8 @@ class PrivacyReserved(_AboutAttempt):
 class PrivacyReleasing(_AboutAttempt):
     """The release is about to be computed: from now on it may be public, whatever happens."""
 
+    noise_sha256: Sha256 | None = None  # the sealed key of its noise, which is deleted when it is stored
+
 
 class PrivacyCommitted(_AboutAttempt):
     """The release is stored, in this very transaction."""
@@ -551,6 +575,7 @@ KINDS: Mapping[str, type[Body]] = {
     "run.resumed": RunResumed,
     "run.best": RunBest,
     "round.planned": RoundPlanned,
+    "round.moved": RoundMoved,
     "round.committed": RoundCommitted,
     "round.abandoned": RoundAbandoned,
     "round.evaluated": RoundEvaluated,

@@ -13,6 +13,7 @@ Rules:
             exhausted ──resumed──> queued
     round:  planned ──> committed                      once per round
                    └──> abandoned ──> planned again as the next attempt, unless the round is burnt
+            by phases: planned, offered, collecting, (unmasking,) aggregated, (noised,) committed, released
     charge: reserved ──> (releasing) ──> committed     counts as spent throughout
                 └──> voided                            with evidence that nothing was released
     rollout: planned ──> running <──> paused           each may begin to roll back
@@ -408,7 +409,8 @@ def _run_stopping(connection: Connection, when: When, body: ev.RunStopping) -> N
 def _run_finished(connection: Connection, when: When, body: ev.RunFinished) -> None:
     run = _run(connection, body.run_id, _OPEN)
     still_open = and_(ROUND.c.run_id == body.run_id, ROUND.c.state == "planned")
-    closed = {"state": "abandoned", "cause": "the run finished", "closed_at": when.time}
+    closed: dict[str, object] = {"state": "abandoned", "phase": "abandoned", "cause": "the run finished"}
+    closed["closed_at"] = when.time
     connection.execute(update(ROUND).where(still_open).values(closed))
     _change(
         connection,
@@ -483,6 +485,7 @@ def _round_planned(connection: Connection, when: When, body: ev.RoundPlanned) ->
         "round": body.round,
         "attempt": body.attempt,
         "state": "planned",
+        "phase": "planned",
         "plan": _json(body.plan),
         "start_sha256": body.model_sha256,
         "metrics": "{}",
@@ -494,6 +497,20 @@ def _round_planned(connection: Connection, when: When, body: ev.RoundPlanned) ->
         "planned_at": when.time,
     }
     connection.execute(insert(ROUND).values(row))
+
+
+def _round_moved(connection: Connection, when: When, body: ev.RoundMoved) -> None:
+    _run(connection, body.run_id, ("running", "stopping"))
+    key: dict[str, object] = {"run_id": body.run_id, "round": body.round, "attempt": body.attempt}
+    row = _one(connection, ROUND, **key)
+    was = row["phase"] if row is not None else ""
+    state = "committed" if body.phase == "released" else "planned"
+    if row is None or row["state"] != state or ev.PHASES.index(was) >= ev.PHASES.index(body.phase):
+        raise StateConflict(
+            f"Attempt {body.attempt} of round {body.round} of run {body.run_id} is {was or 'unplanned'}: it "
+            f"cannot be {body.phase}."
+        )
+    _change(connection, ROUND, key, phase=body.phase)
 
 
 def _current(connection: Connection, body: ev.RoundCommitted | ev.RoundAbandoned) -> dict[str, object]:
@@ -536,6 +553,7 @@ def _round_committed(connection: Connection, when: When, body: ev.RoundCommitted
         ROUND,
         key,
         state="committed",
+        phase="committed",
         model_sha256=body.model_sha256,
         state_sha256=body.state_sha256,
         metrics=_json(body.metrics),
@@ -550,7 +568,9 @@ def _round_committed(connection: Connection, when: When, body: ev.RoundCommitted
 
 def _round_abandoned(connection: Connection, when: When, body: ev.RoundAbandoned) -> None:
     key = _current(connection, body)
-    _change(connection, ROUND, key, state="abandoned", cause=body.cause, closed_at=when.time)
+    _change(
+        connection, ROUND, key, state="abandoned", phase="abandoned", cause=body.cause, closed_at=when.time
+    )
     _add_participation(connection, key, body.participation)
     if body.burnt:
         _change(connection, RUN, {"id": body.run_id}, committed=body.round)
@@ -653,7 +673,7 @@ def _privacy_reserved(connection: Connection, when: When, body: ev.PrivacyReserv
 
 def _privacy_releasing(connection: Connection, when: When, body: ev.PrivacyReleasing) -> None:
     key, _ = _charge(connection, body, ("reserved",))
-    _change(connection, CHARGE, key, state="releasing")
+    _change(connection, CHARGE, key, state="releasing", state_sha256=body.noise_sha256)
 
 
 def _privacy_committed(connection: Connection, when: When, body: ev.PrivacyCommitted) -> None:
@@ -724,6 +744,7 @@ _RULES: dict[type[ev.Body], _Rule] = {
     ev.RunResumed: _run_resumed,
     ev.RunBest: _run_best,
     ev.RoundPlanned: _round_planned,
+    ev.RoundMoved: _round_moved,
     ev.RoundCommitted: _round_committed,
     ev.RoundAbandoned: _round_abandoned,
     ev.RunWaiting: _run_waiting,

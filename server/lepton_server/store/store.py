@@ -27,14 +27,33 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import TracebackType
 from typing import Any, Self, overload
 
-from sqlalchemy import Connection, Engine, RowMapping, Select, and_, case, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    RowMapping,
+    Select,
+    and_,
+    case,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 
-from lepton_fl.errors import NotFound, StateError, StateLocked
+from lepton_fl.errors import LeaseLost, NotFound, StateConflict, StateError, StateLocked
 from lepton_fl.files import event_hash
 from lepton_fl.privacy.events import Event as PrivacyEvent
 from lepton_server.store import attempts, journal, ledger
 from lepton_server.store.engine import make_engine, parse_url, reading, writing
-from lepton_server.store.events import Body, LedgerBody, TaskRegistered, encode_body, parse_body
+from lepton_server.store.events import (
+    PHASES,
+    Body,
+    LedgerBody,
+    TaskRegistered,
+    encode_body,
+    parse_body,
+)
 from lepton_server.store.projection import When, apply
 from lepton_server.store.schema import prepare
 from lepton_server.store.tables import (
@@ -42,9 +61,11 @@ from lepton_server.store.tables import (
     DEVICE,
     EVENT,
     HEAD,
+    LEASE,
     MODEL,
     PARTICIPATION,
     PRESENCE,
+    RECEIVED,
     ROLLOUT,
     ROUND,
     RUN,
@@ -61,9 +82,11 @@ from lepton_server.store.views import (
     Event,
     Head,
     Kept,
+    Lease,
     Model,
     Part,
     RebuildReport,
+    Received,
     Rollout,
     Round,
     Run,
@@ -73,6 +96,7 @@ from lepton_server.store.views import (
     Told,
 )
 
+_CHUNK = 500  # ids in one IN (…)
 _PAGE = 1000  # events that a follower reads at a time
 LOCK_TIMEOUT = 10.0  # seconds to wait for another writer
 
@@ -174,6 +198,54 @@ class Transaction:
         rows = self._connection.execute(ledger.charges_query(run_id, states)).mappings()
         return [ledger.charge(row) for row in rows]
 
+    # what is durable and not in the journal
+
+    def move(self, run_id: str, round_number: int, attempt: int, phase: str) -> bool:
+        """Record that an open attempt has come to a phase; False when it is there or further."""
+        row = self._connection.execute(_phase_query(run_id, round_number, attempt)).first()
+        if row is None or (row.phase in PHASES and PHASES.index(row.phase) >= PHASES.index(phase)):
+            return False
+        body = {"run_id": run_id, "round": round_number, "attempt": attempt, "phase": phase}
+        self.record("round.moved", body)
+        return True
+
+    def add_received(self, run_id: str, round_number: int, attempt: int, received: Received) -> None:
+        """Name an update that is on the disk; the first one of an attempt moves it to ``collecting``.
+
+        Raises:
+            StateConflict: the attempt is not collecting any more, or has one of this device.
+        """
+        key = {"run_id": run_id, "round": round_number, "attempt": attempt}
+        found = self._connection.execute(_phase_query(run_id, round_number, attempt)).first()
+        if found is None or found.phase not in ("planned", "offered", "collecting"):
+            raise StateConflict(f"Round {round_number}, attempt {attempt} of run {run_id} takes no updates.")
+        mine = _received_query(run_id, round_number, attempt).where(
+            RECEIVED.c.device_id == received.device_id
+        )
+        if self._connection.execute(mine).first():
+            raise StateConflict(f"There is an update of device {received.device_id} already.")
+        self.move(run_id, round_number, attempt, "collecting")
+        row = {name: getattr(received, name) for name in ("device_id", "sha256", "num_bytes")}
+        self._connection.execute(insert(RECEIVED).values(**key, **row, counted=int(received.counted)))
+
+    def count_received(self, run_id: str, round_number: int, attempt: int, device_ids: Sequence[str]) -> None:
+        """Fix whose updates are the ones that count: from now on it is these and no others."""
+        here = and_(
+            RECEIVED.c.run_id == run_id, RECEIVED.c.round == round_number, RECEIVED.c.attempt == attempt
+        )
+        for start in range(0, len(device_ids), _CHUNK):
+            some = RECEIVED.c.device_id.in_(device_ids[start : start + _CHUNK])
+            self._connection.execute(update(RECEIVED).where(here, some).values(counted=1))
+
+    def forget_received(self, run_id: str, round_number: int | None = None) -> set[str]:
+        """Forget the updates of a run, or of all attempts of a round of it; returns their files' names."""
+        here = RECEIVED.c.run_id == run_id
+        if round_number is not None:
+            here = and_(here, RECEIVED.c.round == round_number)
+        names = set(self._connection.execute(select(RECEIVED.c.sha256).where(here)).scalars())
+        self._connection.execute(delete(RECEIVED).where(here))
+        return names
+
     def _now(self) -> float:
         now = float(self._clock())
         if not math.isfinite(now) or now < 0:
@@ -192,6 +264,7 @@ class Store:
         self._engine = engine
         self._clock = clock
         self._lock_timeout = lock_timeout
+        self._token: int | None = None  # of the lease; None: an operator's command, which needs none
         self._writer = threading.Lock()  # threads queue here in turn rather than in SQLite's sleep loop
 
     def __enter__(self) -> Self:
@@ -219,7 +292,7 @@ class Store:
             StateLocked: Another process held the write lock for too long.
             DiskFull: No space was left; nothing was changed.
         """
-        with self._exclusive(), writing(self._engine, self._lock_timeout) as connection:
+        with self._writing() as connection:
             change = Transaction(connection, self._clock)
             yield change
             change._close()
@@ -260,7 +333,7 @@ class Store:
         if not newest:
             return
         rows = sorted(newest.values())  # one order for all writers, so that two never wait for each other
-        with self._exclusive(), writing(self._engine, self._lock_timeout, soft=True) as connection:
+        with self._writing(soft=True) as connection:
             _upsert_presence(connection, rows)
 
     def keep(self, attempt: Attempt, record: Kept, *, durable: bool) -> None:
@@ -276,7 +349,7 @@ class Store:
             StateError: Somebody else has written a record of this number.
             StateLocked, DiskFull: Nothing was written.
         """
-        with self._exclusive(), writing(self._engine, self._lock_timeout, soft=not durable) as connection:
+        with self._writing(soft=not durable) as connection:
             attempts.add(connection, attempt, record)
 
     def kept(self, attempt: Attempt) -> list[Kept]:
@@ -287,6 +360,58 @@ class Store:
         """
         with reading(self._engine) as connection:
             return attempts.of(connection, attempt)
+
+    # -------------------------------------------------------------------------------------------- lease
+
+    def take_lease(self, holder: str, life_s: float) -> Lease | None:
+        """Become the coordinator that may write, unless another one is; None then.
+
+        From now on every write of this store is refused once somebody else has taken the lease: the token,
+        which grows with every holder, is looked at in each transaction.
+
+        Args:
+            holder: Names this coordinator; the same one takes its own lease back at once.
+            life_s: Seconds for which a lease is good that is not renewed, by the database's clock.
+        """
+        with self._exclusive(), writing(self._engine, self._lock_timeout) as connection:
+            lease = _lease(connection, self._clock)
+            if lease.holder not in ("", holder) and lease.age_s < life_s:
+                return None
+            fresh = lease.token + 1
+            values = {"token": fresh, "holder": holder, "renewed": lease.now}
+            connection.execute(update(LEASE).values(values))
+        self._token = fresh
+        return Lease(fresh, holder, lease.now, lease.now)
+
+    def renew_lease(self) -> None:
+        """Say that this coordinator lives; raises LeaseLost if another one has taken over."""
+        with self._writing() as connection:
+            now = _lease(connection, self._clock).now
+            connection.execute(update(LEASE).values(renewed=now))
+
+    def drop_lease(self) -> None:
+        """Let the next coordinator in at once; nothing more can be written here."""
+        with self._writing() as connection:
+            connection.execute(update(LEASE).values(holder="", token=LEASE.c.token + 1))
+
+    def lease(self) -> Lease:
+        """Return who holds the lease, and since when it was not renewed."""
+        with reading(self._engine) as connection:
+            return _lease(connection, self._clock)
+
+    @contextlib.contextmanager
+    def _writing(self, *, soft: bool = False) -> Iterator[Connection]:
+        """A write transaction of this coordinator's, if it may still write."""
+        with self._exclusive(), writing(self._engine, self._lock_timeout, soft=soft) as connection:
+            if self._token is not None:
+                query = select(LEASE.c.token, LEASE.c.holder).with_for_update(read=True)  # PostgreSQL's
+                token, holder = connection.execute(query).one()
+                if token != self._token:
+                    raise LeaseLost(
+                        f"Another coordinator ({holder or 'none any more'}) has taken over this database.",
+                        hint="This one has stopped; start it again, as a stand-by if the other one goes on.",
+                    )
+            yield connection
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -422,6 +547,30 @@ class Store:
         """Return every attempt of every round of a run, in order."""
         query = select(ROUND).where(ROUND.c.run_id == run_id).order_by(ROUND.c.round, ROUND.c.attempt)
         return [Round(**_decoded(row, "plan", "metrics", "evaluated")) for row in self._rows(query)]
+
+    def received(self, run_id: str, round: int, attempt: int) -> list[Received]:
+        """Return the updates that an open attempt has been sent, and that their devices know to be here."""
+        rows = self._rows(_received_query(run_id, round, attempt).order_by(RECEIVED.c.device_id))
+        return [Received(r["device_id"], r["sha256"], r["num_bytes"], bool(r["counted"])) for r in rows]
+
+    def attempt_files(self) -> set[str]:
+        """Return the names of all files that open attempts need: updates, and what noise is made of."""
+        same = (
+            CHARGE.c.run_id == ROUND.c.run_id,
+            CHARGE.c.round == ROUND.c.round,
+            CHARGE.c.attempt == ROUND.c.attempt,
+        )
+        noise = select(CHARGE.c.state_sha256).join(ROUND, and_(*same))
+        noise = noise.where(CHARGE.c.state == "releasing", ROUND.c.state == "planned")
+        found = self._rows(select(RECEIVED.c.sha256)), self._rows(noise)
+        return {
+            row[name] for rows, name in zip(found, ("sha256", "state_sha256"), strict=True) for row in rows
+        }
+
+    def phase(self, run_id: str, round: int, attempt: int) -> str:
+        """Return the phase of an attempt; empty where there is none."""
+        rows = self._rows(_phase_query(run_id, round, attempt))
+        return str(rows[0]["phase"]) if rows else ""
 
     def participation(self, run_id: str, round: int | None = None) -> list[Part]:
         """Return who took part in a run, or in all attempts of one round of it."""
@@ -658,7 +807,7 @@ class Store:
         if check_only:
             with reading(self._engine) as connection:
                 return journal.rebuild(connection, replace=False)
-        with self._exclusive(), writing(self._engine, self._lock_timeout) as connection:
+        with self._writing() as connection:
             return journal.rebuild(connection, replace=True)
 
     def _tuples(self, query: Select[Any]) -> list[tuple[Any, ...]]:
@@ -699,6 +848,25 @@ def _rollout(row: RowMapping) -> Rollout:
 
 def _token(row: RowMapping, used_by: Sequence[str]) -> Token:
     return Token(**{**row, "used_by": tuple(used_by), "revoked": bool(row["revoked"])})
+
+
+def _lease(connection: Connection, clock: Callable[[], float]) -> Lease:
+    """The lease, and the time by the database's clock: several machines share it."""
+    row = connection.execute(select(LEASE)).one()
+    now = clock()
+    if connection.dialect.name == "postgresql":
+        now = float(connection.exec_driver_sql("SELECT EXTRACT(EPOCH FROM clock_timestamp())").scalar_one())
+    return Lease(row.token, row.holder, row.renewed, now)
+
+
+def _phase_query(run_id: str, number: int, attempt: int) -> Select[Any]:
+    here = and_(ROUND.c.run_id == run_id, ROUND.c.round == number, ROUND.c.attempt == attempt)
+    return select(ROUND.c.phase).where(here)
+
+
+def _received_query(run_id: str, number: int, attempt: int) -> Select[Any]:
+    here = and_(RECEIVED.c.run_id == run_id, RECEIVED.c.round == number, RECEIVED.c.attempt == attempt)
+    return select(RECEIVED).where(here)
 
 
 def _task_query(name: str, version: str) -> Select[Any]:

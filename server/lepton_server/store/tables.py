@@ -1,9 +1,10 @@
-"""The tables: the journal, its projections, and the three that are neither.
+"""The tables: the journal, its projections, and those that are neither.
 
 ``event`` is the truth and only grows. ``enrolment_token`` … ``privacy_total`` are projections: they hold
 nothing that a replay of the journal does not give. ``journal_head`` lets a missing tail be noticed.
 ``presence`` is soft state (when a device was last seen): worth nothing after a restart, so not journalled.
-``attempt_record`` is written ahead and goes with the event that closes the attempt.
+``attempt_record`` and ``received`` are written ahead and go when their attempt is closed. ``lease`` says
+which coordinator may write.
 
 JSON columns hold canonical JSON text and public facts only, so that equal rows are equal on every engine.
 """
@@ -161,6 +162,7 @@ class RoundRow(_Base, table=True):
     round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     state: str = Field(sa_column=_text())  # planned, committed, abandoned
+    phase: str = Field(sa_column=_text())  # events.PHASES, or abandoned
     plan: str = Field(sa_column=_text())  # JSON object
     start_sha256: str = Field(sa_column=_text())  # the model that went out
     model_sha256: str | None = Field(sa_column=Column(Text))  # the model that came of it
@@ -255,7 +257,9 @@ class ChargeRow(_Base, table=True):
     trust: str = Field(sa_column=_text())
     evidence: str = Field(sa_column=_text())  # that nothing was released
     model_sha256: str | None = Field(sa_column=Column(Text))
-    state_sha256: str | None = Field(sa_column=Column(Text))  # the sealed memory of the mechanism
+    state_sha256: str | None = Field(
+        sa_column=Column(Text)
+    )  # sealed: while releasing, the noise's key; then its memory
     reserved_at: float = Field(sa_column=Column(Float(53), nullable=False))
     settled_at: float | None = Field(sa_column=Column(Float(53)))
 
@@ -302,6 +306,30 @@ class ToldRow(_Base, table=True):
     stage: int = Field(sa_column=Column(Integer, nullable=False))
     before: str = Field(sa_column=_text())  # SHA-256 of a manifest; empty = none
     p95_ms: float = Field(sa_column=Column(Float(53), nullable=False))  # before; 0 = not known
+
+
+class ReceivedRow(_Base, table=True):
+    """An update that was acknowledged, until its attempt is closed. Not in the journal: see ``received``."""
+
+    __tablename__ = "received"
+    __table_args__ = (Index("received_sha256", "sha256"),)
+    run_id: str = Field(sa_column=Column(Text, primary_key=True))
+    round: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    device_id: str = Field(sa_column=Column(Text, primary_key=True))
+    sha256: str = Field(sa_column=_text())  # the file's name
+    num_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))  # on the wire
+    counted: int = Field(sa_column=Column(Integer, nullable=False))  # 1: it is one of those that were added
+
+
+class LeaseRow(_Base, table=True):
+    """Which coordinator may write, in one row. Not in the journal."""
+
+    __tablename__ = "lease"
+    id: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    token: int = Field(sa_column=Column(BigInteger, nullable=False))  # grows with every holder
+    holder: str = Field(sa_column=_text())  # empty: nobody
+    renewed: float = Field(sa_column=Column(Float(53), nullable=False))  # by the database's clock
 
 
 class PresenceRow(_Base, table=True):
@@ -351,6 +379,8 @@ CHARGE = _table("privacy_charge")
 TOTAL = _table("privacy_total")
 ROLLOUT = _table("rollout")
 TOLD = _table("rollout_device")
+RECEIVED = _table("received")
+LEASE = _table("lease")
 
 # In an order in which rows can be inserted without breaking a foreign key; deleted the other way round.
 PROJECTIONS: tuple[Table, ...] = (

@@ -141,6 +141,7 @@ class Round:
     round: int
     attempt: int
     state: str  # planned, committed, abandoned
+    phase: str  # events.PHASES, or abandoned
     plan: JsonObject
     start_sha256: str  # the model that went out
     model_sha256: str | None  # the model that came of it
@@ -153,6 +154,31 @@ class Round:
     seconds: float
     planned_at: float
     closed_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Which coordinator may write; times are seconds since 1970 by the database's clock."""
+
+    token: int
+    holder: str  # empty: nobody
+    renewed: float
+    now: float
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was renewed; a clock that was set back makes it fresh."""
+        return max(0.0, self.now - self.renewed)
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """An update that was acknowledged to its device."""
+
+    device_id: str
+    sha256: str  # of its file
+    num_bytes: int  # on the wire
+    counted: bool  # it is one of those that were added
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +236,7 @@ class ChargeRecord:
     trust: str
     evidence: str
     model_sha256: str | None
-    state_sha256: str | None  # of the sealed memory of the mechanism
+    state_sha256: str | None  # sealed: while releasing, of the noise's key; then of the mechanism's memory
     reserved_at: float
     settled_at: float | None
 
