@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import lepton_strategies
 from lepton_fl.errors import ConfigError, UpdateRejected
-from lepton_fl.plan import RoundPlan
+from lepton_fl.plan import RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Campaign, RunState
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.exchange import AddedUp, Answer
@@ -395,3 +395,11 @@ def test_wrong_settings_of_a_grid_are_named():
         local_grid("digits", local={"learning_rate": -1}),
     ):
         pass
+
+
+def test_a_distillation_needs_its_teacher_before_anybody_is_asked():
+    spec = RunSpec(task="lepton_fl.compression.taught:digits")
+    with pytest.raises(ConfigError, match="names no model to learn from"):
+        run_campaign(None, spec)
+    with pytest.raises(ConfigError, match="no distillation"):
+        run_campaign(None, spec.model_copy(update={"task": "digits", "teacher": "model.safetensors"}))
