@@ -278,7 +278,13 @@ class RunBook:
             self._ledger.settled()
         self._meters.abandoned.labels(self._run_id).inc()
         self._count(collected)
-        log.warning("run %s round %d: abandoned: %s", self._run_id, collected.plan.round, cause)
+        log.warning(
+            "run %s round %d: abandoned: %s",
+            self._run_id,
+            collected.plan.round,
+            cause,
+            extra=_fields("round.abandoned", collected.plan) | {"cause": cause},
+        )
 
     def committed(self, round_: Committed) -> None:
         """Write the blobs, then the rows that name them, in one transaction."""
@@ -328,7 +334,13 @@ class RunBook:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         summary = round_.collected.summary()
         log.info(
-            "run %s round %d: %s; %s; %.2f s", self._run_id, plan.round, summary, figures, round_.seconds
+            "run %s round %d: %s; %s; %.2f s",
+            self._run_id,
+            plan.round,
+            summary,
+            figures,
+            round_.seconds,
+            extra=_fields("round.committed", plan),
         )
 
     def evaluated(self, evaluation: Evaluated) -> None:
@@ -423,6 +435,11 @@ class RunBook:
             self._meters.reports.labels(self._run_id, entry.outcome).inc()
         if self._quarantine is not None and collected.plan.kind == "train":
             self._quarantine.judge(collected)
+
+
+def _fields(event: str, plan: RoundPlan) -> dict[str, Any]:
+    """What a line of the log carries for machines."""
+    return {"event": event, "run": plan.run_id, "round": plan.round, "attempt": plan.attempt}
 
 
 def _attempt(plan: RoundPlan) -> dict[str, Any]:

@@ -233,8 +233,16 @@ class FleetExchange:
             detail="" if refusal is None else str(refusal)[:500],
         )
         if refusal is not None:
+            cause = refusal.reason.value if refusal.cause is None else refusal.cause.value
+            where = {"run": plan.run_id, "round": plan.round, "attempt": plan.attempt}
             log.warning(
-                "run %s round %d: %s of %s: %s", plan.run_id, plan.round, refusal.reason, device_id, refusal
+                "run %s round %d: %s of %s: %s",
+                plan.run_id,
+                plan.round,
+                refusal.reason,
+                device_id,
+                refusal,
+                extra={"event": "answer.refused", **where, "device": device_id, "cause": cause},
             )
         self._instruct(device_id, pb.Instruction(verdict=verdict))
 

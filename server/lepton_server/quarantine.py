@@ -105,10 +105,15 @@ class Quarantine:
 
     def sweep(self) -> None:
         """Let those back in whose time is over."""
-        for device_id in self._fleet.quarantined(over=True):
-            self._store.record(
-                "device.readmitted", device_id, {"device_id": device_id, "reason": "its time is over"}
-            )
+        over = self._fleet.quarantined(over=True)
+        for device_id in over:
+            body = {"device_id": device_id, "reason": "its time is over"}
+            try:
+                self._store.record("device.readmitted", device_id, body)
+            except LeptonError as error:  # an operator was faster, or the store is away: it is drawn anyway
+                log.info("the readmission of device %s is not recorded now: %s", device_id, error)
+                continue
             self._meters.repairs.labels("readmit").inc()
-            log.info("device %s may be drawn again", device_id)
-        self._fleet.follow()
+            log.info("device %s may be drawn again", device_id, extra={"device": device_id})
+        if over:
+            self._fleet.follow()

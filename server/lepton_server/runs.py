@@ -54,6 +54,7 @@ from lepton_server.workshop import Workshop
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.3  # how soon a queued or stopping run is noticed
+SWEEP_EVERY = 16  # looks between two at whose quarantine is over
 REST_S = 0.1  # between two looks at a fleet that keeps changing: each costs time for every device
 
 
@@ -171,7 +172,7 @@ class RunDriver:
             self._link.expel(key)
 
     def _watch(self) -> None:
-        seen = -1
+        seen, looks = -1, 0
         while not self._closing.is_set():
             try:
                 head = self._store.head_seq()
@@ -179,7 +180,8 @@ class RunDriver:
                 if head != seen or finished:
                     self._look()
                     seen = head
-                if self._quarantine is not None:
+                looks += 1
+                if self._quarantine is not None and looks % SWEEP_EVERY == 0:
                     self._quarantine.sweep()
             except LeptonError as error:
                 log.error("runs cannot be looked up: %s; trying again", error)

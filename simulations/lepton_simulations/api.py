@@ -26,6 +26,7 @@ from lepton_fl.errors import ConfigError
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.buffered import BufferedCampaign
 from lepton_fl.rounds.campaign import Best, Campaign, RunState, Verdict
+from lepton_fl.rounds.coverage import Coverage, coverage
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.tasks.federated import FederatedDataset, federated_dataset
 from lepton_fl.tasks.partition import PartitionSpec
@@ -110,6 +111,17 @@ class Result:
 
         footer = "; ".join(self.simulated)
         return plot_all(self.rows, self.tallies, Path(folder), title=self.title, footer=footer)
+
+    @property
+    def coverage(self) -> Coverage:
+        """Whom the model was made of, and why the others are not in it; speeds are not told here."""
+        counted = [d for d, tally in self.tallies.items() if tally.accepted]
+        causes = {
+            d: max(tally.outcomes, key=lambda outcome: tally.outcomes[outcome])
+            for d, tally in self.tallies.items()
+            if tally.asked and not tally.accepted
+        }
+        return coverage(dict.fromkeys(self.tallies, ()), counted, {}, causes)
 
     @property
     def title(self) -> str:

@@ -294,6 +294,7 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
         verdict = {"outcome": result.verdict.outcome, "reason": result.verdict.reason}
         hashes = {"weights_sha256": result.weights_sha256, "journal_sha256": result.journal_sha256}
         words = {"simulated": result.simulated, "engine_note": result.engine_note}
+        words["coverage"] = result.coverage.to_json()
         places = {"folder": result.folder, "plot": plot, **words}
         body = {"task": result.task, **verdict, **places, **hashes, "best": result.best, "rounds": rows}
         print_data(body, format=format)
@@ -304,7 +305,7 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
     if result.verdict.outcome == "exhausted":
         raise BudgetRefused(result.verdict.reason)
     if format == Format.TEXT:
-        say(result.verdict.reason)
+        say(f"{result.verdict.reason} {result.coverage.sentence()}.")
     if result.verdict.outcome == "stopped":
         if hint:
             say(hint)

@@ -25,6 +25,8 @@ def recall(**cohort):
     output = config.output.model_copy(update={"folder": ""})
     result = run_scenario(config.model_copy(update={"run": run, "engine": engine, "output": output}))
     assert result.verdict.outcome == "completed"
+    assert result.coverage.fleet.registered == 40
+    assert result.coverage.fleet.contributed >= 28
     task = load_task("digits")
     sums = Trainer(task).evaluate(result.model, task.prepare(task.data(None).test))
     matrix = np.asarray(sums["confusion"]).reshape(10, 10)
