@@ -36,7 +36,8 @@ def live(state_dir: Path, run: "Run") -> Live:
     if told is not None:
         return Live(told["wait"], told["devices"], told["more"])
     if not owner(state_dir) and state_dir.exists():
-        wait = Wait("its coordinator", Cause.COORDINATOR_DOWN, "no coordinator uses this state folder")
+        why = "no coordinator uses this state folder" + (f"; before: {run.waiting}" if run.waiting else "")
+        wait = Wait("its coordinator", Cause.COORDINATOR_DOWN, why)
         return Live(wait.to_json())
     return Live()  # on another machine, or about to begin: what the journal has is shown
 

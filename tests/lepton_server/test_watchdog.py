@@ -264,6 +264,7 @@ def test_a_watch_that_stumbles_goes_on(watch, monkeypatch, caplog):
 class Shown:
     id: str = "r1"
     finished: bool = False
+    waiting: str = ""
 
 
 def test_a_coordinator_that_is_down_is_what_its_runs_wait_for(tmp_path):
