@@ -38,7 +38,7 @@ from lepton_server.store import Store, open_store
 LEFT_OUT = "left out: needs root"
 NAMED_S = 30.0  # the target
 LOAD_S = 300.0  # torch, three times and at once
-PATIENCE_S = 120.0  # for everything else
+PATIENCE_S = 180.0  # for everything else
 DEVICES = ("dev0", "dev1", "dev2")
 RUN = """
 [run]
@@ -264,7 +264,7 @@ class Outcome:
         """Whether it was named rightly and in time, and the run went on."""
         if self.named == LEFT_OUT:
             return True
-        return self.named == self.fault.cause.value and self.seconds <= patience and "run" in self.outcome
+        return self.named == self.fault.cause.value and self.seconds <= patience and "went on" in self.outcome
 
 
 # --- the faults ---------------------------------------------------------------------------------------
@@ -483,7 +483,10 @@ def inject(fleet: Fleet, run_id: str, fault: Fault) -> Outcome:
     outcome = "the run went on"
     if fault.back and fault.device:
         mark = fleet.committed(run_id)
-        fleet.until(lambda: fleet.counts(run_id, fault.device, mark), f"{fault.device} is back")
+        try:
+            fleet.until(lambda: fleet.counts(run_id, fault.device, mark), "it is back", LOAD_S)
+        except TimeoutError:
+            return Outcome(fault, named or ", ".join(seen), seconds, "the device did not come back", words)
         outcome += ", the device counts again"
     return Outcome(fault, named or ", ".join(seen) or "nothing", seconds, outcome, words)
 
