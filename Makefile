@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 ARGS ?=
 
 .PHONY: help demo demo-delivery test lint docs bench nightly nightly-inputs nightly-audit nightly-races \
-  nightly-step nightly-anchor nightly-accuracy clean
+  nightly-step nightly-anchor nightly-accuracy nightly-chaos clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -50,7 +50,7 @@ bench: $(VENV)/.dev
 # is kept is of one commit: a part that was ended goes on where it was.
 KEPT := build/nightly/$(shell git rev-parse --short HEAD 2>/dev/null || echo export)
 
-nightly: nightly-inputs nightly-audit nightly-races nightly-step \
+nightly: nightly-inputs nightly-audit nightly-races nightly-step nightly-chaos \
   $(if $(LEPTON_DATA),nightly-anchor nightly-accuracy)
 
 nightly-inputs: $(VENV)/.dev
@@ -58,6 +58,9 @@ nightly-inputs: $(VENV)/.dev
 	@$(BIN)/python tests/test_decoders.py --inputs 1000000
 	@LEPTON_FUZZ_INPUTS=5000 $(BIN)/pytest -q -k whatever tests/lepton_server/test_coordinator.py \
 	  tests/lepton_server/test_device_service.py tests/lepton_server/test_flower_link.py
+
+nightly-chaos: $(VENV)/.dev
+	@$(BIN)/python benchmarks chaos
 
 nightly-audit: $(VENV)/.dev
 	@$(BIN)/python benchmarks one_run_audit
