@@ -70,16 +70,18 @@ PLANS = [
     for kind, bits in (
         (SKELLAM, 32),
         (SKELLAM, 16),
+        (SKELLAM, 20),
         ({**SKELLAM, "mechanism": "ddgauss"}, 16),
+        ({**SKELLAM, "mechanism": "ddgauss"}, 24),
         (CENTRAL, 32),
     )
 ]
 # The norm that the accountant took for the rotated ones.
 ROTATED_L2 = {
-    kind: prepared(
-        spec({**SKELLAM, "mechanism": kind, **EVERYTHING}, secure={"bits": 16}), SIZE
+    (kind, bits): prepared(
+        spec({**SKELLAM, "mechanism": kind, **EVERYTHING}, secure={"bits": bits}), SIZE
     ).distributed.l2
-    for kind in ("skellam", "ddgauss")
+    for kind, bits in (("skellam", 16), ("skellam", 20), ("ddgauss", 16), ("ddgauss", 24))
 }
 
 
@@ -109,7 +111,7 @@ def test_any_vector_is_refused_or_within_the_norm_that_the_noise_is_made_for(del
         if isinstance(encoding, Rotated):  # what the ring sees, rotated and rounded
             whole = encoding._round(encoding._scaled(update, 1), Random(row).randbytes)
             assert sum(int(x) ** 2 for x in whole) <= encoding.norm_bound**2
-            assert encoding.norm_bound <= ROTATED_L2[part.noise]
+            assert encoding.norm_bound <= ROTATED_L2[part.noise, encoding.bits]
             assert int(np.abs(whole).max()) <= part.limit
 
 

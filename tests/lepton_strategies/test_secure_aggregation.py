@@ -163,6 +163,23 @@ def test_equal_weights_and_sixteen_bits(keys, process):
     assert_allclose(result.arrays["w"].numpy(), np.full((2, 3), 0.085), atol=5e-3)
 
 
+@pytest.mark.parametrize("bits", [12, 20])
+def test_rings_of_other_widths_are_packed(keys, process, bits):
+    result = wrapped(keys, bits=bits).start(grid_of(app_of(keys)), model(), num_rounds=1)
+    assert_allclose(result.arrays["w"].numpy(), np.full((2, 3), 0.085), atol=0.2 if bits == 12 else 1e-3)
+
+
+def test_quantised_updates_of_any_strategy_follow_their_sums(keys, process):
+    strategy = wrapped(keys, quantise=8)
+    result = strategy.start(grid_of(app_of(keys)), model(), num_rounds=2)
+    exact = wrapped(keys).start(grid_of(app_of(keys)), model(), num_rounds=2)
+    for part in ("w", "b"):
+        assert_allclose(result.arrays[part].numpy(), exact.arrays[part].numpy(), atol=0.02)
+    assert strategy._expected > 0
+    with pytest.raises(ConfigError, match="two ways to few bits"):
+        wrapped(keys, quantise=4, bits=16)
+
+
 def test_the_nodes_own_function_sees_an_ordinary_message(keys, process):
     seen = Seen()
     wrapped(keys).start(grid_of(app_of(keys, seen)), model(), num_rounds=1)
