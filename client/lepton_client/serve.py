@@ -136,6 +136,9 @@ class Endpoint:
             status, kind, body = await self._answer(scope, receive)
         except _Refusal as refusal:
             status, kind, body = refusal.status, JSON, _error(refusal.error)
+        except asyncio.CancelledError:  # a shutdown whose patience is over; the task ends with this answer
+            leaving = ConnectionFailed("The endpoint is being stopped.", hint="Try again in a moment.")
+            status, kind, body = 503, JSON, _error(leaving)
         except Exception:  # the edge of the process: a caller gets a status, the log the cause
             log.exception("a request failed")
             status, kind, body = 500, JSON, _error(LeptonError("The endpoint failed; its log has the cause."))

@@ -7,6 +7,7 @@ Bodies are the application's business; so is what a handshake may take asyncio's
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -15,11 +16,38 @@ HEAD_S: Final = 20.0  # for the head of a request, from the connection or its fi
 HEAD_BYTES: Final = 32 * 1024
 log = logging.getLogger(__name__)
 
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
 # uvicorn has two parsers, and takes the one that is installed; both keep to this.
 if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol as _Protocol
 else:
     _Protocol = AutoHTTPProtocol
+
+
+def leaving_in_order(app: Any) -> App:  # noqa: ANN401 - every framework has its own types for the same
+    """The application, whose requests a shutdown may cut off: 503 to the caller, no traceback in the log."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        began = False
+
+        async def noting(message: dict[str, Any]) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            await app(scope, receive, noting)
+        except asyncio.CancelledError:  # uvicorn's, whose patience is over; the task ends with this answer
+            if scope["type"] == "http" and not began:
+                headers = [(b"retry-after", b"1"), (b"content-length", b"0")]
+                await send({"type": "http.response.start", "status": 503, "headers": headers})
+                await send({"type": "http.response.body", "body": b""})
+
+    return answer
 
 
 def bounded_http(max_connections: int) -> type[asyncio.Protocol]:

@@ -26,7 +26,7 @@ from lepton_fl.secagg.identity import deployment_of
 from lepton_server.attempts import sweep_spools
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
-from lepton_server.connections import bounded_http
+from lepton_server.connections import bounded_http, leaving_in_order
 from lepton_server.device_service import DeviceService, Endpoints, hosts_of
 from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
@@ -200,7 +200,7 @@ class Coordinator:
     def _serve_fleet(self, stack: ExitStack, link: FlowerLink, authority: Authority) -> int:
         listen, tls = self.config.listen, ServerTls(authority.server_path)
         server = uvicorn.Config(
-            link.app,
+            leaving_in_order(link.app),
             loop="asyncio",  # uvloop keeps 0.4 MB of TLS buffers for each connection
             lifespan="off",
             log_level="warning",
@@ -218,7 +218,7 @@ class Coordinator:
         listen = self.config.listen
         app = ops_app(self.meters, self._missing, self._refresh)
         server = uvicorn.Config(
-            app,
+            leaving_in_order(app),
             http=bounded_http(OPS_CONNECTIONS),
             ws="none",
             lifespan="off",

@@ -14,7 +14,8 @@ def test_a_good_release_reaches_all_and_a_bad_one_is_taken_back(real_fleet, make
     keys = str(fleet.folder / "disk")
     fleet.lepton("keys", "init", "--keys", keys, "--no-passphrase")
     fleet.start_server()
-    for name in DEVICES:
+
+    def join(name):
         fleet.join(name)
         config = fleet.folder / f"{name}.toml"
         config.write_text(
@@ -23,6 +24,9 @@ def test_a_good_release_reaches_all_and_a_bad_one_is_taken_back(real_fleet, make
             '[delivery]\ntask = "digits"\nprofile = "gateway"\nretry_min_s = 1.0\n'
         )
         fleet.start(name, "client", "run", "--config", str(config))
+
+    for name in DEVICES:
+        join(name)
 
     def publish(number, **changes):
         folder = make_variant(fleet.folder / f"v{number}", seed=number, round=number, **changes)
@@ -66,5 +70,10 @@ def test_a_good_release_reaches_all_and_a_bad_one_is_taken_back(real_fleet, make
     found = devices()
     assert {row["assigned_release"] for row in found.values()} == {good}
     assert {row["serving_release"] for row in found.values()} == {good}
+    join("late")  # nobody assigns anything to it
+    fleet.until(
+        lambda: {row["assigned_release"] for row in devices().values()} == {good} and len(devices()) == 4,
+        "the late device has what its profile has in service",
+    )
     fleet.kill("server", 15)  # reports are in the journal after an orderly end
     assert [name for name, row in devices().items() if row["failures"]] == [canary]

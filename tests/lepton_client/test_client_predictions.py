@@ -1,5 +1,6 @@
 """Predictions on the device: the library, the endpoint, the self-test, and releases that change."""
 
+import asyncio
 import http.client
 import json
 import shutil
@@ -387,3 +388,33 @@ def test_the_only_release_is_not_loaded_for_ever(place):
     with pytest.raises(ReleaseRefused) as caught:
         Probation(place.slots.folder).chosen(place.slots)
     assert caught.value.fault is Fault.CRASHED
+
+
+def test_a_request_that_a_shutdown_cuts_off_is_answered_and_leaves_no_traceback(place, caplog):
+    from lepton_client.config import ServeSection
+    from lepton_client.serve import Endpoint
+
+    place.install()
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def cut_off():
+        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "server": None}
+        scope["headers"] = [(b"content-type", b"application/json")]
+        task = asyncio.ensure_future(endpoint(scope, receive, send))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await task
+
+    with Predictor(place.folder, follow=False) as predictor:
+        endpoint = Endpoint(predictor, ServeSection())
+        asyncio.run(cut_off())
+        endpoint.close()
+    assert sent[0]["status"] == 503
+    assert b"being stopped" in sent[1]["body"]
+    assert "Traceback" not in caplog.text

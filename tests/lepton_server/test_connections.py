@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import importlib
 import socket
 import sys
@@ -161,3 +162,35 @@ def test_one_connection_too_many_is_closed_and_the_others_live(serve):
         assert ask(first)
     with connect(port) as again:
         assert ask(again)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_request_that_a_shutdown_cuts_off_leaves_no_traceback(wrapped, caplog):
+    came = threading.Event()
+
+    async def endless(scope, receive, send):
+        came.set()
+        await asyncio.Event().wait()
+
+    app = connections.leaving_in_order(endless) if wrapped else endless
+    settings = {"ws": "none", "lifespan": "off", "log_config": None, "timeout_graceful_shutdown": 0}
+    server = uvicorn.Server(uvicorn.Config(app, **settings))
+    answers = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+
+        def ask():
+            connection = http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=PATIENCE)
+            connection.request("GET", "/")
+            answers.append(connection.getresponse().status)
+            connection.close()
+
+        caller = threading.Thread(target=ask)
+        caller.start()
+        assert came.wait(PATIENCE)
+        server.should_exit = True
+        thread.join(PATIENCE)
+        caller.join(PATIENCE)
+    assert answers == [503 if wrapped else 500]
+    assert ("Traceback" in caplog.text) is not wrapped
