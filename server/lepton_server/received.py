@@ -60,6 +60,8 @@ class Inbox:
         """
         self._store, self.blobs = store, blobs
         self._drop({path.parent.name + path.name for path in blobs.folder.glob("??/*")})
+        for unfinished in blobs.folder.glob("tmp/*"):  # nobody else writes here
+            unfinished.unlink(missing_ok=True)
 
     def keep(self, plan: RoundPlan, device_id: str, contents: Mapping[str, bytes], num_bytes: int) -> Kept:
         """Have an answer on the disk, and its name in the database, when this returns.

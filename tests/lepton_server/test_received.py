@@ -114,7 +114,8 @@ def test_what_was_never_acknowledged_and_what_is_over_are_erased(works, planned,
     box = inbox()
     box.keep(planned, works.ids[0], objects(b"a"), 1)
     box.blobs.put(b"an update whose row a crash has prevented")
-    assert len(files(works)) == 2
+    (works.folder / "attempts" / "tmp" / "half").write_bytes(b"an update that a crash has cut off")
+    assert len(files(works)) == 3
     box = inbox()
     assert len(files(works)) == 1
     box.forget("r1", 1)
