@@ -6,6 +6,7 @@ Ordinary devices are trained in chunks and only their exact sum comes back; a de
 looked at singly answers with records, as on a real fleet.
 """
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from math import fsum
@@ -68,7 +69,7 @@ class InMemoryExchange:
             on_progress: called as devices of a training round are done.
             should_stop: asked after each chunk; True ends the round with ``Interrupted``.
             one_by_one: every device answers with records, because its own update is needed.
-            random_of: what a device rounds with where updates are quantised; None = they are not.
+            random_of: what a device rounds with where updates are quantised; None = the system's.
         """
         self._fleet = fleet
         self._backend = backend
@@ -103,7 +104,7 @@ class InMemoryExchange:
             CoordinatorCrash: as the scenario says.
         """
         self._backend.begin(plan, request)
-        quantised = plan.quantisation is not None and self._random_of is not None
+        quantised = plan.quantisation is not None
         self._request, self._exact = request.to_records(), Accumulator(plan) if quantised else None
         if plan.cohort[0].startswith(CENTRAL):
             for device_id, outcome in self._backend.answer(plan.cohort):
@@ -115,6 +116,7 @@ class InMemoryExchange:
             raise CoordinatorCrash(plan)
         fates = self._fates(plan)
         many = plan.kind == "train" and plan.adds_up and not self._one_by_one
+        many = many and plan.quantisation is None
         counted = dict[str, Report]()
         self._accepted, self._losses, self._seen, at = 0, list[float](), 0, 0
         while at < len(fates) and (wanted := plan.wanted_reports - self._accepted - len(counted)) > 0:
@@ -162,11 +164,12 @@ class InMemoryExchange:
 
     def _in_few_bits(self, plan: RoundPlan, device_id: str, reply: Records) -> Records:
         """An answer as it travels; without secure aggregation, which encodes it by itself."""
-        if self._exact is None or self._random_of is None or UPDATE not in reply.arrays:
+        if self._exact is None or UPDATE not in reply.arrays:
             return reply
         update, count = reply.arrays[UPDATE], reply.metrics["num-examples"]
         self._last = device_id, UpdateBatch(update[None, :], np.array([count], np.int64))
-        return compressed(self._request, reply, self._random_of(plan, device_id))
+        random = self._random_of(plan, device_id) if self._random_of else os.urandom
+        return compressed(self._request, reply, random)
 
     def _singly(
         self, plan: RoundPlan, fates: Sequence[Fate], began: float, many: bool
