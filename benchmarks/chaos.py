@@ -150,6 +150,7 @@ class Device:
         if secure:
             section["client"]["least_cohort"] = DEVICES
         self.trained: list[tuple[str, int]] = []
+        self.failure: Exception | None = None  # why its agent has ended by itself
         self.agent = Agent(ClientConfig.model_validate(section))
         self._number, self._seed = number, seed
         self._office = self.agent._office
@@ -170,8 +171,10 @@ class Device:
         return _key(what, self._seed, self._number, *parts)
 
     def _run(self) -> None:
-        with contextlib.suppress(Exception):  # its end is not what is measured; a run without it fails
+        try:
             self.agent.run()
+        except Exception as error:  # noqa: BLE001 - told by ``Case.run``
+            self.failure = error
 
     def stop(self) -> None:
         """End it."""
@@ -279,6 +282,9 @@ class Case:
                     raise RuntimeError(f"the coordinator died: {self.log.read_text()[-3000:]}")
                 point = ""
                 result.resumed_s = self.start()
+            for device in self.devices:
+                if device.failure is not None:
+                    raise RuntimeError("an agent has ended by itself") from device.failure
             if time.monotonic() - began > PATIENCE_S:
                 raise TimeoutError(f"not finished: {self.log.read_text()[-6000:]}")
             time.sleep(0.05)
@@ -464,7 +470,7 @@ def main() -> int:
                         result = disturbed.run(f"{point}:{when(point, seed)}")
                     wrong = faults(result, calm)
                 except Exception as error:  # noqa: BLE001 - the other cases go on
-                    wrong, result = [f"{type(error).__name__}: {error}"], Result()
+                    wrong, result = [f"{type(error).__name__}: {error} {error.__cause__ or ''}".rstrip()], Result()
                 good += not wrong
                 told = "; ".join(wrong) or "the same bits"
                 print(
