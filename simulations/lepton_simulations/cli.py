@@ -294,8 +294,8 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
         verdict = {"outcome": result.verdict.outcome, "reason": result.verdict.reason}
         hashes = {"weights_sha256": result.weights_sha256, "journal_sha256": result.journal_sha256}
         words = {"simulated": result.simulated, "engine_note": result.engine_note}
-        words["coverage"] = result.coverage.to_json()
-        places = {"folder": result.folder, "plot": plot, **words}
+        coverage = result.coverage.to_json()
+        places = {"folder": result.folder, "plot": plot, **words, "coverage": coverage}
         body = {"task": result.task, **verdict, **places, **hashes, "best": result.best, "rounds": rows}
         print_data(body, format=format)
     if isinstance(result.verdict.error, StateError):  # the disk is full, and the like
