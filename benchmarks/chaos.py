@@ -470,7 +470,8 @@ def main() -> int:
                         result = disturbed.run(f"{point}:{when(point, seed)}")
                     wrong = faults(result, calm)
                 except Exception as error:  # noqa: BLE001 - the other cases go on
-                    wrong, result = [f"{type(error).__name__}: {error} {error.__cause__ or ''}".rstrip()], Result()
+                    why = f"{type(error).__name__}: {error} {error.__cause__ or ''}".rstrip()
+                    wrong, result = [why], Result()
                 good += not wrong
                 told = "; ".join(wrong) or "the same bits"
                 print(

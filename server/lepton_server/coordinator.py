@@ -39,7 +39,7 @@ from lepton_server.quarantine import Quarantine
 from lepton_server.received import Inbox
 from lepton_server.releases import ListKeeper, online_keys, shelf_of
 from lepton_server.rollouts import RolloutKeeper
-from lepton_server.runs import RunDriver
+from lepton_server.runs import RunDriver, workshop_of
 from lepton_server.signing import Signing
 from lepton_server.store import Store, open_store
 from lepton_server.tls import ServerTls
@@ -129,6 +129,8 @@ class Coordinator:
         stack.enter_context(_claim(folder))
         store = stack.enter_context(open_store(config.store_url))
         self._lead(stack, store)
+        workshop = workshop_of(config.rounds, store)
+        stack.callback(workshop.close)
         blobs = BlobStore(config.blob_dir)
         sweep_spools(store, config.spool_dir)
         authority = Authority.open(folder / "keys", hosts_of(config.listen))
@@ -176,6 +178,7 @@ class Coordinator:
             watch=watch,
             quarantine=Quarantine(config.watchdog, store, fleet, self.meters),
             inbox=Inbox(store, BlobStore(config.attempts_dir)),
+            workshop=workshop,
         )
         fleet.on_revoked(self._driver.expel)
         self._serve_ops(stack)

@@ -91,6 +91,14 @@ class FleetRoster:
         self._fleet.wait_for_change(self._seen, seconds)
 
 
+def workshop_of(config: RoundsSection, store: Store) -> Workshop:
+    """Where models are made; it is on its way already if there are runs that want to go on."""
+    workshop = Workshop(patience_s=config.build_s)
+    if not all(run.finished for run in store.runs()):
+        workshop.warm_up()
+    return workshop
+
+
 class RunDriver:
     """Starts queued runs, continues running ones, and stops them when asked; one thread per active run."""
 
@@ -111,6 +119,7 @@ class RunDriver:
         watch: Watchdog | None = None,
         quarantine: Quarantine | None = None,
         inbox: Inbox | None = None,
+        workshop: Workshop | None = None,
     ) -> None:
         """Prepare; nothing happens before :meth:`start`.
 
@@ -129,13 +138,15 @@ class RunDriver:
             watch: told of what runs wait for; None = nobody looks on.
             quarantine: judges devices after each attempt; None = nobody does.
             inbox: keeps updates; None = an attempt that a restart cuts off is abandoned.
+            workshop: where models are made, closed by :meth:`close`; None = one of its own.
         """
         self._signing, self._spool_dir, self._inbox = signing, spool_dir, inbox
         self._config, self._store, self._blobs, self._fleet = config, store, blobs, fleet
         self._link, self._meters, self._privacy_keys = link, meters, keys
         self._rng, self._exchange = rng or SystemRandom(), exchange
         self._closing = threading.Event()
-        self._workshop = Workshop(self._closing.is_set, patience_s=config.build_s)
+        self._workshop = workshop or Workshop(patience_s=config.build_s)
+        self._workshop.give_up = self._closing.is_set
         self._checkpoints = Checkpoints(store, blobs)
         self._keys: dict[str, bytes] = {}  # device id -> public key, DER, of all that were ever asked
         self._watch_dog = watch or Watchdog(fleet, meters)

@@ -14,11 +14,12 @@ import pickle
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
 from lepton_fl.compression.federated import with_teacher
@@ -54,10 +55,18 @@ class Workshop:
             give_up: whether a caller that waits should leave; asked every ``LOOK_S`` seconds.
             patience_s: the longest that one call may take.
         """
-        self._give_up, self._patience_s = give_up, patience_s
+        self.give_up, self._patience_s = give_up, patience_s
         self._turn = Lock()  # held by the one call that is under way
         self._process: SpawnProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
+
+    def warm_up(self) -> None:
+        """Start the child and its imports, which take seconds, while the caller does other things."""
+        Thread(target=self._warm_up, name="workshop-start", daemon=True).start()
+
+    def _warm_up(self) -> None:
+        with suppress(LeptonError, Interrupted):  # whoever needs the child meets it again
+            self._call(_import)
 
     def initial_model(self, task: str, seed: int, *, rows_apart: bool = False) -> tuple[Layout, Vector]:
         """The layout of a task's model and its (P,) float32 weights for a seed.
@@ -122,13 +131,13 @@ class Workshop:
                 raise
 
     def _ask(self, work: Callable[..., object], args: tuple[object, ...]) -> object:
-        if self._give_up():
+        if self.give_up():
             raise Interrupted
         pipe = self._started()
         pipe.send((work, args))
         ends = time.monotonic() + self._patience_s
         while not pipe.poll(LOOK_S):  # true as well when the child has died
-            if self._give_up():
+            if self.give_up():
                 raise Interrupted
             if time.monotonic() > ends:
                 self._end()
@@ -191,6 +200,10 @@ def _outcome(work: Callable[..., object], args: tuple[object, ...]) -> bytes:
         return pickle.dumps(error)
     except Exception as error:  # noqa: BLE001 - whatever it was, the run gets its verdict
         return pickle.dumps(TaskError(f"The task's code raised {type(error).__name__}: {error}"))
+
+
+def _import() -> None:
+    from lepton_fl.training import trainer  # noqa: F401 - torch comes with it
 
 
 @cache

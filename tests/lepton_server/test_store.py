@@ -203,7 +203,8 @@ def a_whole_life(store):
     store.record("run.stopping", "r1", {"run_id": "r1", "reason": "enough"})
     done = {"run_id": "r1", "verdict": "stopped", "reason": "enough", "model_sha256": SHA["b"], "rounds": 1}
     store.record("run.finished", "r1", done)
-    missed = {"device_id": "d1", "seq": 99, "hash": SHA["a"], "key": key_of("budgets").hex(), "signature": "ab" * 64}
+    missed = {"device_id": "d1", "seq": 99, "hash": SHA["a"], "signature": "ab" * 64}
+    missed |= {"key": key_of("budgets").hex()}
     store.record("ledger.missed", missed)
     store.record("server.stopped", "server", {})
 
