@@ -61,10 +61,10 @@ def test_devices_spend_their_own_budgets_and_say_no(real_fleet, digit_files):
     fleet.until(lambda: fleet.show(run_id)["state"] == "completed", "the run completes", 400)
     assert spent.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
 
-    tasks = ClientConfig.model_validate(
+    settings = ClientConfig.model_validate(
         {"tasks": [{"reference": "digits", "privacy": {"epsilon": 9.0, "delta": 1e-4}}]}
-    ).tasks
-    (row,) = budget_rows(StateDir(fleet.state("owned")), tasks)
+    )
+    (row,) = budget_rows(StateDir(fleet.state("owned")), settings)
     assert 0 < row["spent"] <= 9.0
     (free,) = Spending(fleet.state("free") / "budget.jsonl", {}).accounts()
     assert free["allowed"] is None

@@ -304,13 +304,13 @@ def test_two_trainings_of_one_model_differ(tmp_path):
 
 def test_status_tells_what_is_spent(tmp_path):
     state = StateDir(tmp_path / "state")
-    tasks = ClientConfig.model_validate(
+    settings = ClientConfig.model_validate(
         {"tasks": [{"reference": "digits", "privacy": {"epsilon": 4.0, "delta": 1e-5}}]}
-    ).tasks
-    assert budget_rows(state, ()) == []
-    assert budget_rows(state, tasks)[0]["spent"] == 0.0
-    Spending(state.spending, policies_of(tasks)).charge("digits", ticket(1), CHARGE)
-    assert 0 < budget_rows(state, tasks)[0]["spent"] < 4.0
+    )
+    assert budget_rows(state, ClientConfig()) == []
+    assert budget_rows(state, settings)[0]["spent"] == 0.0
+    Spending(state.spending, policies_of(settings.tasks)).charge("digits", ticket(1), CHARGE)
+    assert 0 < budget_rows(state, settings)[0]["spent"] < 4.0
     assert state.spending.stat().st_mode & 0o777 == 0o600
 
 
