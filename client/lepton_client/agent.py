@@ -515,6 +515,8 @@ class Agent:
         elif kind == "verdict":
             said = instruction.verdict
             self._diary.verdict(said.run_id, said.round, said.accepted, said.reason, said.detail)
+            if said.accepted:
+                self._scar = None  # what ended the process before us is over
             if said.kind == "train" and not said.accepted:
                 self._settle(said.run_id, said.round, said.attempt, False)
             elif said.kind == "train":

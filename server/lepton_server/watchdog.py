@@ -37,6 +37,7 @@ BOARD_FILE: Final = "watch.board"  # in the state folder
 BOARD_BYTES: Final = 256 * 1024
 TICK_S: Final = 1.0  # between two looks at open attempts
 STANDINGS_EVERY: Final = 5  # ticks between two looks at the whole fleet
+LEAST_ROOM: Final = 2 * 2**20  # bytes on the disk of the state; with less the disk counts as full
 STALE_S: Final = 15.0  # a board that was not written for so long is not believed
 MOST_DEVICES: Final = 20  # shown by name for each run; the others are counted
 SILENT_S: Final = 22.0  # two heartbeats of the fleet port were missed
@@ -101,7 +102,9 @@ _OF_REJECTION: Final[Mapping[str, Cause]] = {
     Rejection.OFFLINE: Cause.OFFLINE,
     Rejection.FAILED: Cause.FAILED,
 }
-_HEALED: Final = (Cause.WRONG_CERTIFICATE, Cause.EXPIRED_CERTIFICATE)  # named, though the device is fit again
+# Named for a while, though the device is fit again.
+_HEALED: Final = (Cause.WRONG_CERTIFICATE, Cause.EXPIRED_CERTIFICATE, Cause.EVICTED)
+_PAST: Final = (*_HEALED, Cause.INTERRUPTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +169,17 @@ def _silent(facts: Facts) -> Diagnosis | None:
     return Diagnosis(Cause.GONE, f"its connection ended {facts.lost_s:.0f} s ago and it has not called since")
 
 
-def _foremost(troubles: Iterable[Trouble], *, healed: bool = False) -> Trouble | None:
-    """The newest that is not over; that a process ended and is back explains least."""
-    open_ = [t for t in troubles if healed or t.cause not in _HEALED]
-    return max(open_, key=lambda t: (t.cause is not Cause.INTERRUPTED, t.since), default=None)
+def _foremost(troubles: Iterable[Trouble]) -> Trouble | None:
+    """The newest of those that are so at this moment."""
+    open_ = [t for t in troubles if t.cause not in _PAST]
+    return max(open_, key=lambda t: t.since, default=None)
+
+
+def _past(vitals: Vitals) -> Diagnosis | None:
+    """What is over and worth knowing: what was mended before a process that has ended."""
+    found = [t for t in vitals.troubles if t.cause in _PAST]
+    last = max(found, key=lambda t: (t.cause in _HEALED, t.since), default=None)
+    return None if last is None else Diagnosis(last.cause, last.detail)
 
 
 def _clock(vitals: Vitals) -> Diagnosis | None:
@@ -182,13 +192,12 @@ def _clock(vitals: Vitals) -> Diagnosis | None:
 
 def standing(candidate: Candidate, vitals: Vitals) -> Diagnosis:
     """What is wrong with a device that is not under way in a round."""
-    fit = candidate.standing not in _OF_STANDING
-    trouble, place = _foremost(vitals.troubles, healed=fit), candidate.standing
+    trouble, place = _foremost(vitals.troubles), candidate.standing
     if trouble is not None and place not in ("revoked", "quarantined", "wrong-version", "data-contract"):
         return Diagnosis(trouble.cause, trouble.detail)
     if (cause := _OF_STANDING.get(place)) is not None:
         return Diagnosis(cause, candidate.reason)
-    return _clock(vitals) or _WORKING
+    return _clock(vitals) or _past(vitals) or _WORKING
 
 
 def cause_of(outcome: str, given: Cause | None = None) -> str:
@@ -287,6 +296,7 @@ class Watchdog:
     ) -> None:
         """Nothing is watched before :meth:`start`; ``state_dir`` None = there is no board."""
         self._fleet, self._meters, self._wall = fleet, meters, wall
+        self._folder = state_dir
         self._board = Board(state_dir / BOARD_FILE) if state_dir else None
         self._runs: dict[str, _Watched] = {}
         self._lock = threading.Lock()
@@ -403,8 +413,23 @@ class Watchdog:
     def _wait_for_store(self) -> Wait | None:
         """What keeps others from writing will keep a run, too, as soon as it has something to record."""
         error = self._fleet.store_error
-        passing = isinstance(error, DiskFull | StateLocked | ConnectionFailed)
-        return wait_of(error, 0.0) if error is not None and passing else None
+        if isinstance(error, DiskFull | StateLocked | ConnectionFailed):
+            return wait_of(error, 0.0)
+        free = self._free_bytes()
+        if free is None or free >= LEAST_ROOM:
+            return None
+        why = f"{free // 1024} KiB are left on the disk of {self._folder}; the next record may not fit"
+        return Wait("room on the coordinator's disk", Cause.SERVER_DISK_FULL, why)
+
+    def _free_bytes(self) -> int | None:
+        """What is left where the state is; a full disk may not be felt for a while, as old files go."""
+        if self._folder is None:
+            return None
+        try:
+            found = os.statvfs(self._folder)
+        except OSError:
+            return None
+        return found.f_bavail * found.f_frsize
 
     def _standings(self, candidates: Sequence[Candidate]) -> dict[str, Diagnosis]:
         fit = ("eligible", "busy", "resting")

@@ -73,6 +73,10 @@ def test_a_diagnosis_follows_from_facts(found, cause):
         ("eligible", vitals(), Cause.AT_WORK),
         ("eligible", vitals(clock=3600.0), Cause.CLOCK_OFF),
         ("eligible", vitals(causes=[Cause.EXPIRED_CERTIFICATE]), Cause.EXPIRED_CERTIFICATE),
+        ("eligible", vitals(causes=[Cause.INTERRUPTED, Cause.WRONG_CERTIFICATE]), Cause.WRONG_CERTIFICATE),
+        ("eligible", vitals(causes=[Cause.INTERRUPTED]), Cause.INTERRUPTED),
+        ("eligible", vitals(causes=[Cause.INTERRUPTED, Cause.EVICTED]), Cause.EVICTED),
+        ("eligible", vitals(clock=3600.0, causes=[Cause.INTERRUPTED]), Cause.CLOCK_OFF),
         ("offline", vitals(), Cause.OFFLINE),
         ("not-eligible", vitals(), Cause.NOT_ELIGIBLE),
         ("not-eligible", vitals(causes=[Cause.DISK_FULL]), Cause.DISK_FULL),
@@ -222,6 +226,20 @@ def test_a_database_that_nobody_can_write_is_named_before_the_run_stumbles_over_
     assert watch.look()["runs"]["r1"]["wait"]["cause"] == "database-locked"
     watch._fleet.store_error = None
     assert watch.look()["runs"]["r1"]["wait"]["cause"] == "at-work"
+
+
+def test_a_full_disk_is_named_before_a_write_fails(watch, monkeypatch):
+    real = os.statvfs
+
+    def full(path):
+        return os.statvfs_result([*real(path)[:4], 3, *real(path)[5:]])  # blocks left
+
+    watch.attends("r1", Attempt({"d1": facts()}))
+    assert watch.look()["runs"]["r1"]["wait"]["cause"] == "at-work"
+    monkeypatch.setattr(os, "statvfs", full)
+    wait = watch.look()["runs"]["r1"]["wait"]
+    assert wait["cause"] == "server-disk-full"
+    assert "KiB are left on the disk" in wait["why"]
 
 
 def test_a_large_fleet_is_summed_up(watch):

@@ -44,7 +44,16 @@ log = logging.getLogger(__name__)
 
 CLOSED_MESSAGES: Final = 10_000  # remembered, so that a late or repeated answer is named as such
 MAX_REASON: Final = 500  # characters of a device's own report
-DEVICE_REASONS: Final = frozenset({Rejection.DATA_CONTRACT, Rejection.WRONG_VERSION, Rejection.FAILED})
+DEVICE_REASONS: Final = frozenset(
+    {
+        Rejection.DATA_CONTRACT,
+        Rejection.WRONG_VERSION,
+        Rejection.FAILED,
+        Rejection.OUT_OF_MEMORY,
+        Rejection.DISK_FULL,
+        Rejection.INTERRUPTED,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class Reply:
     Attributes:
         message_id: What ``Mailbox.post`` returned.
         node_id: The node it was posted to; also when the answer is a failure.
-        content: The device's records, or why there are none: FAILED, DATA_CONTRACT or WRONG_VERSION as
-            the device reports it, MALFORMED, OFFLINE (no complete answer within ``ttl_s``), REVOKED.
+        content: The device's records, or why there are none: one of ``DEVICE_REASONS`` as the device
+            reports it, MALFORMED, OFFLINE (no complete answer within ``ttl_s``), REVOKED.
         num_bytes: Size of the answer on the wire.
     """
 
