@@ -395,7 +395,7 @@ class Worker:
         trained: "_Trained",
         key: Key,
     ) -> bool:
-        """Push an answer; False if it came too late and is kept until its round is over."""
+        """Push an answer; False if it is kept, for it may be asked for again until its round is over."""
         answer, ticket = trained.answer, trained.ticket
 
         def push() -> None:
@@ -407,8 +407,8 @@ class Worker:
         refusal = self._hand(push, node, key)
         if refusal is None:
             reached("train.sent")
-        elif refusal.reason is Rejection.LATE and ticket.kind == "train":
-            return False
+        elif refusal.reason in (Rejection.LATE, Rejection.NOT_SELECTED) and ticket.kind == "train":
+            return False  # the question, or the number of our node, is not known any more
         self._forget(ticket, taken=refusal is None)
         return True
 
