@@ -186,7 +186,7 @@ class Crew:
             distinct = list(dict.fromkeys(own.values()))
             number = {message: k for k, message in enumerate(distinct)}
             asked = {"stage": stage.name, "devices": {d: number[m] for d, m in own.items()}}
-            _send(helper.pipe, asked, *distinct)
+            _tell(helper, asked, *distinct)
         owed = deque(messages)
         try:
             while owed:
@@ -217,7 +217,7 @@ class Crew:
         if not helper.busy and helper.waiting:
             helper.busy, delivery, vector = helper.waiting.popleft()
             told = {"mask": helper.busy, "type": vector.dtype.str}
-            _send(helper.pipe, told, delivery, vector.view(np.uint8).data)
+            _tell(helper, told, delivery, vector.view(np.uint8).data)
 
     def _take(self, helper: _Helper) -> None:
         told, parts = _receive(helper)
@@ -254,14 +254,25 @@ def _send(pipe: Connection, told: Mapping[str, Any], *parts: bytes | memoryview)
         pipe.send_bytes(part)
 
 
+def _tell(helper: _Helper, told: Mapping[str, Any], *parts: bytes | memoryview) -> None:
+    try:
+        _send(helper.pipe, told, *parts)
+    except OSError as error:
+        raise _died() from error
+
+
 def _receive(helper: _Helper) -> tuple[dict[str, Any], list[bytes]]:
     try:
         return _read(helper.pipe)
     except (EOFError, OSError) as error:
-        raise RunError(
-            "A process that ran devices' sessions died.",
-            hint="Memory may have run out; use fewer workers or a smaller cohort.",
-        ) from error
+        raise _died() from error
+
+
+def _died() -> RunError:
+    return RunError(
+        "A process that ran devices' sessions died.",
+        hint="Memory may have run out; use fewer workers or a smaller cohort.",
+    )
 
 
 def _read(pipe: Connection) -> tuple[dict[str, Any], list[bytes]]:
