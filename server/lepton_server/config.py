@@ -209,6 +209,20 @@ class LimitsSection(_Section):
     max_connections: int = Field(
         default=4_096, ge=1, le=100_000, description="Connections to the fleet port at a time."
     )
+    max_device_connections: int = Field(
+        default=50_000,
+        ge=1,
+        le=1_000_000,
+        description="Connections to the device port at a time; fewer where the process may not open so many "
+        "files.",
+    )
+    max_connections_per_address: int = Field(
+        default=2_048,
+        ge=1,
+        le=1_000_000,
+        description="Connections that one address (of IPv6, a /64) may have to a port at a time, and never "
+        "more than half of all. Raise it where many devices come through one proxy.",
+    )
     enrolment_failures: int = Field(
         default=10,
         ge=1,

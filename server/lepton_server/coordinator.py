@@ -26,7 +26,7 @@ from lepton_fl.secagg.identity import deployment_of
 from lepton_server.attempts import sweep_spools
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
-from lepton_server.connections import bounded_http, leaving_in_order
+from lepton_server.connections import LOOP, BoundedHttp, BoundedListener, Room, leaving_in_order
 from lepton_server.device_service import DeviceService, Endpoints, hosts_of
 from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
@@ -48,7 +48,6 @@ from lepton_server.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 START_S = 30.0  # for a listener to come up
-OPS_CONNECTIONS = 256  # to the operator's endpoints at a time
 GRACE_S = 2  # for requests under way at a shutdown
 
 
@@ -65,6 +64,7 @@ class Coordinator:
         self._fleet: Fleet | None = None
         self._lease: Leadership | None = None
         self._ops_port = 0
+        self._room = Room.of(config.limits)
         self._listeners: dict[str, threading.Thread] = {}
 
     # --- life ---------------------------------------------------------------------------------------
@@ -204,25 +204,28 @@ class Coordinator:
         listen, tls = self.config.listen, ServerTls(authority.server_path)
         server = uvicorn.Config(
             leaving_in_order(link.app),
-            loop="asyncio",  # uvloop keeps 0.4 MB of TLS buffers for each connection
+            loop=LOOP,
             lifespan="off",
             log_level="warning",
             access_log=False,
             ssl_context_factory=lambda *_: tls.context,
-            http=bounded_http(self.config.limits.max_connections),
+            http=BoundedHttp,
             ws="none",
             timeout_keep_alive=75,
             timeout_graceful_shutdown=GRACE_S,
             server_header=False,
         )
-        return self._serve(stack, server, listen.host, listen.fleet_port, "listen.fleet_port")
+        most = self._room.fleet
+        listener = BoundedListener(_family(listen.host), most, self._room.of_address(most))
+        return self._serve(stack, server, listener, listen.host, listen.fleet_port, "listen.fleet_port")
 
     def _serve_ops(self, stack: ExitStack) -> None:
         listen = self.config.listen
         app = ops_app(self.meters, self._missing, self._refresh)
         server = uvicorn.Config(
             leaving_in_order(app),
-            http=bounded_http(OPS_CONNECTIONS),
+            loop=LOOP,
+            http=BoundedHttp,
             ws="none",
             lifespan="off",
             log_level="warning",
@@ -230,11 +233,21 @@ class Coordinator:
             timeout_graceful_shutdown=GRACE_S,
             server_header=False,
         )
-        self._ops_port = self._serve(stack, server, listen.ops_host, listen.ops_port, "listen.ops_port")
+        host, most = listen.ops_host, self._room.ops
+        listener = BoundedListener(_family(host), most, most)  # its one caller is this machine
+        self._ops_port = self._serve(stack, server, listener, host, listen.ops_port, "listen.ops_port")
 
-    def _serve(self, stack: ExitStack, config: uvicorn.Config, host: str, port: int, key: str) -> int:
+    def _serve(
+        self,
+        stack: ExitStack,
+        config: uvicorn.Config,
+        listener: BoundedListener,
+        host: str,
+        port: int,
+        key: str,
+    ) -> int:
         """Serve an ASGI app on a thread of its own until the stack unwinds; return the bound port."""
-        listener = _bind(host, port, key)
+        _bind(listener, host, port, key)
         stack.callback(listener.close)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), name=key, daemon=True)
@@ -304,10 +317,11 @@ def _lock(file: IO[str]) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _bind(host: str, port: int, key: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named asyncio sets TCP_NODELAY; without it every small answer waits for an ACK.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+def _family(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _bind(listener: socket.socket, host: str, port: int, key: str) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -318,7 +332,6 @@ def _bind(host: str, port: int, key: str) -> socket.socket:
             f"Cannot listen on {host}:{port} ({key}): {error.strerror}.",
             hint=f"Another program may use the port; set {key} to a free one.",
         ) from error
-    return listener
 
 
 def _record_stop(store: Store) -> None:

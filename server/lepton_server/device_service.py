@@ -25,11 +25,9 @@ Example::
 import asyncio
 import base64
 import contextlib
-import ipaddress
 import logging
 import math
 import os
-import resource
 import secrets
 import socket
 import threading
@@ -56,6 +54,7 @@ from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.admission import Door, Pace
 from lepton_server.authority import Authority, DeviceCertificate
 from lepton_server.config import ListenSection, ServerConfig
+from lepton_server.connections import HANDSHAKE_S, Crowd, Room, address_of
 from lepton_server.downloads import Downloads
 from lepton_server.fleet import (
     BUSY,
@@ -83,11 +82,13 @@ Admit = Callable[[Context, bool], contextlib.AbstractContextManager[W]]  # the b
 M = TypeVar("M", bound=Message)
 
 REPLAY_S = 600.0  # a device whose answer was lost may show its spent token again for so long
+THIN_S = 1.0  # how often an address is looked for that has too many connections
 REFRESH_S = 3600.0  # how often the server's own certificate is looked at
 RENEW_GAP_S = 60.0  # a device gets at most one certificate in this time
 ENROLMENTS_AT_ONCE = 512  # more are put off, ...
 ENROLMENTS_OF_ADDRESS = 32  # ... and more from one address
 CALLS_OF_DEVICE = 16  # in hand at a time; it needs two
+LINE: Final = 4_000  # calls that gRPC keeps until we look at them
 READ_S: Final = 10.0  # for the request of a call to arrive
 SEND_S: Final = 120.0  # for a chunk (256 kB) to leave
 LATE_S: Final = (
@@ -192,7 +193,8 @@ class DeviceService:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._servers: list[grpc.aio.Server] = []
-        self._keeper: asyncio.Future[None] | None = None
+        self._keepers: list[asyncio.Future[None]] = []
+        self._room = Room.of(limits)
         self._downloads: Downloads | None = None
         self._endpoints: Endpoints | None = None
 
@@ -216,7 +218,6 @@ class DeviceService:
         Raises:
             ConnectionFailed: A port is taken or cannot be bound; nothing is left open.
         """
-        raise_file_limit()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="enrolment")
         loop = self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=(loop,), name="device-service", daemon=True)
@@ -248,7 +249,8 @@ class DeviceService:
     async def _open(self) -> None:
         listen, limits = self._config.listen, self._config.limits
         enrolling: dict[str, Work[str]] = {"Enroll": self._enroll, "Renew": self._renew}
-        enrolment = self._server(enrolling, self._admit_address, 2 * ENROLMENTS_AT_ONCE, _BRIEF)
+        most = self._room.enrolment
+        enrolment = self._server(enrolling, self._admit_address, 2 * ENROLMENTS_AT_ONCE, most, _BRIEF)
         # gRPC's own bound is the last resort: it does not say when to come again.
         room = 2 * limits.max_concurrent + self._config.check_in.max_waiting + MAX_DOWNLOAD_CALLS
         self._downloads = Downloads(shelf_of(self._config), self._config.delivery)
@@ -259,7 +261,7 @@ class DeviceService:
             "FetchMetadata": self._fetch_metadata,
             "FetchChunks": self._fetch_chunks,
         }
-        device = self._server(calls, self._admit_device, room, ())
+        device = self._server(calls, self._admit_device, room, self._room.device)
         self._servers = [enrolment, device]
         ports = [
             _bind(
@@ -270,13 +272,16 @@ class DeviceService:
         self._endpoints = endpoints_of(listen, ports[0], ports[1], self._fleet_port)
         for server in self._servers:
             await server.start()
-        self._keeper = asyncio.ensure_future(self._keep_certificate())
+        shares = (self._room.enrolment, self._room.device)
+        bounds = {port: self._room.of_address(most) for port, most in zip(ports, shares, strict=True)}
+        keepers = (self._keep_certificate(), self._keep_order(Crowd(bounds)))
+        self._keepers = [asyncio.ensure_future(keeper) for keeper in keepers]
 
     async def _close(self, grace_s: float) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-            self._keeper = None
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._keepers.clear()
         self._fleet.close_streams()
         for server in self._servers:
             await server.stop(grace_s)
@@ -302,10 +307,21 @@ class DeviceService:
             if renewed:
                 log.info("the server's certificate was renewed", extra={"event": "server.renewed"})
 
+    async def _keep_order(self, crowd: Crowd) -> None:
+        """Leave every address only so many connections."""
+        while True:
+            await asyncio.sleep(THIN_S)
+            await asyncio.to_thread(crowd.thin)
+
     def _server(
-        self, here: dict[str, Work[W]], admit: Admit[W], at_once: int, more: Iterable[tuple[str, int]]
+        self,
+        here: dict[str, Work[W]],
+        admit: Admit[W],
+        at_once: int,
+        connections: int,
+        more: Iterable[tuple[str, int]] = (),
     ) -> grpc.aio.Server:
-        options = [*_options(self._config), *more]
+        options = [*_options(self._config, connections), *more]
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=at_once)
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name in _CALLS:
@@ -353,7 +369,8 @@ class DeviceService:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except (TrustError, ConfigError, _Refusal) as error:
-            self._limiter.failed(address)
+            if not (isinstance(error, _Refusal) and error.retry_s):  # who is put off has failed in nothing
+                self._limiter.failed(address)
             log.warning(
                 "%s: refused: %s", address, error, extra={"event": "enrolment.refused", "peer": address}
             )
@@ -433,7 +450,8 @@ class DeviceService:
             self._fleet.note(request.device_id, Cause.WRONG_CERTIFICATE, words)
             raise TrustError(f"The request is not signed by the key of device {request.device_id}.")
         self._fleet.follow()  # a revocation that was written this instant counts
-        self._fleet.may_renew(request.device_id, RENEW_GAP_S)
+        if wait_s := self._fleet.may_renew(request.device_id, RENEW_GAP_S):
+            raise _busy(f"Device {request.device_id} has renewed its certificate just now.", wait_s)
         issued = self._issue(request.csr_pem, request.device_id)
         body = {
             "device_id": request.device_id,
@@ -816,7 +834,7 @@ _BRIEF = (  # the enrolment port knows nobody: whoever does nothing there is sen
 )
 
 
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
+def _options(config: ServerConfig, connections: int) -> list[tuple[str, int]]:
     age = int(config.limits.connection_age_s * 1000)
     stream = int(config.check_in.stream_s * 1000)
     return [
@@ -826,7 +844,11 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.absolute_max_metadata_size", 16384),
         # Of a connection: more than we take in hand, for a stream that gRPC itself refuses is told no reason.
         ("grpc.max_concurrent_streams", 2 * CALLS_OF_DEVICE),
-        ("grpc.server_handshake_timeout_ms", 20_000),
+        ("grpc.max_allowed_incoming_connections", connections),
+        # gRPC hangs up on a call for which its line has no place, and does not say when to come again: we do.
+        ("grpc.server.max_pending_requests", LINE),
+        ("grpc.server.max_pending_requests_hard_limit", LINE),
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
         # A silent waiting device is noticed after 80 s; idle connections are not pinged.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
@@ -874,21 +896,9 @@ def _join(host: str, port: int) -> str:
 
 
 def _address(peer: str) -> str:
-    """The caller's address without its port; of IPv6 the /64, which one household or host has to itself."""
+    """Who counts as one caller, from gRPC's name of a peer."""
     kind, _, rest = urllib.parse.unquote(peer).partition(":")
-    host = rest.rpartition(":")[0].strip("[]")
-    if kind == "ipv6":
-        with contextlib.suppress(ValueError):
-            return str(ipaddress.IPv6Network((host.partition("%")[0], 64), strict=False))
-    return host or kind
-
-
-def raise_file_limit() -> None:
-    """Allow as many open files, here connections, as the hard limit does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return address_of(rest.rpartition(":")[0].strip("[]")) or kind
 
 
 # -- checks of fields ------------------------------------------------------------------------------------

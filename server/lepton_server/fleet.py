@@ -29,7 +29,7 @@ from random import Random
 from typing import Any, NamedTuple, Protocol
 
 from lepton_fl.delivery.rollout import Service
-from lepton_fl.errors import Cause, ConnectionFailed, LeptonError, NotFound, TrustError
+from lepton_fl.errors import Cause, LeptonError, NotFound, TrustError
 from lepton_fl.files import canonical_json
 from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.wire.v1 import device_pb2 as pb
@@ -678,23 +678,19 @@ class Fleet:
         mean = max(self._config.interval_s, self._registered / self._config.max_rate)
         return mean * (1 + self._config.jitter * (2 * self._rng.random() - 1))
 
-    def may_renew(self, device_id: str, gap_s: float) -> None:
-        """Check that a device may have a new certificate now; counts as its renewal.
+    def may_renew(self, device_id: str, gap_s: float) -> float:
+        """After how many seconds a device may have a new certificate; 0 = now, which counts as its renewal.
 
         Raises:
             TrustError: It is not enrolled, or revoked.
-            ConnectionFailed: It had one less than ``gap_s`` seconds ago.
         """
         now = self._clock()
         with self._lock:
             device = self._require(device_id)
-            ago = now - device.renewed_at
-            if ago < gap_s:
-                raise ConnectionFailed(
-                    f"Device {device_id} renewed its certificate {ago:.0f} s ago, less than {gap_s:.0f} s.",
-                    hint="Use the certificate that was issued, or try again later.",
-                )
+            if (wait := device.renewed_at + gap_s - now) > 0:
+                return wait
             device.renewed_at = now
+            return 0.0
 
     # -- waiting streams ------------------------------------------------------------------------------
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import fcntl
 import http.client
 import importlib
 import socket
+import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +18,9 @@ from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lepton_server import connections
+from lepton_server.authority import Authority
+from lepton_server.config import LimitsSection
+from lepton_server.tls import ServerTls
 
 pytestmark = pytest.mark.network
 PATIENCE = 10.0
@@ -52,11 +58,19 @@ def serve(request, monkeypatch):
     monkeypatch.setattr(module, "HEAD_S", 0.3)
     started = []
 
-    def start(most=100):
+    def start(most=100, of_address=None, tls=None):
         config = uvicorn.Config(
-            app, http=module.bounded_http(most), ws="none", lifespan="off", log_level="error"
+            app,
+            loop=module.LOOP,
+            http=module.BoundedHttp,
+            ws="none",
+            lifespan="off",
+            log_level="error",
+            ssl_context_factory=tls and (lambda *_: tls),
         )
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = module.BoundedListener(socket.AF_INET, most, of_address or most)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -74,8 +88,8 @@ def serve(request, monkeypatch):
     importlib.reload(connections)
 
 
-def connect(port):
-    return socket.create_connection(("127.0.0.1", port), PATIENCE)
+def connect(port, source="127.0.0.1"):
+    return socket.create_connection(("127.0.0.1", port), PATIENCE, source_address=(source, 0))
 
 
 def rest(connection):
@@ -95,9 +109,20 @@ def ask(connection, path="/", body=b""):
     answer = b""
     while b"\r\n\r\n" not in answer or not answer.partition(b"\r\n\r\n")[2]:
         part = connection.recv(4096)
-        assert part, answer
+        if not part:
+            raise ConnectionError(answer)
         answer += part
     return answer
+
+
+def serves(port, wrap=contextlib.nullcontext):
+    """Whether there is room again: the other side hears of an end a moment later."""
+    ends = time.monotonic() + PATIENCE
+    while time.monotonic() < ends:
+        with contextlib.suppress(OSError), connect(port) as plain, wrap(plain) as again:
+            return ask(again)
+        time.sleep(0.01)
+    return False
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nhost: x\r\n", b"G"])
@@ -160,8 +185,145 @@ def test_one_connection_too_many_is_closed_and_the_others_live(serve):
         with connect(port) as third:
             assert rest(third) == b""
         assert ask(first)
-    with connect(port) as again:
-        assert ask(again)
+    assert serves(port)
+
+
+def test_one_address_leaves_room_for_others(serve):
+    port = serve(5, of_address=2)
+    with connect(port) as first, connect(port) as second:
+        assert ask(first)
+        for _ in range(20):
+            with connect(port) as third:
+                assert rest(third) == b""
+        with connect(port, "127.0.0.2") as other, connect(port, "127.0.0.2"):
+            assert ask(other)
+        assert ask(second)
+    assert serves(port)
+
+
+def test_half_a_handshake_is_counted_and_given_up(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(connections, "HANDSHAKE_S", 1.0)
+    authority = Authority.open(tmp_path / "keys", ("127.0.0.1",))
+    port = serve(2, tls=ServerTls(authority.server_path).context)
+    trust = ssl.create_default_context(cadata=authority.ca_pem.decode())
+    with connect(port) as silent, connect(port) as begun:
+        begun.sendall(bytes.fromhex("16030100"))  # the first bytes of a TLS record
+        with connect(port) as third:
+            assert rest(third) == b""  # two handshakes are all that there is room for
+        assert rest(silent) == rest(begun) == b""  # they are given up, ...
+    assert serves(
+        port, lambda plain: trust.wrap_socket(plain, server_hostname="127.0.0.1")
+    )  # ... and make room
+
+
+def test_a_flood_is_one_line_of_the_log(serve, caplog):
+    port = serve(1)
+    with connect(port) as first:
+        assert ask(first)
+        for _ in range(50):
+            with connect(port) as more:
+                assert rest(more) == b""
+    assert caplog.text.count("too many connections") == 1
+
+
+class Accepting:
+    """A port whose accepting is nothing of ours, as gRPC's."""
+
+    def __init__(self, family=socket.AF_INET, host="127.0.0.1"):
+        self.listener = socket.create_server((host, 0), family=family)
+        self.port, self.ends = self.listener.getsockname()[1], []
+
+    def dial(self, count, source="127.0.0.1"):
+        """Connections, the near ends; the oldest first."""
+        near = []
+        for _ in range(count):
+            near.append(
+                socket.create_connection(
+                    self.listener.getsockname()[:2], PATIENCE, source_address=(source, 0)
+                )
+            )
+            self.ends += [near[-1], self.listener.accept()[0]]
+        return near
+
+    def close(self):
+        for end in (*self.ends, self.listener):
+            end.close()
+
+
+@pytest.fixture
+def accepting():
+    made = []
+
+    def start(*arguments):
+        made.append(Accepting(*arguments))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+def is_open(near):
+    near.setblocking(False)
+    try:
+        return near.recv(1) != b""
+    except BlockingIOError:
+        return True
+
+
+def test_a_crowd_of_one_address_loses_its_youngest(accepting):
+    one, two = accepting(), accepting()
+    crowd = connections.Crowd({one.port: 3, two.port: 2})
+    old = one.dial(3)
+    elsewhere = two.dial(2)
+    assert crowd.thin() == 0
+    young, others = one.dial(4), one.dial(3, "127.0.0.2")
+    assert crowd.thin() == 4
+    assert all(map(is_open, [*old, *others, *elsewhere]))
+    assert not any(map(is_open, young))
+    assert crowd.thin() == 4  # they are still in the hands of whoever accepted them: nothing else is cut
+    assert all(map(is_open, [*old, *others, *elsewhere]))
+
+
+def test_a_crowd_leaves_files_and_their_locks_alone(accepting, tmp_path):
+    port = accepting()
+    near = port.dial(5)
+    pair, other_end = socket.socketpair()
+    with open(tmp_path / "file", "wb") as file, pair, other_end:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        connections.Crowd({port.port: 1}).thin()
+        script = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'wb'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        other = subprocess.run([sys.executable, "-c", script, file.name], capture_output=True, check=False)
+        assert b"BlockingIOError" in other.stderr
+        file.write(b"still open")
+        pair.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            pair.recv(1)
+    assert sum(map(is_open, near)) == 1
+
+
+def test_addresses():
+    assert connections.address_of("192.0.2.7") == "192.0.2.7"
+    assert connections.address_of("::ffff:192.0.2.7") == "192.0.2.7"
+    assert connections.address_of("2001:db8::1:2") == connections.address_of("2001:db8::9") == "2001:db8::/64"
+    assert connections.address_of("fe80::1%eth0") == "fe80::/64"
+    assert connections.address_of("not: an address") == "not: an address"
+
+
+@pytest.mark.parametrize("files", [64, 256, 1024, 4096, 20_000, 1_048_576])
+def test_all_connections_together_leave_files_for_the_coordinator(monkeypatch, files):
+    monkeypatch.setattr(connections, "_raise_file_limit", lambda: files)
+    room = connections.Room.of(LimitsSection())
+    assert min(room.device, room.fleet, room.enrolment, room.ops) >= 1
+    assert room.device + room.fleet + room.enrolment + room.ops <= files - min(512, files // 4)
+    assert all(1 <= room.of_address(most) <= max(1, most // 2) for most in (room.device, room.fleet, 1, 2))
+
+
+def test_what_is_configured_is_not_exceeded(monkeypatch):
+    monkeypatch.setattr(connections, "_raise_file_limit", lambda: 10**6)
+    limits = LimitsSection(max_connections=7, max_device_connections=9, max_connections_per_address=3)
+    room = connections.Room.of(limits)
+    assert (room.device, room.fleet, room.of_address(9)) == (9, 7, 3)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -17,6 +17,7 @@ from lepton_fl.cli.doctor import examine
 from lepton_fl.errors import ConnectionFailed, Rejection, StateLocked
 from lepton_server.authority import Authority
 from lepton_server.commands import load
+from lepton_server.connections import BoundedListener
 from lepton_server.coordinator import Coordinator, _bind
 from lepton_server.store import open_store
 
@@ -237,5 +238,7 @@ def quiet():
 
 def test_a_listener_names_its_protocol():
     """asyncio sets TCP_NODELAY by it: without, each small answer waits for an acknowledgement (40 ms)."""
-    with _bind("127.0.0.1", 0, "listen.fleet_port") as listener:
-        assert listener.proto == socket.IPPROTO_TCP
+    with BoundedListener(socket.AF_INET, 1, 1) as listener:
+        _bind(listener, "127.0.0.1", 0, "listen.fleet_port")
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert listener.proto == accepted.proto == socket.IPPROTO_TCP
