@@ -10,6 +10,7 @@ from lepton_fl.errors import LeptonError, StateCorrupt
 from lepton_fl.files import GENESIS, event_line, sha256_hex
 from lepton_server.store.events import decode_body
 from lepton_server.store.projection import When, apply
+from lepton_server.store.statements import finding
 from lepton_server.store.tables import EVENT, HEAD, PROJECTIONS
 from lepton_server.store.views import Head, RebuildReport
 
@@ -24,7 +25,7 @@ def head(connection: Connection) -> Head:
     Raises:
         StateCorrupt: The row that holds it is gone.
     """
-    row = connection.execute(select(HEAD.c.seq, HEAD.c.hash)).first()
+    row = connection.execute(finding(HEAD)).first()
     if row is None:
         raise StateCorrupt("The journal's head is missing.", hint="Restore the database from a copy.")
     return Head(row.seq, row.hash)

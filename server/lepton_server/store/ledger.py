@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, and_, func, or_, select
+from sqlalchemy import BindParameter, Connection, RowMapping, Select, and_, bindparam, func, or_, select
 
 from lepton_fl.files import GENESIS
 from lepton_fl.privacy.events import Event, from_json
@@ -20,19 +20,30 @@ from lepton_server.store.views import ChargeRecord, Head, SignedBudget
 _event = lru_cache(maxsize=4096)(from_json)  # a reservation reads the same few again and again
 _CHUNK = 500  # accounts in one IN (…)
 _PLACE = (BUDGET.c.account, BUDGET.c.unit, BUDGET.c.trust)
+# Statements are made once: building one costs more than running it.
+_NEWEST = (
+    select(EVENT.c.seq, EVENT.c.hash).where(EVENT.c.subject == SUBJECT).order_by(EVENT.c.seq.desc()).limit(1)
+)
+_MISSED = select(EVENT.c.body).where(EVENT.c.kind == "ledger.missed").order_by(EVENT.c.seq.desc()).limit(1)
+_ACCOUNTS: BindParameter[list[str]] = bindparam("accounts", expanding=True)
+_GROUPS = and_(BUDGET.c.account >= "group:", BUDGET.c.account < "group;")  # ';' follows ':'
+_BUDGETS = select(BUDGET).order_by(*_PLACE, BUDGET.c.version)
+_NAMED_BUDGETS = _BUDGETS.where(BUDGET.c.account.in_(_ACCOUNTS))
+_GROUPS_TOO = _BUDGETS.where(or_(BUDGET.c.account.in_(_ACCOUNTS), _GROUPS))
+_TOTALS = select(TOTAL.c.account, TOTAL.c.unit, TOTAL.c.trust, TOTAL.c.event, TOTAL.c.count).where(
+    TOTAL.c.account.in_(_ACCOUNTS), TOTAL.c.count != 0
+)
 
 
 def head(connection: Connection) -> Head:
     """Number and hash of the ledger's newest event; ``(0, GENESIS)`` of an empty one."""
-    newest = select(EVENT.c.seq, EVENT.c.hash).where(EVENT.c.subject == SUBJECT)
-    found = connection.execute(newest.order_by(EVENT.c.seq.desc()).limit(1)).first()
+    found = connection.execute(_NEWEST).first()
     return Head(0, GENESIS) if found is None else Head(*found)
 
 
 def missed(connection: Connection) -> int | None:
     """The number of the newest event that a device has seen and that is not here; None: all are."""
-    seen = select(EVENT.c.body).where(EVENT.c.kind == "ledger.missed").order_by(EVENT.c.seq.desc()).limit(1)
-    body = connection.execute(seen).scalar()
+    body = connection.execute(_MISSED).scalar()
     return None if body is None else int(json.loads(body)["seq"])
 
 
@@ -40,14 +51,12 @@ def budgets(
     connection: Connection, accounts: Sequence[str] | None = None, unit: str | None = None
 ) -> list[SignedBudget]:
     """The newest version of the budgets of these accounts, of all when None; by account."""
-    query = select(BUDGET).order_by(*_PLACE, BUDGET.c.version)
-    if accounts is not None:
-        named = BUDGET.c.account.in_(accounts)
-        groups = and_(BUDGET.c.account >= "group:", BUDGET.c.account < "group;")  # ';' follows ':'
-        query = query.where(or_(named, groups) if ANYBODY in accounts else named)
-    if unit is not None:
-        query = query.where(BUDGET.c.unit == unit)
-    rows = connection.execute(query).mappings()
+    if accounts is None:
+        found = connection.execute(_BUDGETS)
+    else:
+        query = _GROUPS_TOO if ANYBODY in accounts else _NAMED_BUDGETS
+        found = connection.execute(query, {"accounts": accounts})
+    rows = [row for row in found.mappings() if unit in (None, row["unit"])]
     newest = {(row["account"], row["unit"], row["trust"]): row for row in rows}
     return [_budget(row) for row in newest.values()]
 
@@ -56,12 +65,10 @@ def counts(connection: Connection, policies: Sequence[Policy]) -> list[dict[Even
     """What is charged to each budget, counted; the cost is per distinct event, however long the ledger is."""
     wanted = sorted({account for policy in policies for account in reads(policy.account)})
     totals: dict[tuple[str, str, str], list[tuple[Event, int]]] = {}
-    columns = TOTAL.c.account, TOTAL.c.unit, TOTAL.c.trust, TOTAL.c.event, TOTAL.c.count
     for start in range(0, len(wanted), _CHUNK):
-        here = TOTAL.c.account.in_(wanted[start : start + _CHUNK])
-        for account, unit, trust, event, count in connection.execute(select(*columns).where(here)):
-            if count:
-                totals.setdefault((account, unit, trust), []).append((_event(event), int(count)))
+        here = {"accounts": wanted[start : start + _CHUNK]}
+        for account, unit, trust, event, count in connection.execute(_TOTALS, here):
+            totals.setdefault((account, unit, trust), []).append((_event(event), int(count)))
     return [_added(policy, totals) for policy in policies]
 
 

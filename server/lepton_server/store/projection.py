@@ -27,11 +27,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Table, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, Table, and_, delete, func, select, update
 
 from lepton_fl.errors import NotFound, StateConflict, TrustError
 from lepton_fl.files import canonical_json
 from lepton_server.store import events as ev
+from lepton_server.store.statements import adding, changes, changing, finding
 from lepton_server.store.tables import (
     BUDGET,
     CHARGE,
@@ -79,13 +80,11 @@ def _json(value: object) -> str:
 
 
 def _one(connection: Connection, table: Table, **key: object) -> RowMapping | None:
-    where = and_(*(table.c[name] == value for name, value in key.items()))
-    return connection.execute(select(table).where(where)).mappings().first()
+    return connection.execute(finding(table, *key), key).mappings().first()
 
 
 def _change(connection: Connection, table: Table, key: dict[str, object], **values: object) -> None:
-    where = and_(*(table.c[name] == value for name, value in key.items()))
-    connection.execute(update(table).where(where).values(**values))
+    connection.execute(changing(table, tuple(key), tuple(values)), changes(key, values))
 
 
 # -------------------------------------------------------------------------------------------------- tokens
@@ -110,7 +109,7 @@ def _token_created(connection: Connection, when: When, body: ev.TokenCreated) ->
         "used": 0,
         "revoked": 0,
     }
-    connection.execute(insert(TOKEN).values(row))
+    connection.execute(adding(TOKEN), row)
 
 
 def _token_used(connection: Connection, when: When, body: ev.TokenUsed) -> None:
@@ -130,7 +129,7 @@ def _token_used(connection: Connection, when: When, body: ev.TokenUsed) -> None:
         )
     _change(connection, TOKEN, {"id": body.token_id}, used=token["used"] + 1)
     use = {"token_id": body.token_id, "device_id": body.device_id, "used_at": when.time, "enrolled_seq": 0}
-    connection.execute(insert(TOKEN_USE).values(use))
+    connection.execute(adding(TOKEN_USE), use)
 
 
 def _token_refused(message: str) -> TrustError:
@@ -185,7 +184,7 @@ def _device_enrolled(connection: Connection, when: When, body: ev.DeviceEnrolled
         "quarantined_until": 0.0,
         "quarantine_cause": "",
     }
-    connection.execute(insert(DEVICE).values({**values, **fresh}))
+    connection.execute(adding(DEVICE), {**values, **fresh})
 
 
 def _active(connection: Connection, device_id: str) -> RowMapping:
@@ -280,7 +279,7 @@ def _rollout_planned(connection: Connection, when: When, body: ev.RolloutPlanned
         raise StateConflict(f"There is a rollout {body.rollout_id} already.", hint="Give it another id.")
     row = {"id": body.rollout_id, "task": body.task, "plan": _json(body.plan), "phase": "planned", "stage": 0}
     row |= {"since": when.time, "cause": "", "suspect": "", "suspect_since": 0.0, "aborting": 0}
-    connection.execute(insert(ROLLOUT).values(**row, planned_at=when.time))
+    connection.execute(adding(ROLLOUT), row | {"planned_at": when.time})
 
 
 def _rollout_moved(connection: Connection, when: When, body: ev.RolloutMoved) -> None:
@@ -328,7 +327,7 @@ def _rollout_told(connection: Connection, when: When, body: ev.RolloutTold) -> N
         _active(connection, told.device_id)
         if _one(connection, TOLD, rollout_id=body.rollout_id, device_id=told.device_id):
             raise StateConflict(f"Device {told.device_id} was told in rollout {body.rollout_id} already.")
-    connection.execute(insert(TOLD), rows)
+    connection.execute(adding(TOLD), rows)
 
 
 def _rollout_reverted(connection: Connection, when: When, body: ev.RolloutReverted) -> None:
@@ -357,7 +356,7 @@ def _task_registered(connection: Connection, when: When, body: ev.TaskRegistered
             f"Task {body.name} {body.version} is registered already (layout {known['layout_digest'][:12]}…).",
             hint="Give the changed task a new version.",
         )
-    connection.execute(insert(TASK).values(**body.model_dump(), registered_at=when.time))
+    connection.execute(adding(TASK), body.model_dump() | {"registered_at": when.time})
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -392,7 +391,7 @@ def _run_queued(connection: Connection, when: When, body: ev.RunQueued) -> None:
         "coverage": "{}",
         "flags": "[]",
     }
-    connection.execute(insert(RUN).values(row))
+    connection.execute(adding(RUN), row)
 
 
 def _run_started(connection: Connection, when: When, body: ev.RunStarted) -> None:
@@ -496,7 +495,7 @@ def _round_planned(connection: Connection, when: When, body: ev.RoundPlanned) ->
         "seconds": 0.0,
         "planned_at": when.time,
     }
-    connection.execute(insert(ROUND).values(row))
+    connection.execute(adding(ROUND), row)
 
 
 def _round_moved(connection: Connection, when: When, body: ev.RoundMoved) -> None:
@@ -543,7 +542,7 @@ def _add_participation(
     connection: Connection, key: dict[str, object], entries: Sequence[ev.Participation]
 ) -> None:
     if entries:
-        connection.execute(insert(PARTICIPATION), [{**key, **entry.model_dump()} for entry in entries])
+        connection.execute(adding(PARTICIPATION), [{**key, **entry.model_dump()} for entry in entries])
 
 
 def _round_committed(connection: Connection, when: When, body: ev.RoundCommitted) -> None:
@@ -617,7 +616,7 @@ def _model_created(connection: Connection, when: When, body: ev.ModelCreated) ->
         "metrics": _json(body.metrics),
         "created_at": when.time,
     }
-    connection.execute(insert(MODEL).values(row))
+    connection.execute(adding(MODEL), row)
 
 
 # -------------------------------------------------------------------------------------------------- privacy
@@ -632,7 +631,7 @@ def _budget_set(connection: Connection, when: When, body: ev.BudgetSet) -> None:
             hint="Somebody else has changed it meanwhile; look at it again.",
         )
     values = body.model_dump(exclude={"previous"}) | {"set_at": when.time}
-    connection.execute(insert(BUDGET).values(values))
+    connection.execute(adding(BUDGET), values)
 
 
 def _charge(
@@ -667,7 +666,7 @@ def _privacy_reserved(connection: Connection, when: When, body: ev.PrivacyReserv
         "evidence": "",
         "reserved_at": when.time,
     }
-    connection.execute(insert(CHARGE).values(row))
+    connection.execute(adding(CHARGE), row)
     _count(connection, body.accounts, body.unit, body.trust, body.events, 1)
 
 

@@ -56,6 +56,7 @@ from lepton_server.store.events import (
 )
 from lepton_server.store.projection import When, apply
 from lepton_server.store.schema import prepare
+from lepton_server.store.statements import adding, changing
 from lepton_server.store.tables import (
     CHARGE,
     DEVICE,
@@ -167,7 +168,7 @@ class Transaction:
             "prev": prev,
             "hash": digest,
         }
-        self._connection.execute(insert(EVENT), row)
+        self._connection.execute(adding(EVENT), row)
         self._head = Head(seq, digest)
         if isinstance(checked, LedgerBody):
             self._ledger_head = digest
@@ -254,7 +255,8 @@ class Transaction:
 
     def _close(self) -> None:
         if self._head != self._start:
-            self._connection.execute(update(HEAD).values(seq=self._head.seq, hash=self._head.hash))
+            head = {"seq": self._head.seq, "hash": self._head.hash}
+            self._connection.execute(changing(HEAD, (), ("seq", "hash")), head)
 
 
 class Store:
