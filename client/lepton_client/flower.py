@@ -39,6 +39,7 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message, RecordDict
 from flwr.app.message import make_message
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.app.metadata import Metadata
 from flwr.common.constant import SUPERLINK_NODE_ID, TIMESTAMP_HEADER
 from flwr.common.serde import message_to_proto
@@ -65,6 +66,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from lepton_fl.errors import ConnectionFailed, LeptonError, Rejection, TrustError, UpdateRejected
+from lepton_fl.wire.along import MOST_ALONG, add_along, read_along
 from lepton_fl.wire.records import Records
 from lepton_strategies.records import from_record_dict, to_record_dict
 
@@ -205,11 +207,13 @@ class FlowerNode:
         if not response.messages_list:
             return None
         metadata, tree = response.messages_list[0].metadata, response.message_object_trees[0]
-        self._moving_since = None
+        self._moving_since, came = None, read_along(response)
         try:
             contents = {
-                item.object_id: self._retry(partial(self._pull_object, metadata.run_id, item.object_id))
-                for item in iterate_object_tree(tree)
+                name: came[name]
+                if name in came
+                else self._retry(partial(self._pull_object, metadata.run_id, name))
+                for name in (item.object_id for item in iterate_object_tree(tree))
             }
         except UpdateRejected:
             return None  # withdrawn in this moment
@@ -281,6 +285,7 @@ class FlowerNode:
             message_object_trees=[tree],
             clientapp_runtime_list=[0.0],
         )
+        add_along(announcement, [item.deflate() for item in objects.values() if not _is_bulk(item)])
         self._retry(lambda: self._push_once(announcement, objects, reply.metadata.run_id))
 
     def _push_once(
@@ -435,6 +440,10 @@ _REASONS: Final = {
     "forged-sender": Rejection.LATE,  # it knows us as another node: it was restarted in mid-upload
     "refused": Rejection.MALFORMED,
 }
+
+
+def _is_bulk(item: InflatableObject) -> bool:
+    return isinstance(item, ArrayChunk) and len(item.data) > MOST_ALONG
 
 
 def _base64(data: bytes) -> str:

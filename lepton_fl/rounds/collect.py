@@ -211,6 +211,7 @@ def collect(
     take: Take,
     take_many: Callable[[AddedUp], None],
     clock: Clock,
+    full: Callable[[Collected], bool] = lambda collected: collected.reports >= collected.plan.wanted_reports,
 ) -> Collected:
     """Take the answers of one attempt, whatever is made of them.
 
@@ -222,6 +223,7 @@ def collect(
         take: reads and counts one answer, or raises why it does not count.
         take_many: counts answers that were added up.
         clock: says when each answer came.
+        full: whether no more answers are wanted.
     """
     began = clock()
     collected = Collected(plan, elapsed_s=lambda: max(0.0, clock() - began))
@@ -232,7 +234,7 @@ def collect(
             else:
                 _handle(collected, answer, exchange, metrics, take)
             del answer  # it may be large: not while waiting for the next one
-            if collected.reports >= plan.wanted_reports:
+            if full(collected):
                 break
     closed_by = SURPLUS if collected.reports >= plan.wanted_reports else Rejection.OFFLINE.value
     heard = collected.participation

@@ -23,7 +23,7 @@ from lepton_fl.errors import QuorumError, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Clock, Collected, Finish, Participation
 from lepton_fl.rounds.exchange import Exchange
-from lepton_fl.rounds.secure_sum import context_of, decode_total, encoding_of, groups_of
+from lepton_fl.rounds.secure_sum import Uploads, are_in, context_of, decode_total, encoding_of, groups_of
 from lepton_fl.secagg.identity import Trust
 from lepton_fl.secagg.server import Journal, Outcome, ServerSession, Stage, is_decision
 from lepton_fl.secagg.uploads import Intake, MemorySpool, Spool
@@ -180,10 +180,7 @@ class _Leader:
         return [device for device in party.devices if device not in heard]
 
     def _ask(self, stage: Stage, messages: Mapping[str, bytes], parties: Sequence[Party]) -> None:
-        """Ask until all have been heard, or time is up, or so many vectors are there as are wanted.
-
-        Of several sums, the uploads do not close while one that still can lacks vectors: it would be lost.
-        """
+        """Ask until all have been heard, or time is up, or the uploads are in."""
         if not messages:
             return
         most = sum(len(p.devices) if stage is Stage.ADVERTS else p.session.n for p in parties)
@@ -197,18 +194,14 @@ class _Leader:
                     return
 
     def _full(self, stage: Stage, parties: Sequence[Party], most: int) -> bool:
-        if stage is not Stage.UPLOADS:
-            return sum(len(p.session.heard()) for p in parties) >= most
-        alive = [p.session for p in parties if self._could_come_about(p)]
-        heard = [len(session.heard()) for session in alive]
-        enough = all(h >= s.needed() for h, s in zip(heard, alive, strict=True))
-        return enough and sum(heard) >= min(most, sum(session.n for session in alive))
+        if stage is Stage.UPLOADS:
+            return are_in([self._uploads(p.session) for p in parties], most)
+        return sum(len(p.session.heard()) for p in parties) >= most
 
-    def _could_come_about(self, party: Party) -> bool:
-        """Whether enough vectors of a sum are there or can still come."""
-        session = party.session
-        possible = session.expected() - (self._refused - session.heard())
-        return len(possible) >= session.needed()
+    def _uploads(self, session: ServerSession) -> Uploads:
+        heard = session.heard()
+        possible = session.expected() - (self._refused - heard)
+        return Uploads(len(heard), len(possible), session.needed(), session.n)
 
     def reveal(self) -> None:
         """Ask for shares; of all, because with more than are needed a bad one does no harm."""

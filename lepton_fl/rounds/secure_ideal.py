@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from lepton_fl.rounds.collect import collect as collect_answers
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.rounds.secure_sum import (
     SumEncoding,
+    Uploads,
+    are_in,
     decode_total,
     encode_reply,
     encoding_of,
@@ -74,7 +77,8 @@ class IdealRounds:
             np.add(total, vector, out=total)
             return without_counts(reply)
 
-        collected = collect_answers(plan, request, exchange, TRAINING, take, _refuse_sum, clock)
+        full = _Sums(plan, groups, left).are_in
+        collected = collect_answers(plan, request, exchange, TRAINING, take, _refuse_sum, clock, full)
         _forget_counts(collected)
         _count_bytes(collected, encoding, groups)
         good = _settle(plan, groups, collected, left)
@@ -138,25 +142,52 @@ def _settle(
 
 def _end_of(plan: RoundPlan, group: Sequence[str], collected: Collected, left: Mapping[str, Stage]) -> Stage:
     """The stage that too few of these devices would get through, as ``ServerSession`` counts them."""
-    rules = rules_of(secure_part(plan), len(group))
     there = [device for device in group if left.get(device) is not Stage.ADVERTS]
-    n = len(there)
-    if n < rules.min_cohort:
-        return Stage.ADVERTS
-    survivors = max(rules.least_survivors(n), plan.private.survivors if plan.private else 0)
-    needed = {
-        Stage.SHARES: survivors,
-        Stage.UPLOADS: survivors,
-        Stage.CONSENTS: rules.quorum(n),
-        Stage.REVEALS: rules.threshold(n),
-    }
-    for stage, least in needed.items():
+    for stage, least in _needed(plan, group, len(there)).items():
         there = [device for device in there if left.get(device) is not stage]
         if stage is Stage.UPLOADS:
             there = [device for device in there if collected.participation[device].outcome == ACCEPTED]
         if len(there) < least:
             return stage
     return Stage.DONE
+
+
+def _needed(plan: RoundPlan, group: Sequence[str], n: int) -> dict[Stage, int]:
+    """How many must get through each stage, of a group of which n are in the roster."""
+    rules = rules_of(secure_part(plan), len(group))
+    survivors = max(rules.least_survivors(n), plan.private.survivors if plan.private else 0)
+    return {
+        Stage.ADVERTS: rules.min_cohort,
+        Stage.SHARES: survivors,
+        Stage.UPLOADS: survivors,
+        Stage.CONSENTS: rules.quorum(n),
+        Stage.REVEALS: rules.threshold(n),
+    }
+
+
+class _Sums:
+    """How many vectors of each sum are there, as the protocol would have it."""
+
+    def __init__(self, plan: RoundPlan, groups: Sequence[Sequence[str]], left: Mapping[str, Stage]) -> None:
+        self._wanted, self._seen, self._sums = plan.wanted_reports, 0, list[Uploads]()
+        self._of = dict[str, Uploads]()  # of the devices that are asked for one
+        for group in groups:
+            roster = [device for device in group if left.get(device) is not Stage.ADVERTS]
+            dealers = [device for device in roster if left.get(device) is not Stage.SHARES]
+            needed = _needed(plan, group, len(roster))
+            if len(roster) >= needed[Stage.ADVERTS] and len(dealers) >= needed[Stage.SHARES]:
+                sum_ = Uploads(0, len(dealers), needed[Stage.UPLOADS], len(roster))
+                self._sums.append(sum_)
+                self._of |= dict.fromkeys(dealers, sum_)
+
+    def are_in(self, collected: Collected) -> bool:
+        """Whether the uploads close."""
+        for entry in islice(collected.participation.values(), self._seen, None):
+            if (sum_ := self._of.get(entry.device_id)) is not None:
+                sum_.heard += entry.outcome == ACCEPTED
+                sum_.possible -= entry.outcome != ACCEPTED
+        self._seen = len(collected.participation)
+        return are_in(self._sums, self._wanted)
 
 
 def protocol_bytes(devices: int) -> int:

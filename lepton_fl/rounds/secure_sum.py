@@ -9,6 +9,7 @@ rounded at random. Example counts and losses of single devices travel in the sum
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import Final
 
@@ -38,6 +39,26 @@ _EXAMPLES: Final = Counter("examples", 2**40)
 _LOSS: Final = Counter("loss", 2 * _LOSS_HALF)
 
 SumEncoding = Exact | Rotated | Quantised
+
+
+@dataclass
+class Uploads:
+    """How many vectors of one sum are there."""
+
+    heard: int
+    possible: int  # are there, or can still come
+    needed: int
+    n: int  # devices of the roster
+
+
+def are_in(sums: Sequence[Uploads], wanted: int) -> bool:
+    """Whether a round's uploads close: as many are there as are wanted, and no sum lacks any.
+
+    A sum that can no longer come about is waited for by nobody; one that still can would be lost.
+    """
+    alive = [s for s in sums if s.possible >= s.needed]
+    enough = all(s.heard >= s.needed for s in alive)
+    return enough and sum(s.heard for s in alive) >= min(wanted, sum(s.n for s in alive))
 
 
 def encoding_of(plan: RoundPlan) -> SumEncoding:

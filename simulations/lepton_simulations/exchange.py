@@ -117,20 +117,25 @@ class InMemoryExchange:
         fates = self._fates(plan)
         many = plan.kind == "train" and plan.adds_up and not self._one_by_one
         many = many and plan.quantisation is None
+        # Of secure rounds it is seen above who else is needed: that depends on who is with whom.
+        least = int(plan.kind == "train" and plan.secure is not None and not many)
         counted = dict[str, Report]()
         self._accepted, self._losses, self._seen, at = 0, list[float](), 0, 0
-        while at < len(fates) and (wanted := plan.wanted_reports - self._accepted - len(counted)) > 0:
+        while at < len(fates) and (wanted := max(least, self._wanted(plan) - len(counted))) > 0:
             # No more than could be accepted: should some be refused, the next ones take their place.
             now, at = _first(fates, at, wanted)
             yield from self._singly(plan, now, began, many)
             if many:
                 yield from self._together(plan, now, counted)
             world.clock.advance_to(began + now[-1].arrives_s)
-        if self._accepted + len(counted) < plan.wanted_reports and len(fates) < len(plan.cohort):
+        if (least or self._wanted(plan) > len(counted)) and len(fates) < len(plan.cohort):
             world.clock.advance_to(began + plan.deadline_s)
         if counted:
             reports = tuple(counted[device_id] for device_id in plan.cohort if device_id in counted)
             yield AddedUp(reports, self._sums(), self._backend.subtotal())
+
+    def _wanted(self, plan: RoundPlan) -> int:
+        return plan.wanted_reports - self._accepted
 
     def tell(self, plan: RoundPlan, device_id: str, refusal: UpdateRejected | None) -> None:
         """Count who was accepted; who was not forgets what the attempt left behind."""

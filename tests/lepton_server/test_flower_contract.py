@@ -10,6 +10,7 @@ import pytest
 
 IMPORTS = {
     "flwr.app.message": ["make_message"],
+    "flwr.app.message.arraychunk": ["ArrayChunk"],
     "flwr.app.metadata": ["Metadata"],
     "flwr.common.constant": [
         "HEARTBEAT_MAX_INTERVAL",

@@ -206,6 +206,86 @@ def test_a_message_goes_out_and_its_answer_comes_back_bit_for_bit(server):
         assert_empty(server)
 
 
+def counted_calls(node):
+    """The names of the requests that a node makes from now on."""
+    names, call = [], node._call
+    node._call = lambda method, request: (names.append(method.__name__), call(method, request))[1]
+    return names
+
+
+def test_a_small_message_takes_one_request_down_and_its_answer_one_up(server):
+    disk = Disk()
+    with joined(server) as [(node_id, node, _)]:
+        box = server.link.mailbox()
+        for keep in (None, disk):
+            box.post(
+                node_id, Records({}, {"round": 1}, {"lr": 0.1}), message_type="train", ttl_s=60, keep=keep
+            )
+            calls = counted_calls(node)
+            handle, got = node.pull()
+            assert (got.config, got.metrics) == ({"round": 1}, {"lr": 0.1})
+            node.push(handle, Records({"u": np.arange(9)}, {"x": 1}, {"loss": 0.5}))
+            assert calls == ["PullMessages", "PushMessages"]
+            content = box.get(timeout_s=5).content
+            assert (content.arrays["u"].tolist(), content.config) == (list(range(9)), {"x": 1})
+        assert len(disk.kept) == 1
+        assert disk.kept[0][1] == sum(map(len, disk.kept[0][0].values()))  # bytes on the wire
+        assert_empty(server)
+
+
+def test_of_a_large_message_only_what_is_large_takes_requests_of_its_own(server):
+    with joined(server) as [(node_id, node, _)]:
+        box = server.link.mailbox()
+        box.post(node_id, Records({"model": model()}, {"round": 1}), message_type="train", ttl_s=60)
+        calls = counted_calls(node)
+        handle, got = node.pull()
+        node.push(handle, reply_to(got))
+        assert calls == ["PullMessages", "PullObject", "PushMessages", "PushObject"]
+        assert len(box.get(timeout_s=5).content.arrays["update"]) == FOUR_MB
+
+
+@pytest.mark.parametrize("end", ["device", "coordinator"])
+def test_an_end_that_knows_nothing_of_this_gets_the_objects_one_by_one(server, end, monkeypatch):
+    module = {"device": "lepton_client.flower", "coordinator": "lepton_server.flower.guard"}[end]
+    monkeypatch.setattr(f"{module}.add_along", lambda message, objects: None)
+    monkeypatch.setattr(f"{module}.read_along", lambda message: {})
+    with joined(server) as [(node_id, node, _)]:
+        box = server.link.mailbox()
+        box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60)
+        calls = counted_calls(node)
+        handle, _ = node.pull()
+        node.push(handle, Records({"u": np.arange(9)}, {"x": 1}))
+        assert (calls.count("PullObject"), calls.count("PushObject")) == (3, 7)
+        assert box.get(timeout_s=5).content.config == {"x": 1}
+        assert_empty(server)
+
+
+@pytest.mark.parametrize("came", ["foreign", "altered", "too much"])
+def test_objects_that_do_not_belong_to_an_answer_are_not_taken(server, came, monkeypatch):
+    import lepton_client.flower
+    from lepton_fl.wire.v1.device_pb2 import Along
+
+    def add(message, objects):
+        if not hasattr(message, "clientapp_runtime_list"):
+            return
+        wrong = {
+            "foreign": [b"ConfigRecord  2\0{}"],
+            "altered": [bytes(content) + b"x" for content in objects],
+            "too much": [*map(bytes, objects), b"x" * 16_384],
+        }[came]
+        message.MergeFromString(Along(objects=wrong).SerializeToString())
+
+    monkeypatch.setattr(lepton_client.flower, "add_along", add)
+    with joined(server) as [(node_id, node, _)]:
+        box = server.link.mailbox()
+        box.post(node_id, Records({}, {"round": 1}), message_type="train", ttl_s=60)
+        calls = counted_calls(node)
+        node.push(node.pull()[0], Records({}, {"x": 1}))
+        assert calls.count("PushObject") == 4
+        assert box.get(timeout_s=5).content.config == {"x": 1}
+        assert_empty(server)
+
+
 def assert_empty(server):
     """Nothing is left in Flower's state."""
     state = server.link._state

@@ -10,7 +10,14 @@ from lepton_simulations.config import SimulationConfig
 
 
 def run(
-    mode: str = "required", how: str = "ideal", workers: int = 0, faults=None, folder="", engine=None, **more
+    mode: str = "required",
+    how: str = "ideal",
+    workers: int = 0,
+    faults=None,
+    folder="",
+    engine=None,
+    devices=None,
+    **more,
 ):
     config = SimulationConfig.model_validate(
         {
@@ -25,7 +32,8 @@ def run(
                 "secure_aggregation": mode,
                 **more,
             },
-            "data": {"partition": {"kind": "iid", "clients": 20}},
+            "data": {"partition": {"kind": "iid", "clients": 20 if devices is None else 30}},
+            "devices": devices or {},
             "engine": {"workers": workers, "tier": "lean", "secure_aggregation": how} | (engine or {}),
             "faults": faults or {},
             "output": {"folder": str(folder), "plots": False},
@@ -101,6 +109,21 @@ def test_several_sums_of_which_some_fail(bits):
     assert ideal.weights_sha256 == full.weights_sha256
     assert [row.reports for row in ideal.rows] == [row.reports for row in full.rows]
     assert any(row.reports <= 14 for row in full.rows)  # one of the three sums was lost
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_a_small_sum_is_not_closed_early_by_the_others(bits):
+    speed = {"kind": "lognormal", "median": 10.0, "sigma": 1.0}
+    more = {
+        "cohort": {"size": 25, "over_selection": 1.2},
+        "secure": {"min_cohort": 4, "max_cohort": 7, "bits": bits},
+        "devices": {"classes": [{"name": "any", "speed": speed}]},
+        "rounds": 3,
+    }
+    ideal, full = run(**more), run(how="full", **more)
+    assert ideal.weights_sha256 == full.weights_sha256
+    for a, b in zip(ideal.rows, full.rows, strict=True):
+        assert a.reports == b.reports >= 5 * 5  # of each of the five sums of six, as many as it needs
 
 
 def test_who_breaks_the_protocol_is_named_and_the_round_goes_on(tmp_path, caplog):

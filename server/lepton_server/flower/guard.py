@@ -10,7 +10,7 @@ A request passes in this order, and nothing of a body is read before the second 
    that completes a reply which must be durable is answered when it is;
 6. Flower's own middlewares and handlers do the work, and authenticate once more. The two bulk paths,
    push-object and pull-object, go straight to Flower's state: its HTTP stack costs more than they do, and
-   copies what passes; see ``frames``.
+   copies what passes; see ``frames``. Small objects travel with the messages (``wire.along``).
 
 Refusals are JSON: ``{"code": "late", "message": "..."}``.
 """
@@ -36,7 +36,7 @@ from flwr.common.constant import (
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
 )
-from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import (
     ObjectTree,
     PullObjectRequest,
@@ -61,6 +61,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import Receive, Scope, Send
 
 from lepton_fl.crashpoints import reached
+from lepton_fl.wire.along import add_along, read_along
 from lepton_server.admission import Pace
 from lepton_server.flower.frames import cut_content, pull_response
 from lepton_server.flower.gate import Gate
@@ -221,6 +222,18 @@ class Guard:
         content = await body.read(headers, SMALL_BODY, self._limits.upload_timeout_s)
         await _send_response(send, *await self._call(scope, content))
 
+    async def _pull_messages(
+        self, scope: Scope, headers: dict[bytes, bytes], body: "_Body", send: Send, node_id: int
+    ) -> None:
+        content = await body.read(headers, SMALL_BODY, self._limits.upload_timeout_s)
+        status, fields, answer = await self._call(scope, content)
+        if status == 200 and answer:
+            response = PullMessagesResponse.FromString(answer)
+            ids = {n.object_id for tree in response.message_object_trees for n in iterate_object_tree(tree)}
+            add_along(response, [self._state.get_object(self._state.run_id, name) or b"" for name in ids])
+            answer = response.SerializeToString()
+        await _send_response(send, status, fields, answer)
+
     async def _pull_object(
         self, scope: Scope, headers: dict[bytes, bytes], body: "_Body", send: Send, node_id: int
     ) -> None:
@@ -286,7 +299,8 @@ class Guard:
     ) -> None:
         limit = min(ANNOUNCE_BODY, self._limits.max_body_bytes)
         content = await body.read(headers, limit, self._limits.upload_timeout_s)
-        message_id, reply_id = self._check_announcement(_parse(PushMessagesRequest, content), node_id)
+        request = _parse(PushMessagesRequest, content)
+        message_id, reply_id = self._check_announcement(request, node_id)
         if not await self._admit_reply(node_id, message_id, reply_id, body):
             answer = PushMessagesResponse(results={reply_id: 0})  # counted before: nothing is left to push
             await _send_response(send, 200, _PROTOBUF, answer.SerializeToString())
@@ -298,11 +312,28 @@ class Guard:
         if response[0] == 200 and not stored:
             self._link.offer(node_id, message_id, reply_id)  # says why, when the message was withdrawn
             raise Refusal(422, "refused", "The reply was not accepted.")
-        await run_in_threadpool(self._link.keep, message_id)  # if nothing is left to push
+        if response[0] != 200:
+            await _send_response(send, *response)
+            return
+        answer = PushMessagesResponse.FromString(response[2])
+        self._take_along(request, answer, node_id)
+        whole = self._link.whole(answer.session_id)
+        if whole:  # nothing is left to push
+            await run_in_threadpool(self._link.keep, whole)
         if await body.is_gone():  # hung up while it waited: the slot is for one that is there
             self._link.abandon(message_id, reply_id)
             raise Disconnected
-        await _send_response(send, *response)
+        await _send_response(send, *response[:2], answer.SerializeToString())
+        if whole:
+            reached("update.acknowledged")
+
+    def _take_along(self, request: PushMessagesRequest, answer: PushMessagesResponse, node_id: int) -> None:
+        """Store what came with an announcement, so that it need not be pushed."""
+        came, session_id = read_along(request), answer.session_id
+        for name in [name for name in answer.objects_to_push if name in came]:
+            self._link.check_object(node_id, session_id, len(came[name]))
+            if self._state.store_object(self._state.run_id, session_id, name, came[name]):
+                answer.objects_to_push.remove(name)
 
     async def _admit_reply(self, node_id: int, message_id: str, reply_id: str, body: "_Body") -> bool:
         """Get a slot for a reply; False when it has been counted before."""
@@ -376,6 +407,7 @@ class Guard:
         return status, headers, parts[0] if len(parts) == 1 else b"".join(parts)
 
     _handlers: Final = {
+        PREFIX + "pull-messages": _pull_messages,
         PREFIX + "pull-object": _pull_object,
         PREFIX + "push-object": _push_object,
         PREFIX + "push-messages": _push_messages,
