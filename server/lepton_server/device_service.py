@@ -82,7 +82,8 @@ Admit = Callable[[Context, bool], contextlib.AbstractContextManager[W]]  # the b
 M = TypeVar("M", bound=Message)
 
 REPLAY_S = 600.0  # a device whose answer was lost may show its spent token again for so long
-THIN_S = 1.0  # how often an address is looked for that has too many connections
+THIN_S = 1.0  # how often an address is looked for that has too many connections, ...
+THIN_SHARE = 0.02  # ... less often where a look takes more than this share of the time
 REFRESH_S = 3600.0  # how often the server's own certificate is looked at
 RENEW_GAP_S = 60.0  # a device gets at most one certificate in this time
 ENROLMENTS_AT_ONCE = 512  # more are put off, ...
@@ -309,9 +310,12 @@ class DeviceService:
 
     async def _keep_order(self, crowd: Crowd) -> None:
         """Leave every address only so many connections."""
+        took = 0.0
         while True:
-            await asyncio.sleep(THIN_S)
+            await asyncio.sleep(max(THIN_S, took / THIN_SHARE))
+            began = time.monotonic()
             await asyncio.to_thread(crowd.thin)
+            took = time.monotonic() - began
 
     def _server(
         self,
