@@ -45,6 +45,13 @@ CLIENT = (
     "secure.masked",  # the masked update is made
     "secure.signed",  # a survivor set is signed
 )
+OPERATOR = (  # of `lepton backup`
+    "backup.database",  # the snapshot is taken and written, files are being copied
+    "backup.written",  # all is there, under another name
+    "restore.begun",  # marked as begun, nothing is in place
+    "restore.files",  # keys, models and releases are in place, the database is not
+    "restore.database",  # everything is in place, and still marked as begun
+)
 _WANTED, _, _COUNT = os.environ.pop(VARIABLE, "").partition(":")
 _lock = threading.Lock()
 _left = int(_COUNT or 1)

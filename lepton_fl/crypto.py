@@ -27,10 +27,12 @@ import secrets
 from dataclasses import dataclass, field
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import NameOID
 
 from lepton_fl.errors import ConfigError, StateCorrupt, TrustError
@@ -51,6 +53,8 @@ UNREADABLE = (
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
 
+MIN_PASSPHRASE = 12  # bytes
+_SALT_BYTES, _NONCE_BYTES = 16, 12
 SECRET_BYTES = 20  # 160 bits of a join token's secret
 _TOKEN_PREFIX = "lepton1."  # noqa: S105 - the marker in front of every token, not a secret
 _MAX_TOKEN = 8192  # characters; a real one has about 1,000
@@ -380,3 +384,44 @@ def _unb64url(text: str) -> bytes:
     if _b64url(data) != text:
         raise binascii.Error("not the canonical encoding")
     return data
+
+
+# ------------------------------------------------------------------------------------- under a passphrase
+
+
+def seal(data: bytes, passphrase: bytes, purpose: str) -> bytes:
+    """Encrypt and authenticate: scrypt (RFC 7914, 128 MB of memory a guess), then AES-256-GCM.
+
+    Args:
+        data: what nobody without the passphrase shall read.
+        passphrase: it may be attacked offline, for years.
+        purpose: what it is for; of another purpose it does not open.
+
+    Raises:
+        TrustError: the passphrase is shorter than :data:`MIN_PASSPHRASE`.
+    """
+    if len(passphrase) < MIN_PASSPHRASE:
+        raise TrustError(
+            f"Expected a passphrase of at least {MIN_PASSPHRASE} bytes, got {len(passphrase)}.",
+            hint="Five random words do.",
+        )
+    salt, nonce = os.urandom(_SALT_BYTES), os.urandom(_NONCE_BYTES)
+    return salt + nonce + _passphrase_cipher(passphrase, salt).encrypt(nonce, data, purpose.encode())
+
+
+def unseal(box: bytes, passphrase: bytes, purpose: str) -> bytes:
+    """Open what :func:`seal` made.
+
+    Raises:
+        TrustError: it is another passphrase, or the box was altered.
+    """
+    salt, nonce = box[:_SALT_BYTES], box[_SALT_BYTES : _SALT_BYTES + _NONCE_BYTES]
+    try:
+        cipher = _passphrase_cipher(passphrase, salt)
+        return cipher.decrypt(nonce, box[_SALT_BYTES + _NONCE_BYTES :], purpose.encode())
+    except (InvalidTag, ValueError) as error:
+        raise TrustError("The passphrase does not open it.", hint="Check it and try again.") from error
+
+
+def _passphrase_cipher(passphrase: bytes, salt: bytes) -> AESGCM:
+    return AESGCM(Scrypt(salt=salt, length=32, n=2**17, r=8, p=1).derive(passphrase))

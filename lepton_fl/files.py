@@ -120,7 +120,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o644) -
         with _new_file(temporary, mode) as file:
             file.write(data)
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         _raise_translated(error, target)
     finally:
@@ -150,7 +150,7 @@ def append_durably(path: str | os.PathLike[str], data: bytes) -> None:
         finally:
             os.close(descriptor)
         if new:
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
     except OSError as error:
         _raise_translated(error, target)
 
@@ -178,7 +178,7 @@ def rename(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
     """
     try:
         os.replace(path, target)
-        _sync_folder(Path(target).parent)
+        sync_folder(Path(target).parent)
     except OSError as error:
         _raise_translated(error, Path(path))
 
@@ -232,7 +232,7 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
         for parent, _, names in os.walk(folder):
             for name in names:
                 _sync_file(Path(parent, name))
-            _sync_folder(Path(parent))
+            sync_folder(Path(parent))
     except OSError as error:
         _raise_translated(error, Path(folder))
 
@@ -330,7 +330,8 @@ def _new_file(path: Path, mode: int) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names on the disk; raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -365,12 +366,14 @@ class BlobStore:
     has the same name.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, make: bool = True) -> None:
+        """Open it; ``make`` = False: only to be read, nothing is made or tidied."""
         self.folder = Path(folder)
-        make_private_folder(self.folder)
         self._temporary = self.folder / "tmp"
-        make_private_folder(self._temporary)
-        self._sweep()
+        if make:
+            make_private_folder(self.folder)
+            make_private_folder(self._temporary)
+            self._sweep()
 
     def put(self, data: bytes | memoryview | Iterable[bytes]) -> str:
         """Store bytes, or the concatenation of chunks, and return their digest (64 hexadecimal digits).
@@ -397,9 +400,9 @@ class BlobStore:
         target = self.path(digest)
         if not target.parent.is_dir():
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         os.replace(temporary, target)  # also heals a damaged blob of that name
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         return digest
 
     def path(self, digest: str) -> Path:

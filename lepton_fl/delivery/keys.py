@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lepton_fl.crypto import MIN_PASSPHRASE
 from lepton_fl.errors import NotFound, StateCorrupt, TrustError
 from lepton_fl.files import read_private, write_private
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 OFFLINE: Final = ("root", "targets")
 ONLINE: Final = ("snapshot", "timestamp")
 ROLES: Final = (*OFFLINE, *ONLINE)
-MIN_PASSPHRASE: Final = 12  # characters; a file of this kind may be attacked offline for years
 
 Passphrase = Callable[[Path], bytes]  # asked for only when a key is encrypted
 

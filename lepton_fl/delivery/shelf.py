@@ -34,16 +34,18 @@ class Shelf:
         *,
         life: Mapping[str, float] = LIFE,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        make: bool = True,
     ) -> None:
-        """Nothing is made before something is put there."""
-        self.folder = folder
+        """Nothing is made before something is put there; ``make`` = False: only to be read."""
+        self.folder, self._make = folder, make
         self.repository = Repository(folder, life=life, now=now)
 
     @cached_property
     def blobs(self) -> BlobStore:
         """Chunks and manifests."""
-        make_private_folder(self.folder)
-        return BlobStore(self.folder / "blobs")
+        if self._make:
+            make_private_folder(self.folder)
+        return BlobStore(self.folder / "blobs", make=self._make)
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of that name, signed or not; raises NotFound or StateCorrupt."""

@@ -262,15 +262,7 @@ def verify_blobs(store: Store, blobs: BlobStore) -> tuple[int, int]:
     Raises:
         StateCorrupt: One is damaged, or one that must be there is not.
     """
-    named, needed = set[str](), dict[str, str]()
-    for run in store.runs():
-        rounds = [row for row in store.rounds(run.id) if row.state == "committed"]
-        named |= {model.sha256 for model in store.models(run.id)}
-        named |= {row.state_sha256 for row in rounds if row.state_sha256}
-        newest = rounds[-1].state_sha256 if rounds and not run.finished else None
-        for what in (run.model_sha256, run.best_sha256, newest):
-            if what:
-                needed[what] = run.id
+    named, needed = named_blobs(store)
     there = {sha256 for sha256 in named | needed.keys() if _intact(blobs, sha256)}
     for sha256 in needed.keys() - there:
         # A run that is under way may have moved on, and dropped it, since the journal was read.
@@ -280,6 +272,20 @@ def verify_blobs(store: Store, blobs: BlobStore) -> tuple[int, int]:
                 hint="Restore it from a copy of that folder.",
             )
     return len(there), len(named - there)
+
+
+def named_blobs(store: Store) -> tuple[set[str], dict[str, str]]:
+    """The models and optimiser states that the journal names, and those that must be there, by run."""
+    named, needed = set[str](), dict[str, str]()
+    for run in store.runs():
+        rounds = [row for row in store.rounds(run.id) if row.state == "committed"]
+        named |= {model.sha256 for model in store.models(run.id)}
+        named |= {row.state_sha256 for row in rounds if row.state_sha256}
+        newest = rounds[-1].state_sha256 if rounds and not run.finished else None
+        for what in (run.model_sha256, run.best_sha256, newest):
+            if what:
+                needed[what] = run.id
+    return named, needed
 
 
 def _intact(blobs: BlobStore, sha256: str) -> bool:
@@ -311,7 +317,7 @@ def verify_releases(folder: Path, journaled: Mapping[str, tuple[str, int]]) -> i
         TrustError: The list is not signed as its root demands.
         StateCorrupt: List and journal disagree, or a manifest is damaged.
     """
-    shelf = Shelf(folder)
+    shelf = Shelf(folder, make=False)
     shelf.repository.root()
     signed = shelf.repository.releases()
     for name, (task, sequence) in journaled.items():

@@ -21,6 +21,7 @@ from lepton_fl.cli.output import Format, FormatOption, print_data, say
 from lepton_fl.errors import ConfigError, NotFound, RunError
 from lepton_server import cli_privacy  # noqa: F401 - its commands join `lepton privacy`
 from lepton_server.cli_audit import app as audit_app
+from lepton_server.cli_backup import app as backup_app
 from lepton_server.cli_releases import keys_app, release_app
 from lepton_server.cli_rollout import app as rollout_app
 from lepton_server.commands import ConfigOption, StateOption, find_device, find_run, load, opened
@@ -38,6 +39,7 @@ authority_app = typer.Typer(
 token_app = typer.Typer(help="One-time tokens that let devices join.", no_args_is_help=True)
 app.add_typer(run_app, name="run")
 app.add_typer(audit_app, name="audit")
+app.add_typer(backup_app, name="backup")
 app.add_typer(devices_app, name="devices")
 app.add_typer(token_app, name="token")
 app.add_typer(keys_app, name="keys")

@@ -140,7 +140,7 @@ def _of_state(
                     f"{rebuilt.different} rows are not what the journal says: {rebuilt.differences[0]}.",
                     hint="`lepton doctor server --rebuild` shows them.",
                 )
-        there, dropped = verify_blobs(store, BlobStore(settings.blob_dir))
+        there, dropped = verify_blobs(store, BlobStore(settings.blob_dir, make=False))
     more = {"blobs_intact": there, "blobs_deleted_in_time": dropped}
     folder = releases or settings.release_dir
     if releases is not None or (folder / "metadata").is_dir() or report.releases:

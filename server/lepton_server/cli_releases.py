@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lepton_fl.cli.output import Format, FormatOption, is_terminal, print_data, say
-from lepton_fl.errors import ConfigError, NotFound, TrustError
-from lepton_server.commands import ConfigOption, StateOption, find_device, load, opened
+from lepton_fl.errors import ConfigError, NotFound
+from lepton_server.commands import ConfigOption, StateOption, find_device, load, opened, read_passphrase
 
 if TYPE_CHECKING:
     from lepton_fl.delivery.manifest import Manifest
@@ -455,7 +455,7 @@ def _print_keys(shelf: "Shelf", settings: "ServerConfig", format: Format) -> Non
 
 def _new_passphrase(file: Path | None) -> bytes:
     if file is not None:
-        return _read_passphrase(file)
+        return read_passphrase(file)
     return _ask("Passphrase for the new keys", confirm=True)
 
 
@@ -465,18 +465,9 @@ def _secret_reader(file: Path | None) -> Callable[[Path], bytes]:
 
     def secret(path: Path) -> bytes:
         if not known:
-            known.append(_read_passphrase(file) if file is not None else _ask(f"Passphrase of {path.name}"))
+            known.append(read_passphrase(file) if file is not None else _ask(f"Passphrase of {path.name}"))
         return known[0]
 
-    return secret
-
-
-def _read_passphrase(file: Path) -> bytes:
-    from lepton_fl.files import read_private
-
-    secret = read_private(file).split(b"\n", 1)[0].strip()
-    if not secret:
-        raise TrustError(f"The first line of {file} is empty; it should hold the passphrase.")
     return secret
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lepton_fl.errors import NotFound
+from lepton_fl.errors import NotFound, TrustError
 
 if TYPE_CHECKING:
     from lepton_server.config import ServerConfig
@@ -31,9 +31,11 @@ def load(path: Path | None, given: dict[str, Any]) -> "ServerConfig":
 def opened(settings: "ServerConfig", *, make: bool = False) -> Iterator["Store"]:
     """The coordinator's state; only a first start and a first token make one, a typing error does not."""
     from lepton_fl.files import make_private_folder
+    from lepton_server.lease import refuse_unfinished
     from lepton_server.store import open_store
 
     folder = settings.server.state_dir
+    refuse_unfinished(folder)
     if make:
         make_private_folder(folder)
     elif settings.database_file is not None and not settings.database_file.exists():
@@ -43,6 +45,16 @@ def opened(settings: "ServerConfig", *, make: bool = False) -> Iterator["Store"]
         )
     with open_store(settings.store_url) as store:
         yield store
+
+
+def read_passphrase(file: Path) -> bytes:
+    """The first line of a private file; TrustError if it is empty or others can read it."""
+    from lepton_fl.files import read_private
+
+    secret = read_private(file).split(b"\n", 1)[0].strip()
+    if not secret:
+        raise TrustError(f"The first line of {file} is empty; it should hold the passphrase.")
+    return secret
 
 
 def find_device(store: "Store", wanted: str) -> "Device":

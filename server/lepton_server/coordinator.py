@@ -6,21 +6,18 @@
 Starting either succeeds as a whole or leaves nothing open and the state as it was.
 """
 
-import fcntl
 import logging
-import os
 import socket
 import threading
 import time
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from contextlib import ExitStack
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import uvicorn
 
 from lepton_fl import __version__
-from lepton_fl.errors import ConnectionFailed, LeptonError, StateLocked
+from lepton_fl.errors import ConnectionFailed, LeptonError
 from lepton_fl.files import BlobStore, make_private_folder
 from lepton_fl.secagg.identity import deployment_of
 from lepton_server.attempts import sweep_spools
@@ -28,11 +25,10 @@ from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
 from lepton_server.connections import LOOP, BoundedHttp, BoundedListener, Room, leaving_in_order
 from lepton_server.device_service import DeviceService, Endpoints, hosts_of
-from lepton_server.doctor import LOCK_FILE
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Limits, Refused
 from lepton_server.heads import Heads
-from lepton_server.lease import Leadership
+from lepton_server.lease import Leadership, claim, refuse_unfinished
 from lepton_server.ops import Meters, ops_app
 from lepton_server.privacy import PrivacyKeys
 from lepton_server.quarantine import Quarantine
@@ -126,7 +122,8 @@ class Coordinator:
         config = self.config
         folder = config.server.state_dir
         make_private_folder(folder)
-        stack.enter_context(_claim(folder))
+        stack.enter_context(claim(folder))
+        refuse_unfinished(folder)
         store = stack.enter_context(open_store(config.store_url))
         self._lead(stack, store)
         workshop = workshop_of(config.rounds, store)
@@ -287,34 +284,6 @@ class Coordinator:
     def _refused(self, refused: Refused) -> None:
         self.meters.late.labels(refused.reason.value).inc()
         log.warning("an answer of node %d was refused: %s", refused.node_id, refused.reason.value)
-
-
-def _claim(folder: Path) -> IO[str]:
-    """Lock the state folder for this process; the lock ends with the process, however it ends."""
-    file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
-    try:
-        _lock(file)
-    except OSError as error:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise StateLocked(
-            f"Another coordinator (process {owner}) uses {folder}.",
-            hint="Stop it first, or give this one another server.state_dir.",
-        ) from error
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
-def _lock(file: IO[str]) -> None:
-    """Try for a moment: `lepton doctor` looks at the lock by touching it."""
-    for _ in range(3):
-        with suppress(OSError):
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(0.05)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _family(host: str) -> int:

@@ -8,18 +8,24 @@ A stand-by therefore takes over within ``LIFE_S + RENEW_S`` of the holder's deat
 slow cannot write any more: each transaction looks at the token, which grows with every holder.
 """
 
+import fcntl
 import logging
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import IO, Final, Self
 
-from lepton_fl.errors import LeaseLost, LeptonError, StateLocked
+from lepton_fl.errors import LeaseLost, LeptonError, StateError, StateLocked
+from lepton_server.doctor import LOCK_FILE
 from lepton_server.store import Store
 
 log = logging.getLogger(__name__)
 
+MARK: Final = "restore.unfinished"  # in the state folder, while a backup is put there
 LIFE_S: Final = 6.0
 RENEW_S: Final = 1.0
 
@@ -86,3 +92,40 @@ class Leadership:
                 return
             except LeptonError as error:  # it passes, or another one takes over
                 log.warning("the lease could not be renewed: %s", error)
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Check that no restore into a state folder was cut off; raises StateError."""
+    if (folder / MARK).exists():
+        raise StateError(
+            f"A backup was being restored into {folder}, and is not whole.",
+            hint="If that was cut off, repeat `lepton backup restore`.",
+        )
+
+
+def claim(folder: Path) -> IO[str]:
+    """Lock the state folder for this process; the lock ends with the process, however it ends."""
+    file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
+    try:
+        _lock(file)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise StateLocked(
+            f"Another coordinator (process {owner}) uses {folder}.",
+            hint="Stop it first, or give this one another server.state_dir.",
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _lock(file: IO[str]) -> None:
+    """Try for a moment: `lepton doctor` looks at the lock by touching it."""
+    for _ in range(3):
+        with suppress(OSError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,10 +2,13 @@
 
 The only package that speaks SQL. ``events`` says what can happen, ``projection`` what it does and when it is
 allowed, ``tables`` and ``migrations`` how it lies on disk, ``journal`` how it is checked, ``ledger`` what
-privacy has cost, ``attempts`` what open rounds have heard, ``store`` how all of it is used.
+privacy has cost, ``attempts`` what open rounds have heard, ``snapshot`` how all is copied, ``store`` how it
+is used.
 """
 
+from lepton_server.store.engine import file_of
 from lepton_server.store.events import KINDS, Participation, TaskRegistered
+from lepton_server.store.snapshot import Snapshot
 from lepton_server.store.store import Store, Transaction, open_store
 from lepton_server.store.views import (
     ActiveDevice,
@@ -48,11 +51,13 @@ __all__ = [
     "Round",
     "Run",
     "SignedBudget",
+    "Snapshot",
     "Store",
     "Task",
     "TaskRegistered",
     "Token",
     "Told",
     "Transaction",
+    "file_of",
     "open_store",
 ]

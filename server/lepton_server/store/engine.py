@@ -61,6 +61,12 @@ def parse_url(url_or_path: str | os.PathLike[str]) -> URL:
     )
 
 
+def file_of(url_or_path: str | os.PathLike[str]) -> Path | None:
+    """The file of an SQLite database; None for PostgreSQL. Raises ConfigError as :func:`parse_url`."""
+    url = parse_url(url_or_path)
+    return Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
+
+
 def make_engine(url: URL, lock_timeout: float) -> Engine:
     """Make an engine whose transactions begin as this module says.
 

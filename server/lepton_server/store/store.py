@@ -56,6 +56,7 @@ from lepton_server.store.events import (
 )
 from lepton_server.store.projection import When, apply
 from lepton_server.store.schema import prepare
+from lepton_server.store.snapshot import Moved, Snapshot, fill
 from lepton_server.store.statements import adding, changing
 from lepton_server.store.tables import (
     CHARGE,
@@ -811,6 +812,43 @@ class Store:
                 return journal.rebuild(connection, replace=False)
         with self._writing() as connection:
             return journal.rebuild(connection, replace=True)
+
+    # -------------------------------------------------------------------------------------------- copies
+
+    @contextlib.contextmanager
+    def snapshot(self, meanwhile: Callable[[], object] = int) -> Iterator[Snapshot]:
+        """Open the whole database as it is at one moment; others go on writing.
+
+        Args:
+            meanwhile: is called at that moment, while nobody can write: what the rows name is still there.
+                Keep it short.
+        """
+        with reading(self._engine) as connection:
+            with self._writing():
+                taken = Snapshot(connection, self._lock_timeout)
+                meanwhile()
+            yield taken
+
+    def fill(self, source: "Store", *, life_s: float, replace: bool = False, moved: Moved = int) -> None:
+        """Become what another store is, in one transaction; nobody holds the lease then.
+
+        Args:
+            source: The other one.
+            life_s: Of a lease, see :meth:`take_lease`.
+            replace: Rows that are here may go (PostgreSQL).
+            moved: Told of rows that were copied.
+
+        Raises:
+            StateLocked: A coordinator leads this database.
+            StateConflict: It is not empty, and ``replace`` is not given.
+        """
+        with reading(source._engine) as rows, self._writing() as connection:
+            lease = _lease(connection, self._clock)
+            if lease.holder and lease.age_s < life_s:
+                raise StateLocked(
+                    f"The coordinator {lease.holder} holds the lease of this database.", hint="Stop it first."
+                )
+            fill(rows, connection, replace=replace, moved=moved)
 
     def _tuples(self, query: Select[Any]) -> list[tuple[Any, ...]]:
         with reading(self._engine) as connection:
