@@ -10,7 +10,7 @@ all rows are copied through one snapshot, whichever the database is, into SQLite
 
     manifest.json       what belongs to it, by size and SHA-256; its own SHA-256 in the second line
     lepton.db           all tables, of one moment
-    blobs/              models, optimiser states, sealed noise; attempts/ and spool/ of open rounds
+    blobs/              models, optimiser states, sealed noise; attempts/ of open rounds
     releases/           signed lists and chunks
     keys/ server.toml   the authority, the server, budgets, noise, the list of releases; or secrets.sealed
 

@@ -23,11 +23,11 @@ from lepton_fl.rounds.campaign import Best, Committed, Evaluated, after_attempt
 from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Collected
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.vector import Vector
+from lepton_server.attempts import Attempts
 from lepton_server.ops import Meters
 from lepton_server.patience import Patience, Stopped, one_line
 from lepton_server.privacy import Ledger, newest_states, without_names
 from lepton_server.quarantine import Quarantine
-from lepton_server.received import Inbox
 from lepton_server.store import Event, Store
 from lepton_server.watchdog import Wait, Watchdog, cause_of
 
@@ -173,7 +173,7 @@ class RunBook:
         ledger: Ledger | None = None,
         watch: Watchdog | None = None,
         quarantine: Quarantine | None = None,
-        inbox: Inbox | None = None,
+        attempts: Attempts | None = None,
     ) -> None:
         """Go on from what is recorded.
 
@@ -186,9 +186,9 @@ class RunBook:
             ledger: of a private run.
             watch: told of waits.
             quarantine: judges devices after each attempt.
-            inbox: keeps updates.
+            attempts: keep what comes.
         """
-        self._watch, self._quarantine, self._inbox = watch, quarantine, inbox
+        self._watch, self._quarantine, self._attempts = watch, quarantine, attempts
         self._checkpoints, self._run_id, self._meters = checkpoints, run_id, meters
         self._store, self._blobs, self._patience = checkpoints.store, checkpoints.blobs, patience
         self._metric, self._ledger = spec.early_stop.metric, ledger
@@ -255,9 +255,8 @@ class RunBook:
     def _erase(self, plan: RoundPlan, phase: str = "") -> None:
         """Nothing but the model is left of a round; what a crash leaves is erased at the next start."""
         noise = self._ledger.noise_sha256 if self._ledger else ""
-        if self._inbox is not None:
-            inbox = self._inbox
-            self._patience.insist(lambda: inbox.forget(plan.run_id, plan.round, noise))
+        if (attempts := self._attempts) is not None:
+            self._patience.insist(lambda: attempts.forget(plan.run_id, plan.round, noise))
         if phase:
             self.moved(plan, phase)
 

@@ -373,13 +373,8 @@ class ServerConfig(_Section):
         return self.store.blobs or self.server.state_dir / "blobs"
 
     @property
-    def spool_dir(self) -> Path:
-        """The folder of files that came in open attempts; with the blobs, so that it moves with them."""
-        return self.blob_dir / "spool"
-
-    @property
     def attempts_dir(self) -> Path:
-        """The folder of what open attempts need: updates that have come, and what noise is made of."""
+        """The folder of what open attempts need; with the blobs, so that it moves with them."""
         return self.blob_dir / "attempts"
 
     @property

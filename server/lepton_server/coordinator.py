@@ -20,7 +20,7 @@ from lepton_fl import __version__
 from lepton_fl.errors import ConnectionFailed, LeptonError
 from lepton_fl.files import BlobStore, make_private_folder
 from lepton_fl.secagg.identity import deployment_of
-from lepton_server.attempts import sweep_spools
+from lepton_server.attempts import Attempts, adopt
 from lepton_server.authority import Authority
 from lepton_server.config import ServerConfig
 from lepton_server.connections import LOOP, BoundedHttp, BoundedListener, Room, leaving_in_order
@@ -32,7 +32,6 @@ from lepton_server.lease import Leadership, claim, refuse_unfinished
 from lepton_server.ops import Meters, ops_app
 from lepton_server.privacy import PrivacyKeys
 from lepton_server.quarantine import Quarantine
-from lepton_server.received import Inbox
 from lepton_server.releases import ListKeeper, online_keys, shelf_of
 from lepton_server.rollouts import RolloutKeeper
 from lepton_server.runs import RunDriver, workshop_of
@@ -129,7 +128,8 @@ class Coordinator:
         workshop = workshop_of(config.rounds, store)
         stack.callback(workshop.close)
         blobs = BlobStore(config.blob_dir)
-        sweep_spools(store, config.spool_dir)
+        attempts = Attempts(store, BlobStore(config.attempts_dir))
+        adopt(store, attempts.blobs, config.blob_dir / "spool")
         authority = Authority.open(folder / "keys", hosts_of(config.listen))
         link = FlowerLink(
             Limits(max_reply_bytes=config.limits.max_body_bytes),
@@ -171,10 +171,9 @@ class Coordinator:
             self.meters,
             keys=keys,
             signing=signing,
-            spool_dir=config.spool_dir,
             watch=watch,
             quarantine=Quarantine(config.watchdog, store, fleet, self.meters),
-            inbox=Inbox(store, BlobStore(config.attempts_dir)),
+            attempts=attempts,
             workshop=workshop,
         )
         fleet.on_revoked(self._driver.expel)

@@ -5,7 +5,7 @@ selected device is told at once if it waits on a stream, else at its next check-
 mid-round is given up after ``GONE_S`` of silence; nobody waits for it until the deadline. A run that is asked
 to stop waits ``STOP_S`` for the answers that are on their way.
 
-Updates are durable before their devices hear that they have come (``received``). An attempt that a restart
+Updates are durable before their devices hear that they have come (``attempts``). An attempt that a restart
 cut off goes on: what had come is there again, the other devices are asked again, and give what they have.
 """
 
@@ -22,10 +22,10 @@ from lepton_fl.rounds.exchange import Answer
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
 from lepton_fl.wire.v1 import device_pb2 as pb
+from lepton_server.attempts import Attempts, Update
 from lepton_server.fleet import Fleet
 from lepton_server.flower import FlowerLink, Keep, Mailbox, Reply
 from lepton_server.patience import Interrupted
-from lepton_server.received import Inbox, Kept
 from lepton_server.watchdog import Facts, diagnose
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class FleetExchange:
         stopping: Callable[[], bool] = lambda: False,
         attends: Callable[[_Look | None], None] = lambda attempt: None,
         reoffered: Callable[[RoundPlan, str], None] = lambda plan, device_id: None,
-        inbox: Inbox | None = None,
+        attempts: Attempts | None = None,
         moved: Callable[[RoundPlan, str], None] = lambda plan, phase: None,
         unfinished: RoundPlan | None = None,
     ) -> None:
@@ -106,11 +106,11 @@ class FleetExchange:
             stopping: whether the run was asked to stop.
             attends: told of the attempt that is open; None = it is closed.
             reoffered: told of a device that is asked once more, because its node had been shut out.
-            inbox: keeps updates; None = they are in memory only.
+            attempts: keep updates; None = they are in memory only.
             moved: told that an attempt has come to a phase.
             unfinished: an attempt that a restart has cut off: its devices take part in it again.
         """
-        self._inbox, self.moved, self._unfinished = inbox, moved, unfinished
+        self._attempts, self.moved, self._unfinished = attempts, moved, unfinished
         self._link, self._fleet, self._public_keys = link, fleet, public_keys
         self._attends, self._reoffered = attends, reoffered
         self._stay_s, self._closing, self._stopping = stay_s, closing, stopping
@@ -128,7 +128,7 @@ class FleetExchange:
             for kept in self._known(attempt, durable=True):
                 waits.remove(kept.device_id)
                 yield Answer(kept.device_id, self._link.reread(kept.read), kept.num_bytes)
-            if self._inbox and again and self._inbox.is_closed(plan):
+            if self._attempts and again and self._attempts.is_closed(plan):
                 return  # it is fixed whose updates count
             self._attend(attempt)
             asked = waits if again else plan.cohort
@@ -144,18 +144,27 @@ class FleetExchange:
             self._attends(None)
             box.close()
             # At a shutdown the devices go on working: the attempt goes on after the restart.
-            going_on = self._inbox is not None and plan.kind == "train" and self._closing()
+            going_on = self._attempts is not None and plan.kind == "train" and self._closing()
             self._release(attempt, set() if going_on else {*waits, *attempt.devices.values()})
 
-    def _known(self, attempt: _Attempt, durable: bool) -> list[Kept]:
+    def _known(self, attempt: _Attempt, durable: bool) -> list[Update]:
         """What an attempt had been sent before a restart."""
-        return self._inbox.of(attempt.plan) if self._inbox and durable and attempt.resumed else []
+        return self._attempts.of(attempt.plan) if self._attempts and durable and attempt.resumed else []
 
     def _keep(self, plan: RoundPlan, device_id: str) -> Keep:
         """What makes a device's update durable."""
-        inbox = self._inbox
-        assert inbox is not None  # asked before
-        return lambda contents, num_bytes: inbox.keep(plan, device_id, contents, num_bytes).read
+        attempts = self._attempts
+        assert attempts is not None  # asked before
+        return lambda contents, num_bytes: attempts.keep(plan, device_id, contents, num_bytes).read
+
+    def kept(self, plan: RoundPlan, device_id: str) -> Records | UpdateRejected:
+        """A durable answer to an attempt, read again.
+
+        Raises:
+            NotFound: the device has not given one.
+        """
+        assert self._attempts is not None  # it has made the answer durable
+        return self._link.reread(self._attempts.one(plan, device_id).read)
 
     def stages(self, plan: RoundPlan, seconds: float, *, resumed: bool = False) -> "Stages":
         """Open an attempt whose devices are asked several times; close it.
@@ -262,7 +271,7 @@ class FleetExchange:
                 continue
             try:
                 node_id = self._admit(device_id)
-                keep = self._keep(plan, device_id) if attempt.durable and self._inbox else None
+                keep = self._keep(plan, device_id) if attempt.durable and self._attempts else None
                 message_id = box.post(
                     node_id, messages[device_id], message_type=plan.kind, ttl_s=ttl_s, keep=keep
                 )

@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from random import Random, SystemRandom
 
 from lepton_fl.compression.federated import check_teacher
@@ -24,7 +23,7 @@ from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.tasks import load_task, resolve
 from lepton_fl.vector import Vector
-from lepton_server.attempts import forget_spool
+from lepton_server.attempts import Attempts
 from lepton_server.book import Checkpoints, RunBook, load_model, load_server_state, progress_of, save_model
 from lepton_server.config import RoundsSection
 from lepton_server.exchange import FleetExchange
@@ -43,7 +42,6 @@ from lepton_server.privacy import (
 )
 from lepton_server.quarantine import Quarantine
 from lepton_server.reach import coverage_of, floor_of, history_of
-from lepton_server.received import Inbox
 from lepton_server.requests import refuse_unknown
 from lepton_server.secure import SecureFleet
 from lepton_server.signing import Signing
@@ -115,10 +113,9 @@ class RunDriver:
         rng: Random | None = None,
         exchange: Callable[[str], Exchange] | None = None,
         signing: Signing | None = None,
-        spool_dir: Path | None = None,
         watch: Watchdog | None = None,
         quarantine: Quarantine | None = None,
-        inbox: Inbox | None = None,
+        attempts: Attempts | None = None,
         workshop: Workshop | None = None,
     ) -> None:
         """Prepare; nothing happens before :meth:`start`.
@@ -134,13 +131,13 @@ class RunDriver:
             rng: draws cohorts and nonces; None = the operating system's, as nobody must foresee them.
             exchange: run id -> its way to the devices; None = the real one.
             signing: the way to the enrolment authority; None = there is none, and no secure runs.
-            spool_dir: where files wait that have come in an open attempt.
             watch: told of what runs wait for; None = nobody looks on.
             quarantine: judges devices after each attempt; None = nobody does.
-            inbox: keeps updates; None = an attempt that a restart cuts off is abandoned.
+            attempts: keep what comes; None = no secure runs, and an attempt that a restart cuts off is
+                abandoned.
             workshop: where models are made, closed by :meth:`close`; None = one of its own.
         """
-        self._signing, self._spool_dir, self._inbox = signing, spool_dir, inbox
+        self._signing, self._attempts = signing, attempts
         self._config, self._store, self._blobs, self._fleet = config, store, blobs, fleet
         self._link, self._meters, self._privacy_keys = link, meters, keys
         self._rng, self._exchange = rng or SystemRandom(), exchange
@@ -270,7 +267,7 @@ class RunDriver:
             stopping=self._is_stopping(run_id),
             attends=lambda attempt: self._watch_dog.attends(run_id, attempt),
             reoffered=self._note_reoffer,
-            inbox=self._inbox,
+            attempts=self._attempts,
             moved=book.moved,
             unfinished=unfinished,
         )
@@ -310,7 +307,7 @@ class RunDriver:
             ledger,
             self._watch_dog,
             self._quarantine,
-            self._inbox,
+            self._attempts,
         )
         fleet = self._fleet_exchange(run_id, book, unfinished)
         secure = self._secure(run_id, spec, book, patience, fleet, unfinished)
@@ -346,14 +343,13 @@ class RunDriver:
         unfinished: RoundPlan | None,
     ) -> SecureFleet | None:
         """How the rounds of a run that must not see single updates are collected."""
-        if spec.secure_aggregation == "off" or self._signing is None or self._spool_dir is None:
+        if spec.secure_aggregation == "off" or self._signing is None or self._attempts is None:
             return None
         return SecureFleet(
             fleet,
             self._fleet,
             self._signing,
-            self._store,
-            self._spool_dir,
+            self._attempts,
             stage_s=self._config.stage_s,
             show=book.stage,
             insist=patience.insist,
@@ -367,9 +363,9 @@ class RunDriver:
         if not planned:
             return None
         plan = RoundPlan.model_validate_json(json.dumps(dict(planned[-1].plan)))
-        if not plan.secure and (self._inbox is None or not self._inbox.is_whole(plan)):
+        if not plan.secure and (self._attempts is None or not self._attempts.is_whole(plan)):
             return None
-        if not may_go_on(self._store, plan, self._inbox.blobs if self._inbox else None):
+        if not may_go_on(self._store, plan, self._attempts.blobs if self._attempts else None):
             return None
         log.info("run %s goes on with round %d, attempt %d", run_id, plan.round, plan.attempt)
         return plan
@@ -437,7 +433,7 @@ class RunDriver:
             devices=population(found),
             committed=committed,
             insist=patience.insist,
-            blobs=self._inbox.blobs if self._inbox else None,
+            blobs=self._attempts.blobs if self._attempts else None,
         )
 
     def _state(
@@ -516,15 +512,6 @@ class RunDriver:
             except LeptonError as error:  # a sealed file too many is no reason to lose a verdict
                 log.warning("run %s: the memory of its noise stays: %s", run_id, error)
 
-    def _forget_spool(self, run_id: str) -> None:
-        """Nothing that came in its attempts is needed any more."""
-        if self._spool_dir is None:
-            return
-        try:
-            forget_spool(self._spool_dir, run_id)
-        except LeptonError as error:  # the next start of a coordinator tries again
-            log.warning("run %s: files that it has spooled stay: %s", run_id, error)
-
     def _record_verdict(self, run_id: str, verdict: Verdict) -> None:
         run = self._store.run(run_id)
         body: dict[str, object] = {
@@ -542,9 +529,8 @@ class RunDriver:
             change.record("run.finished", run_id, body)
         if verdict.outcome != "exhausted":  # that one may be resumed
             self._forget_noise(run_id)
-        self._forget_spool(run_id)
-        if self._inbox is not None:
-            self._inbox.forget(run_id)
+        if self._attempts is not None:
+            self._attempts.forget(run_id)
         self._meters.waiting.labels(run_id).set(0)
         self._watch_dog.ends(run_id)
         log.info(

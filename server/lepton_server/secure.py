@@ -1,27 +1,26 @@
 """Secure aggregation on the real fleet: the stages of ``flsa/1`` between this process and the devices.
 
 Everything that the protocol's session has heard and decided is written ahead (``attempts``): records in the
-store, a decision synced before anybody hears of it, and masked vectors as files. None of it is secret. A
-coordinator that is started again, here or on another host, goes on at the stage where it was; devices give
-the same answers again. It asks for no other survivor set: that decision is recorded before it is sent.
-Messages of devices are not synced one by one: a power cut that takes the last of them makes the devices give
-them again.
+store, a decision synced before anybody hears of it, and masked vectors as devices' updates. None of it is
+secret. A coordinator that is started again, here or on another host, goes on at the stage where it was;
+devices give the same answers again. It asks for no other survivor set: that decision is recorded before it is
+sent. Messages of devices are not synced one by one: a power cut that takes the last of them makes the devices
+give them again.
 
-    rounds = SecureFleet(exchange, fleet, signing, store, folder, ...)
+    rounds = SecureFleet(exchange, fleet, signing, attempts, ...)
     collected, mean = rounds.collect(plan, request, exchange, time.monotonic)
 """
 
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.crashpoints import reached
-from lepton_fl.errors import Rejection, StateCorrupt, UpdateRejected
+from lepton_fl.errors import NotFound, Rejection, StateCorrupt, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.collect import Clock, Collected, Finish, Participation
 from lepton_fl.rounds.exchange import Exchange
@@ -32,11 +31,11 @@ from lepton_fl.rounds.secure_wire import StageAnswer, StageRequest
 from lepton_fl.secagg.server import Stage
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
-from lepton_server.attempts import AttemptLog
+from lepton_server.attempts import AttemptLog, Attempts, Vectors
 from lepton_server.exchange import FleetExchange, Stages
 from lepton_server.fleet import Fleet
 from lepton_server.signing import Signing
-from lepton_server.store import Attempt, Store
+from lepton_server.store import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +61,7 @@ class SecureFleet:
         exchange: FleetExchange,
         fleet: Fleet,
         signing: Signing,
-        store: Store,
-        folder: Path,
+        attempts: Attempts,
         *,
         stage_s: float,
         show: Callable[[str, float], None],
@@ -77,8 +75,7 @@ class SecureFleet:
             exchange: the way to the devices.
             fleet: has the keys that they have made ahead.
             signing: says whose signing keys are whose.
-            store: keeps what has come.
-            folder: of spooled files, of all runs.
+            attempts: keep what has come.
             stage_s: patience with each stage but training.
             show: told, now and then, at which stage a round is and whom it waits for, and for how long yet.
             insist: calls until it works, whatever the disk says (``Patience.insist``).
@@ -86,7 +83,7 @@ class SecureFleet:
             name_of: what people call a device.
         """
         self._exchange, self._fleet, self._signing = exchange, fleet, signing
-        self._store, self._folder, self._stage_s = store, folder, stage_s
+        self._attempts, self._stage_s = attempts, stage_s
         self._show, self._insist, self._name_of = show, insist, name_of
         self._begun = unfinished and attempt_of(unfinished)
 
@@ -115,7 +112,7 @@ class SecureFleet:
     ) -> tuple[Collected, NDArray[np.float64] | None]:
         try:
             attempt = attempt_of(plan)
-            kept, resumed = AttemptLog(self._store, self._folder, attempt), attempt == self._begun
+            kept, resumed = self._attempts.log(attempt), attempt == self._begun
             self._begun = attempt
             devices = _Devices(self, plan, request, resumed)
             return self._lead(plan, request, clock, finish, devices, kept)
@@ -141,7 +138,7 @@ class SecureFleet:
                 self._signing.trust,
                 self._signing.deployment,
                 clock=clock,
-                spool=kept.spool,
+                spool=Vectors(lambda device: self._vector(plan, device)),
                 journal=lambda record: kept.append(record, durable=must_be_synced(record)),
                 records=kept.found,
                 tell=lambda device, refusal: self._exchange.tell(plan, device, refusal),
@@ -149,6 +146,16 @@ class SecureFleet:
             )
         finally:
             devices.close()
+
+    def _vector(self, plan: RoundPlan, device: str) -> bytes | memoryview:
+        """A masked vector out of its device's update."""
+        try:
+            records = self._exchange.kept(plan, device)
+            if isinstance(records, UpdateRejected):
+                raise records
+            return StageAnswer.read(records).vector
+        except (NotFound, UpdateRejected) as error:
+            raise StateCorrupt(f"The masked vector of device {device} is lost: {error}") from error
 
     # --- for the devices of an attempt ----------------------------------------------------------------
 

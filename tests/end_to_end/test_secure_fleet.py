@@ -127,7 +127,7 @@ def test_a_fleet_trains_and_the_sums_are_those_of_plain_rounds(real_fleet, same_
     assert any("cannot see any single device's update" in sentence for sentence in shown["seen"])
     assert all(p["examples"] == 0 for p in shown["participation"])
     assert len(check_sums(fleet, run_id, data)) == 2
-    assert not (fleet.folder / "server" / "blobs" / "spool" / run_id).exists()
+    assert not list((fleet.folder / "server" / "blobs" / "attempts").glob("[0-9a-f][0-9a-f]/*"))
 
 
 # --- kills ------------------------------------------------------------------------------------------

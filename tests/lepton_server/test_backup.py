@@ -79,12 +79,11 @@ def populate(settings, make_variant, folder):
         model = blobs.put(MODEL)
         store.record("model.created", {"model_sha256": model, "run_id": "r1", "round": 0})
         store.record("round.planned", OPEN._asdict() | {"plan": {}, "model_sha256": model})
-        update = BlobStore(settings.attempts_dir).put(UPDATE)
+        came = BlobStore(settings.attempts_dir)
         with store.transaction() as change:
-            change.add_received(*OPEN, Received("d-one", update, len(UPDATE), counted=False))
-        log = AttemptLog(store, settings.spool_dir, OPEN)
-        log.spool.append("d-two", MASKED)
-        log.append(RECORD, durable=True)
+            for device, update in (("d-one", UPDATE), ("d-two", MASKED)):
+                change.add_received(*OPEN, Received(device, came.put(update), len(update), counted=False))
+        AttemptLog(store, came, OPEN).append(RECORD, durable=True)
         keys = online_keys(settings)
         signers = {role: [new_release_key(keys if role in ONLINE else folder, role, None)] for role in ROLES}
         shelf = Shelf(settings.release_dir)
@@ -189,7 +188,7 @@ def test_what_is_put_back_is_what_was_there(tmp_path, request, make_variant, tak
         "releases",
     ]
     with open_store(here.store_url) as store, open_store(there.store_url) as before:
-        assert AttemptLog(store, here.spool_dir, OPEN).found == (RECORD,)
+        assert AttemptLog(store, BlobStore(here.attempts_dir), OPEN).found == (RECORD,)
         lease = store.lease()
         assert lease.holder == ""
         assert lease.token > before.lease().token
@@ -212,7 +211,6 @@ def test_it_is_of_one_moment_and_nobody_waits_for_its_end(live, tmp_path):
                     blobs.put(b"a later model")
                     for path in list(live.blob_dir.glob("??/*")) + list(live.attempts_dir.glob("??/*")):
                         path.unlink()
-                    shutil.rmtree(live.spool_dir)
 
         made = create(store, live, tmp_path / "backup", progress=Meanwhile())
         assert made.head.seq == head[0].seq - 1

@@ -59,6 +59,7 @@ from lepton_server.store.schema import prepare
 from lepton_server.store.snapshot import Moved, Snapshot, fill
 from lepton_server.store.statements import adding, changing
 from lepton_server.store.tables import (
+    ATTEMPT_RECORD,
     CHARGE,
     DEVICE,
     EVENT,
@@ -157,8 +158,6 @@ class Transaction:
         encoded = encode_body(kind, checked)
         seq, prev = self._head.seq + 1, self._head.hash
         apply(self._connection, When(seq, now), checked)
-        if kind in attempts.CLOSING:
-            attempts.forget(self._connection, subject)
         digest = event_hash(prev, seq, now, kind, subject, encoded)
         row = {
             "seq": seq,
@@ -239,14 +238,23 @@ class Transaction:
             some = RECEIVED.c.device_id.in_(device_ids[start : start + _CHUNK])
             self._connection.execute(update(RECEIVED).where(here, some).values(counted=1))
 
-    def forget_received(self, run_id: str, round_number: int | None = None) -> set[str]:
-        """Forget the updates of a run, or of all attempts of a round of it; returns their files' names."""
-        here = RECEIVED.c.run_id == run_id
-        if round_number is not None:
-            here = and_(here, RECEIVED.c.round == round_number)
-        names = set(self._connection.execute(select(RECEIVED.c.sha256).where(here)).scalars())
-        self._connection.execute(delete(RECEIVED).where(here))
-        return names
+    def forget_attempts(self, run_id: str, round_number: int | None = None) -> set[str]:
+        """Forget what the attempts of a run, or of a round of it, have heard; returns the files' names."""
+        names = set[str]()
+        for table, file in _HEARD:
+            here = table.c.run_id == run_id
+            if round_number is not None:
+                here = and_(here, table.c.round == round_number)
+            names.update(self._connection.execute(select(table.c[file]).where(here)).scalars())
+            self._connection.execute(delete(table).where(here))
+        return names - {""}
+
+    def forget_closed(self) -> None:
+        """Forget what attempts have heard that are closed: a crash came before :meth:`forget_attempts`."""
+        for table, _ in _HEARD:
+            same = [table.c[name] == ROUND.c[name] for name in Attempt._fields]
+            is_open = select(ROUND.c.state).where(*same, ROUND.c.state == "planned").exists()
+            self._connection.execute(delete(table).where(~is_open))
 
     def _now(self) -> float:
         now = float(self._clock())
@@ -340,7 +348,7 @@ class Store:
             _upsert_presence(connection, rows)
 
     def keep(self, attempt: Attempt, record: Kept, *, durable: bool) -> None:
-        """Write a record of an open attempt ahead; the event that closes the attempt takes it away.
+        """Write a record of an open attempt ahead, until :meth:`Transaction.forget_attempts`.
 
         Args:
             attempt: Of which run, round and attempt.
@@ -356,7 +364,7 @@ class Store:
             attempts.add(connection, attempt, record)
 
     def kept(self, attempt: Attempt) -> list[Kept]:
-        """Return the records of an attempt that has not been closed, in order.
+        """Return the records of an attempt, in order.
 
         Raises:
             StateCorrupt: One is missing or damaged.
@@ -557,18 +565,12 @@ class Store:
         return [Received(r["device_id"], r["sha256"], r["num_bytes"], bool(r["counted"])) for r in rows]
 
     def attempt_files(self) -> set[str]:
-        """Return the names of all files that open attempts need: updates, and what noise is made of."""
-        same = (
-            CHARGE.c.run_id == ROUND.c.run_id,
-            CHARGE.c.round == ROUND.c.round,
-            CHARGE.c.attempt == ROUND.c.attempt,
-        )
+        """Return the names of all files that open attempts need: what came, and what noise is made of."""
+        same = [CHARGE.c[name] == ROUND.c[name] for name in Attempt._fields]
         noise = select(CHARGE.c.state_sha256).join(ROUND, and_(*same))
         noise = noise.where(CHARGE.c.state == "releasing", ROUND.c.state == "planned")
-        found = self._rows(select(RECEIVED.c.sha256)), self._rows(noise)
-        return {
-            row[name] for rows, name in zip(found, ("sha256", "state_sha256"), strict=True) for row in rows
-        }
+        queries = [select(table.c[file]) for table, file in _HEARD] + [noise]
+        return {name for query in queries for (name,) in self._tuples(query) if name}
 
     def phase(self, run_id: str, round: int, attempt: int) -> str:
         """Return the phase of an attempt; empty where there is none."""
@@ -859,6 +861,7 @@ class Store:
             return connection.execute(query).mappings().all()
 
 
+_HEARD = ((RECEIVED, "sha256"), (ATTEMPT_RECORD, "blob"))  # of open attempts; which column names a file
 _DEVICES = select(DEVICE, PRESENCE.c.last_seen, PRESENCE.c.status).outerjoin_from(
     DEVICE, PRESENCE, DEVICE.c.id == PRESENCE.c.device_id
 )

@@ -309,7 +309,7 @@ class ToldRow(_Base, table=True):
 
 
 class ReceivedRow(_Base, table=True):
-    """An update that was acknowledged, until its attempt is closed. Not in the journal: see ``received``."""
+    """An update that was acknowledged, until its attempt is closed. Not in the journal: see ``attempts``."""
 
     __tablename__ = "received"
     __table_args__ = (Index("received_sha256", "sha256"),)
@@ -350,8 +350,7 @@ class AttemptRecordRow(_Base, table=True):
     attempt: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
     number: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))  # from 1
     body: bytes = Field(sa_column=Column(LargeBinary, nullable=False))  # empty: it is in ``blob``
-    blob: str = Field(sa_column=_text())  # SHA-256 of a spooled file; empty: it is in ``body``
-    spooled: str = Field(sa_column=_text())  # JSON object: device -> SHA-256 of the files it has sent
+    blob: str = Field(sa_column=_text())  # SHA-256 of a file; empty: it is in ``body``
     hash: str = Field(sa_column=_text())  # of this row and, through the one before, of all before
 
 

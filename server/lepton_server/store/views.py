@@ -306,13 +306,11 @@ class Kept:
     Attributes:
         number: 1, 2, 3, ... within the attempt.
         body: the record; empty where it is large, and then in the file that ``blob`` names.
-        blob: SHA-256 of a spooled file, or empty.
-        spooled: device -> SHA-256 of the spooled files that have come from it with this record, in order.
+        blob: SHA-256 of a file, or empty.
         hash: of all this and of the record before.
     """
 
     number: int
     body: bytes = field(repr=False)
     blob: str
-    spooled: Mapping[str, tuple[str, ...]]
     hash: str
