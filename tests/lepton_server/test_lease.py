@@ -57,7 +57,7 @@ def test_one_that_was_only_slow_writes_nothing_more_of_any_kind(pair):
     assert two.take_lease("two", LIFE_S) is None
     assert two.take_lease("two", 0.0)  # its life is over
     head = two.head()
-    record = Kept(1, b"x", "", {}, "00")
+    record = Kept(1, b"x", "", "00")
     writes = (
         lambda: started(one),
         one.renew_lease,
