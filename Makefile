@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help demo demo-delivery test lint docs bench nightly nightly-inputs nightly-audit nightly-races \
+.PHONY: help demo demo-delivery test lint docs bench nightly nightly-inputs nightly-packages nightly-audit nightly-races \
   nightly-step nightly-anchor nightly-accuracy nightly-chaos clean
 
 help:
@@ -19,7 +19,7 @@ help:
 	@echo "make lint    style, types, layers, generated code"
 	@echo "make docs    the generated parts of docs/"
 	@echo "make bench   measurements (make bench ARGS=--list)"
-	@echo "make nightly a million inputs for the decoders; audits and accuracy under privacy (LEPTON_DATA=FOLDER for all)"
+	@echo "make nightly a million inputs for the decoders; known vulnerabilities; audits and accuracy under privacy (LEPTON_DATA=FOLDER for all)"
 	@echo "make clean   remove .venv and all caches"
 
 demo: $(VENV)/.sim
@@ -35,7 +35,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy .ci/check_wheel.py .ci/reference_docs.py
+	$(BIN)/mypy .ci/advisories.py .ci/check_wheel.py .ci/reference_docs.py
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/bandit -q -ll -ii -c pyproject.toml -r lepton_fl client/lepton_client server/lepton_server simulations/lepton_simulations strategies/lepton_strategies
 	PYTHON=$(BIN)/python proto/generate --check
@@ -50,7 +50,7 @@ bench: $(VENV)/.dev
 # is kept is of one commit: a part that was ended goes on where it was.
 KEPT := build/nightly/$(shell git rev-parse --short HEAD 2>/dev/null || echo export)
 
-nightly: nightly-inputs nightly-audit nightly-races nightly-step nightly-chaos \
+nightly: nightly-inputs nightly-packages nightly-audit nightly-races nightly-step nightly-chaos \
   $(if $(LEPTON_DATA),nightly-anchor nightly-accuracy)
 
 nightly-inputs: $(VENV)/.dev
@@ -58,6 +58,15 @@ nightly-inputs: $(VENV)/.dev
 	@$(BIN)/python tests/test_decoders.py --inputs 1000000
 	@LEPTON_FUZZ_INPUTS=5000 $(BIN)/pytest -q -k whatever tests/lepton_server/test_coordinator.py \
 	  tests/lepton_server/test_device_service.py tests/lepton_server/test_flower_link.py
+
+# pip-audit has an environment of its own: its dependencies are none of ours.
+nightly-packages: $(VENV)/.dev
+	@$(BIN)/python -m pip check
+	@test -x build/pip-audit/bin/pip-audit || { $(PYTHON) -m venv build/pip-audit && \
+	  build/pip-audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit; } 2> /dev/null || \
+	  echo "pip-audit does not install here"
+	@$(BIN)/python .ci/advisories.py build/pip-audit/bin/pip-audit \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 
 nightly-chaos: $(VENV)/.dev
 	@$(BIN)/python benchmarks chaos

@@ -1,5 +1,6 @@
 """The house rules hold: layers, packaging, what the repository may contain, what ``--help`` loads."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -153,6 +154,37 @@ def test_every_dependency_says_why():
             if "Classifier" in line or " :: " in line:
                 continue
             assert re.search(r'",\s+# \S+', line), f"{line.strip()} does not say what it is for"
+
+
+def test_every_dependency_has_a_lower_bound():
+    """What pip may take is what has been tried, or newer; a development tool may be any."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [d for name in extras if name != "dev" for d in extras[name] if not d.startswith("lepton-fl[")]
+    assert [d for d in PROJECT["project"]["dependencies"] + wanted if ">=" not in d] == []
+
+
+@pytest.mark.parametrize(
+    ("packages", "words", "good"),
+    [
+        ([{"name": "a", "version": "1", "vulns": []}], "1 of 1 packages looked up, 0 with", True),
+        ([{"name": "a", "skip_reason": "not found"}], "Not looked for", True),
+        (
+            [
+                {"name": "a", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["1.1"]}]},
+                {"name": "b", "skip_reason": "not found"},
+            ],
+            "a 1: CVE-1, mended in 1.1\n1 of 2 packages looked up, 1 with",
+            False,
+        ),
+    ],
+)
+def test_known_vulnerabilities_are_told_from_packages_that_nobody_knows(packages, words, good):
+    spec = importlib.util.spec_from_file_location("advisories", ROOT / ".ci" / "advisories.py")
+    advisories = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(advisories)
+    said, well = advisories.verdict({"dependencies": packages})
+    assert said.startswith(words)
+    assert well is good
 
 
 def test_every_entry_point_names_a_module_of_ours():
