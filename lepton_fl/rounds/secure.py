@@ -373,6 +373,7 @@ class _Heard:
             seconds=told.seconds,
             num_bytes=told.num_bytes + (before.num_bytes if before else 0),
             arrived_s=self._collected.elapsed_s() if told.arrived_s is None else told.arrived_s,
+            cause=refusal.cause if refusal else None,
         )
         if stage is Stage.UPLOADS:
             self._tell(told.device, refusal)

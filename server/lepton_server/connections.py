@@ -73,10 +73,8 @@ class Room:
         own, fleet = min(OWN_FILES, files // 4), min(limits.max_connections, files // 4)
         enrolment, ops = min(ENROLMENT_CONNECTIONS, files // 16), min(OPS_CONNECTIONS, files // 64)
         left = files - own - fleet - enrolment - ops
-        device = min(limits.max_device_connections, left)
-        if device < limits.max_device_connections:
-            log.info("%d open files allow %d connections to the device port", files, device)
-        return cls(device, fleet, enrolment, ops, limits.max_connections_per_address)
+        device, per_address = min(limits.max_device_connections, left), limits.max_connections_per_address
+        return cls(device, fleet, enrolment, ops, per_address)
 
     def of_address(self, most: int) -> int:
         """Of those to one port, how many one address may have: half of them at most."""

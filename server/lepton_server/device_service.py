@@ -228,7 +228,9 @@ class DeviceService:
         except BaseException:
             self.stop(grace_s=0)
             raise
-        log.info("devices: %s, enrolment: %s", self.endpoints.device_service, self.endpoints.enrolment)
+        where = self.endpoints
+        most = self._room.device
+        log.info("devices: %s, at most %d; enrolment: %s", where.device_service, most, where.enrolment)
 
     def stop(self, grace_s: float = 1.0) -> None:
         """End the waiting streams, give other calls ``grace_s`` seconds to end, and close the ports."""

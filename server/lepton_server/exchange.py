@@ -139,7 +139,7 @@ class FleetExchange:
                 self.moved(plan, "offered")
                 reached("round.offered")
             yield from self._answers(attempt, box)
-            yield from self._silent(attempt)
+            yield from self._silent(attempt, plan.deadline_s)
         finally:
             self._attends(None)
             box.close()
@@ -198,6 +198,7 @@ class FleetExchange:
                 rest = _Some(messages, {k.device_id for k in known})
             yield from self._send(attempt, box, rest)
             yield from self._answers(attempt, box, idle=True)
+            yield from self._silent(attempt, seconds)
         finally:
             box.withdraw(list(attempt.devices))
             attempt.devices.clear()
@@ -374,7 +375,7 @@ class FleetExchange:
                 cause = Cause.HALF_OPEN if cut else Cause.GONE
                 yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, why, cause=cause))
 
-    def _silent(self, attempt: _Attempt) -> Generator[Answer, None, None]:
+    def _silent(self, attempt: _Attempt, seconds: float) -> Generator[Answer, None, None]:
         """Name what kept those from answering whom the deadline cut off; they are told to leave later."""
         if attempt.hurried:
             return
@@ -382,7 +383,7 @@ class FleetExchange:
         for device_id in list(attempt.devices.values()):
             found = diagnose(self.facts(attempt, device_id, now))
             cause = found.cause if found.is_fault else Cause.SLOW
-            why = f"No answer of device {device_id} within {attempt.plan.deadline_s:g} s: " + (
+            why = f"No answer of device {device_id} within {seconds:g} s: " + (
                 found.detail or "it was still at work"
             )
             yield Answer(device_id, UpdateRejected(Rejection.OFFLINE, why, cause=cause))

@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from pydantic import ValidationError
 
-from lepton_fl.errors import ConfigError, Rejection, StateError, TrustError, UpdateRejected
+from lepton_fl.errors import Cause, ConfigError, Rejection, StateError, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan, RunSpec, SecureSpec
 from lepton_fl.rounds.accumulator import Accumulator, Subtotal
 from lepton_fl.rounds.campaign import Campaign, RunState, Work, plan_round
@@ -219,6 +219,30 @@ def test_six_of_twenty_may_leave_at_any_stage(stage):
     assert_array_equal(mean, expected)
     outcomes = {d: e.outcome for d, e in collected.participation.items()}
     assert outcomes == {d: ACCEPTED if d in counted else Rejection.OFFLINE.value for d in COHORT}
+
+
+class Diagnosed(Fleet):
+    """Of a silent device it is said what keeps it, as on a real fleet."""
+
+    def ask(self, stage: Stage, messages: Mapping[str, bytes]) -> Generator[Told, None, None]:
+        yield from super().ask(stage, messages)
+        for device in messages:
+            if self.drops.get(device, Stage.DONE) <= stage:
+                why = UpdateRejected(Rejection.OFFLINE, "No answer.", cause=Cause.HUNG_TRAINING)
+                yield Told(device, why)
+
+
+@pytest.mark.parametrize("stage", [Stage.ADVERTS, Stage.SHARES, Stage.UPLOADS, Stage.CONSENTS])
+def test_what_keeps_a_silent_device_is_noted_and_changes_no_sum(stage):
+    plan, request = plan_of(spec_of())
+    gone = COHORT[3:7]
+    collected, mean = secure(Diagnosed(plan, request, dict.fromkeys(gone, stage)))
+    counted = COHORT if stage > Stage.UPLOADS else tuple(d for d in COHORT if d not in gone)
+    assert_array_equal(mean, collect_training(plan, request.model, Plain(counted))[1])
+    for device, entry in collected.participation.items():
+        lost = device not in counted
+        assert entry.outcome == (Rejection.OFFLINE if lost else ACCEPTED)
+        assert entry.cause is (Cause.HUNG_TRAINING if lost else None)
 
 
 @pytest.mark.parametrize("stage", list(Stage)[:4])

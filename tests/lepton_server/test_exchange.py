@@ -89,6 +89,21 @@ def test_the_deadline_ends_an_attempt_and_a_stop_brings_it_near(works, asking, m
     assert outcomes(works, exchange, plan, request) == {}
 
 
+def test_who_is_silent_in_a_stage_is_named_with_a_cause(works, asking):
+    """Of a secure round, as of a plain one."""
+    exchange, plan, request = asking()
+    stages = exchange.stages(plan, 60.0)
+    messages = dict.fromkeys(plan.cohort, request.to_records())
+    answers = {a.device_id: a.records for a in stages.ask(messages, 0.2) if a is not None}
+    assert set(answers) == set(works.ids)
+    assert all(a.reason is Rejection.OFFLINE and a.cause is not None for a in answers.values())
+    assert "within 0.2 s" in str(answers[works.ids[0]])
+    answers = [a for a in stages.ask(messages, 0.0) if a is not None]  # who was silent is asked again
+    assert {a.device_id for a in answers} == set(works.ids)
+    stages.close()
+    assert works.fleet.counts().busy == 0
+
+
 def test_a_shutdown_interrupts_and_leaves_nothing_claimed(works, asking):
     closing = threading.Event()
     exchange, plan, request = asking(deadline_s=600.0, closing=closing.is_set)
