@@ -48,6 +48,7 @@ class Line:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._next, self._unread, self._unsent = 1, b"", b""
+        self.most = 1  # calls under way that the server wants at most, once it has said so
         self._decoder = hpack.Decoder()
         self._decoder.header_table_size = 0
         self._loop.add_reader(connection, self._readable)
@@ -154,6 +155,9 @@ class Line:
         elif kind == RST_STREAM:
             self._answered(stream, Answer(1, f"reset, code {int.from_bytes(body, 'big')}", dropped=True))
         elif kind in (SETTINGS, PING) and not flags & ACK:
+            if kind == SETTINGS:
+                found = {body[at : at + 2]: body[at + 2 : at + 6] for at in range(0, len(body), 6)}
+                self.most = int.from_bytes(found.get(b"\0\3", b"\x7f\xff\xff\xff"), "big")
             self._send(_frame(kind, ACK, 0, body if kind == PING else b""))
         elif kind == GOAWAY:
             self._end(ConnectionResetError("the server takes no more calls of this connection"))

@@ -12,13 +12,15 @@ that more than the coordinator can do is really asked of it. In turn:
 * half: calls at half of that rate, whatever the answers do (Poisson); latency counts from when one was due;
 * double: calls at twice that rate, by devices that do not listen when they are put off; meanwhile a run
   trains with updates of 4 MB, from devices that take part as real ones do;
+* rude: the same, by devices that do not keep to what HTTP/2 tells them either;
 * polite: all connections call eight times at once and stay away for as long as they are told.
 
-"Dropped" are calls that found gRPC's own line full; devices back off then.
+"Held back" are calls that were due while the device had as many under way as the coordinator lets it know
+(HTTP/2's back-pressure); "dropped", those that found gRPC's own line full; devices back off then.
 
-Exit code 1 unless: twice the sustainable rate was sent; every call was answered, put off or dropped (no other
-error) while a device has patience; the run under overload committed every update that was acknowledged; the
-polite herd was served; memory kept its bound; and the coordinator was well afterwards.
+Exit code 1 unless: twice the sustainable rate was asked for; every call was answered, put off or dropped (no
+other error) while a device has patience; the run under overload committed every update that was acknowledged;
+the polite herd was served; memory kept its bound; and the coordinator was well afterwards.
 """
 
 import argparse
@@ -49,9 +51,8 @@ TRAINING = 10  # devices of the run under overload
 ROUNDS = 3
 MAX_GROWTH_MB = 200.0  # of the coordinator, from idle with the fleet to its peak
 AT_ONCE = 8  # calls of one connection, where all come at once; a device has two
-STREAMS = 32  # calls of one connection under way that the coordinator takes
 PATIENCE_S = 20.0  # of one call, as a device has it
-RESOURCE_EXHAUSTED = 8  # gRPC's number of it
+CANCELLED, RESOURCE_EXHAUSTED = 1, 8  # gRPC's numbers of what its own line says when it is full
 LEAST_SHARE = 0.95  # of the rate that is aimed at
 Result = dict[str, Any]
 
@@ -63,9 +64,9 @@ class Seen:
     served: int = 0
     put_off: int = 0  # with a time to come again
     dropped: int = 0  # by gRPC itself, whose line is full: without a word, and a device then backs off
+    held_back: int = 0  # by the stack of a device that has as many under way as the coordinator wants
     sent: int = 0  # where calls come at a rate, ...
     sending_s: float = 0.0  # ... within so long
-    kept_back: int = 0  # by a device that has too many under way
     errors: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)  # of those served
 
@@ -75,8 +76,8 @@ class Seen:
         at = [ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3 for share in (0.5, 0.99)]
         asked = self.served + self.put_off + self.dropped + sum(self.errors.values())
         return {
-            "offered": self.sent / self.sending_s if self.sending_s else asked / elapsed,
-            "kept_back": self.kept_back,
+            "offered": (self.sent + self.held_back) / self.sending_s if self.sending_s else asked / elapsed,
+            "held_back": self.held_back / elapsed,
             "served": self.served / elapsed,
             "put_off": self.put_off / elapsed,
             "dropped": self.dropped / elapsed,
@@ -122,7 +123,7 @@ class Herd:
             seen.put_off += 1
         elif time.perf_counter() - begin > PATIENCE_S:
             seen.errors["a call was not answered while its device had patience"] += 1
-        elif answer.dropped or answer.status == RESOURCE_EXHAUSTED:
+        elif answer.dropped or answer.status in (CANCELLED, RESOURCE_EXHAUSTED):
             seen.dropped += 1
             return random.uniform(0.5, 5.0)
         elif answer.status:
@@ -159,8 +160,8 @@ class Herd:
 
         await asyncio.gather(*map(worker, lines))
 
-    async def open(self, seen: Seen, lines: list[Line], rate: float) -> None:
-        """So many calls a second, whatever becomes of them."""
+    async def open(self, seen: Seen, lines: list[Line], rate: float, *, rude: bool = False) -> None:
+        """So many calls a second, whatever becomes of them; ``rude``: more than HTTP/2 allows, too."""
         tasks: set[asyncio.Task[float]] = set()
         begin = due = time.perf_counter()
         while (due := due + random.expovariate(rate)) - begin < self.seconds:
@@ -169,8 +170,8 @@ class Herd:
             elif seen.sent % 64 == 0:
                 await asyncio.sleep(0)  # this process is behind: answers must be read all the same
             line = random.choice(lines)
-            if line.under_way >= STREAMS:
-                seen.kept_back += 1
+            if not rude and line.under_way >= line.most:
+                seen.held_back += 1
                 continue
             seen.sent += 1
             task = asyncio.ensure_future(self.call(line, seen, due))
@@ -200,6 +201,7 @@ class Herd:
             "kept": lambda: self.kept(seen, lines),
             "half": lambda: self.open(seen, lines, rate),
             "double": lambda: self.open(seen, lines, rate),
+            "rude": lambda: self.open(seen, lines, rate, rude=True),
             "polite": lambda: self.polite(seen, lines),
         }
         print("ready", flush=True)
@@ -285,6 +287,7 @@ def measure(args: argparse.Namespace, console: Console) -> bool:
         rate = made.phase("kept")["served"]
         made.phase("half", rate / 2)
         made.phase("double", 2 * rate, lambda: runs.append(fleet.queue(TRAINING, ROUNDS)))
+        made.phase("rude", 2 * rate)
         made.phase("polite")
         with open_store(fleet.store_url) as store:
             fleet.wait(lambda: store.run(runs[0]).finished, 300, "the run under overload")
@@ -310,6 +313,7 @@ def show(console: Console, results: dict[str, Result], args: argparse.Namespace)
         "",
         "aim/s",
         "asked/s",
+        "held back/s",
         "served/s",
         "put off/s",
         "dropped/s",
@@ -320,7 +324,14 @@ def show(console: Console, results: dict[str, Result], args: argparse.Namespace)
     ):
         table.add_column(column, justify="right")
     for name, r in results.items():
-        figures = [r["offered"], r["served"], r["put_off"], r["dropped"], sum(r["errors"].values())]
+        figures = [
+            r["offered"],
+            r["held_back"],
+            r["served"],
+            r["put_off"],
+            r["dropped"],
+            sum(r["errors"].values()),
+        ]
         wanted = f"{r['rate']:,.0f}" if r["rate"] else ""
         times = f"{r['p50_ms']:.1f}", f"{r['p99_ms']:.1f}", f"{r['peak_mb']:.0f}"
         table.add_row(name, wanted, *(f"{f:,.0f}" for f in figures), *times)
@@ -337,11 +348,9 @@ def judge(
     growth = max(r["peak_mb"] for r in results.values()) - idle
     polite = results["polite"]
     wants = AT_ONCE * args.concurrent
-    double = results["double"]
+    asked = min(r["offered"] / r["rate"] for r in (results["double"], results["rude"]))
     checks = {
-        f"{double['offered'] / double['rate']:.0%} of twice the sustainable rate was sent, "
-        f"{double['kept_back']:,} calls were kept back by their device": double["offered"]
-        >= LEAST_SHARE * double["rate"],
+        f"{asked:.0%} of twice the sustainable rate was asked for": asked >= LEAST_SHARE,
         "no call ended otherwise than answered, put off or dropped": not any(
             r["errors"] for r in results.values()
         ),

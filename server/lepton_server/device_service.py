@@ -89,6 +89,7 @@ RENEW_GAP_S = 60.0  # a device gets at most one certificate in this time
 ENROLMENTS_AT_ONCE = 512  # more are put off, ...
 ENROLMENTS_OF_ADDRESS = 32  # ... and more from one address
 CALLS_OF_DEVICE = 16  # in hand at a time; it needs two
+CALLS_OF_CONNECTION: Final = 8  # under way; HTTP/2 tells the peer, whose stack holds further ones back
 LINE: Final = 4_000  # calls that gRPC keeps until we look at them
 READ_S: Final = 10.0  # for the request of a call to arrive
 SEND_S: Final = 120.0  # for a chunk (256 kB) to leave
@@ -848,8 +849,7 @@ def _options(config: ServerConfig, connections: int) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", config.limits.max_message_bytes),
         ("grpc.max_metadata_size", 8192),
         ("grpc.absolute_max_metadata_size", 16384),
-        # Of a connection: more than we take in hand, for a stream that gRPC itself refuses is told no reason.
-        ("grpc.max_concurrent_streams", 2 * CALLS_OF_DEVICE),
+        ("grpc.max_concurrent_streams", CALLS_OF_CONNECTION),
         ("grpc.max_allowed_incoming_connections", connections),
         # gRPC hangs up on a call for which its line has no place, and does not say when to come again: we do.
         ("grpc.server.max_pending_requests", LINE),

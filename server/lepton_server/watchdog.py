@@ -388,11 +388,11 @@ class Watchdog:
             run.standings = self._standings(run.candidates())
         faults = {d: s for d, s in run.standings.items() if d not in found or s.cause in _HEALED}
         faults |= {d: s for d, s in found.items() if s.is_fault}
-        self._say(run_id, run, faults)
+        shown = sorted(faults.items(), key=lambda item: (item[0] not in found, item[1].cause.value, item[0]))
+        self._say(run_id, run, shown)
         wait = run.wait or self._wait_for_store()
         if wait is None and attempt is not None:
             wait = _wait_for_devices(attempt, found)
-        shown = sorted(faults.items(), key=lambda item: (item[0] not in found, item[1].cause.value, item[0]))
         return {
             "round": attempt.round if attempt else None,
             "attempt": attempt.attempt if attempt else None,
@@ -444,21 +444,23 @@ class Watchdog:
                 found[device_id] = standing(usual[device_id], vitals)
         return {d: s for d, s in found.items() if s.is_fault}
 
-    def _say(self, run_id: str, run: _Watched, faults: Mapping[str, Diagnosis]) -> None:
-        """One line for each fault that is new, and the gauges."""
-        for device_id, fault in faults.items():
-            if run.named.get(device_id) is not fault.cause:
-                log.warning(
-                    "run %s: device %s: %s%s",
-                    run_id,
-                    device_id,
-                    fault.cause.value,
-                    f": {fault.detail}" if fault.detail else "",
-                    extra=_extra(run_id, run.attempt, fault.cause) | {"device": device_id},
-                )
-        run.named = {device_id: fault.cause for device_id, fault in faults.items()}
+    def _say(self, run_id: str, run: _Watched, faults: Sequence[tuple[str, Diagnosis]]) -> None:
+        """A line for each fault that is new, the foremost first and of a crowd only some, and the gauges."""
+        new = [(d, fault) for d, fault in faults if run.named.get(d) is not fault.cause]
+        for device_id, fault in new[:MOST_DEVICES]:
+            log.warning(
+                "run %s: device %s: %s%s",
+                run_id,
+                device_id,
+                fault.cause.value,
+                f": {fault.detail}" if fault.detail else "",
+                extra=_extra(run_id, run.attempt, fault.cause) | {"device": device_id},
+            )
+        if (more := len(new) - MOST_DEVICES) > 0:
+            log.warning("run %s: %d more devices have faults; `lepton devices list` shows them", run_id, more)
+        run.named = {device_id: fault.cause for device_id, fault in faults}
         counts: dict[str, int] = {}
-        for fault in faults.values():
+        for _, fault in faults:
             counts[fault.cause.value] = counts.get(fault.cause.value, 0) + 1
         self._meters.show_faults(run_id, counts, run.wait.cause.value if run.wait else "")
 
