@@ -248,6 +248,9 @@ class Measurement:
         load.wait()
         self.fleet.running.remove(load)
         result |= {"rate": rate, "peak_mb": self.mb("VmHWM")}
+        print(
+            f"{name}: " + ", ".join(f"{k} {v:,.4g}" for k, v in result.items() if k != "errors"), flush=True
+        )
         self.results[name] = result
         return result
 
