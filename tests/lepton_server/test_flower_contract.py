@@ -81,6 +81,8 @@ SIGNATURES = {
     ],
     "flwr.supercore.inflatable.inflatable_utils:validate_object_content": ["content"],
     "flwr.superlink.dependencies.linkstate:get_linkstate": ["request"],
+    "flwr.superlink.servicer.fleet.fleet_handlers:pull_messages": ["request", "state", "store"],
+    "flwr.superlink.servicer.fleet.fleet_handlers:push_messages": ["request", "state"],
     "flwr.superlink.routers.fleet.router:get_enable_supernode_auth": ["request"],
     "flwr.supercore.protobuf.client:ProtobufClient.from_server_address": [
         "server_address", "insecure", "root_certificates", "interceptors", "retry_invoker",

@@ -8,9 +8,9 @@ A request passes in this order, and nothing of a body is read before the second 
 4. what it asks concerns this node (its own reply, an object of its own message), else 403, 409 or 410;
 5. a reply gets a slot of its mailbox's gate, else 503 with Retry-After; so does a large response; the request
    that completes a reply which must be durable is answered when it is;
-6. Flower's own middlewares and handlers do the work, and authenticate once more. The two bulk paths,
-   push-object and pull-object, go straight to Flower's state: its HTTP stack costs more than they do, and
-   copies what passes; see ``frames``. Small objects travel with the messages (``wire.along``).
+6. Flower's own middlewares and handlers do the work, and authenticate once more. What rounds are made of goes
+   past the middlewares, which cost more than the work: messages straight to Flower's handlers, with small
+   objects in them (``wire.along``), objects straight to its state, where nothing copies them (``frames``).
 
 Refusals are JSON: ``{"code": "late", "message": "..."}``.
 """
@@ -36,7 +36,7 @@ from flwr.common.constant import (
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
 )
-from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import (
     ObjectTree,
     PullObjectRequest,
@@ -53,6 +53,7 @@ from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import get_enable_supernode_auth
 from flwr.superlink.routers.fleet.router import router as fleet_router
+from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtoMessage
 from starlette.concurrency import run_in_threadpool
@@ -225,14 +226,15 @@ class Guard:
     async def _pull_messages(
         self, scope: Scope, headers: dict[bytes, bytes], body: "_Body", send: Send, node_id: int
     ) -> None:
-        content = await body.read(headers, SMALL_BODY, self._limits.upload_timeout_s)
-        status, fields, answer = await self._call(scope, content)
-        if status == 200 and answer:
-            response = PullMessagesResponse.FromString(answer)
-            ids = {n.object_id for tree in response.message_object_trees for n in iterate_object_tree(tree)}
-            add_along(response, [self._state.get_object(self._state.run_id, name) or b"" for name in ids])
-            answer = response.SerializeToString()
-        await _send_response(send, status, fields, answer)
+        request = _parse(
+            PullMessagesRequest, await body.read(headers, SMALL_BODY, self._limits.upload_timeout_s)
+        )
+        if request.node.node_id != node_id:
+            raise _unknown_key()
+        response = fleet_handlers.pull_messages(request, self._state, self._state.object_store)
+        ids = {n.object_id for tree in response.message_object_trees for n in iterate_object_tree(tree)}
+        add_along(response, [self._state.get_object(self._state.run_id, name) or b"" for name in ids])
+        await _send_response(send, 200, _PROTOBUF, response.SerializeToString())
 
     async def _pull_object(
         self, scope: Scope, headers: dict[bytes, bytes], body: "_Body", send: Send, node_id: int
@@ -306,16 +308,18 @@ class Guard:
             await _send_response(send, 200, _PROTOBUF, answer.SerializeToString())
             return
         try:
-            response = await self._call(scope, content)
+            if len(content) > SMALL_BODY:
+                answer = await run_in_threadpool(fleet_handlers.push_messages, request, self._state)
+            else:
+                answer = fleet_handlers.push_messages(request, self._state)
+        except Exception as error:
+            log.exception("An announcement of node %d was not taken.", node_id)
+            raise Refusal(422, "refused", "The reply was not accepted.") from error
         finally:
             stored = self._link.settle(message_id, reply_id)
-        if response[0] == 200 and not stored:
+        if not stored:
             self._link.offer(node_id, message_id, reply_id)  # says why, when the message was withdrawn
             raise Refusal(422, "refused", "The reply was not accepted.")
-        if response[0] != 200:
-            await _send_response(send, *response)
-            return
-        answer = PushMessagesResponse.FromString(response[2])
         self._take_along(request, answer, node_id)
         whole = self._link.whole(answer.session_id)
         if whole:  # nothing is left to push
@@ -323,7 +327,7 @@ class Guard:
         if await body.is_gone():  # hung up while it waited: the slot is for one that is there
             self._link.abandon(message_id, reply_id)
             raise Disconnected
-        await _send_response(send, *response[:2], answer.SerializeToString())
+        await _send_response(send, 200, _PROTOBUF, answer.SerializeToString())
         if whole:
             reached("update.acknowledged")
 
