@@ -183,6 +183,8 @@ def encode_reply(
     Raises:
         UpdateRejected: a value is outside the bounds of the plan.
     """
+    if plan.private is not None and isinstance(encoding, Quantised) and plan.private.noise != "none":
+        raise malformed("noise of devices is asked for, in an encoding that has no place for it")
     if plan.private is not None and not isinstance(encoding, Quantised):
         noise = noise_share(plan.private, encoding, len(reply.update), stream)
         if isinstance(encoding, Exact):

@@ -1,7 +1,8 @@
-"""What a device has signed in secure rounds, in a file (``secagg.client.Ledger``).
+"""What a device has given and signed in secure rounds, in a file (``secagg.client.Ledger``).
 
-One line per round: whoever signs two survivor sets in one round lets the coordinator learn two sums, and with
-them their difference. So the line is on the disk before the signature leaves, and never changes.
+Whoever signs two survivor sets in one round, or is in two sums of it, may let the coordinator learn two sums,
+and with them their difference. So a line is on the disk before a vector or a signature leaves, and never
+changes.
 """
 
 import fcntl
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lepton_fl.errors import StateCorrupt, StateError
+from lepton_fl.files import sync_folder
 
 
 class FileLedger:
@@ -29,38 +31,53 @@ class FileLedger:
             StateError: the file cannot be written; nothing may be signed.
             StateCorrupt: a line of it cannot be read.
         """
-        try:
-            with self._locked() as file:
-                found = self._find(file, round_key)
-                if found is not None:
-                    return found
-                file.seek(0, os.SEEK_END)
-                file.write(json.dumps([round_key, digest.hex()]).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                return digest
-        except OSError as error:
-            raise StateError(f"The ledger {self._path} cannot be written: {error.strerror}.") from error
+        with self._locked() as file:
+            lines = self._read(file)
+            if round_key not in lines:
+                self._write(file, round_key, digest)
+            return lines.get(round_key, digest)
+
+    def give(self, round_key: str, attempt: int, roster: bytes) -> bool:
+        """See ``Ledger``; raises like ``claim``."""
+        key, value = f"{round_key} given", attempt.to_bytes(8, "big") + roster
+        with self._locked() as file:
+            lines = self._read(file)
+            last = lines.get(key, b"")
+            if last != value:
+                if round_key in lines or last[:8] >= value[:8]:
+                    return False
+                self._write(file, key, value)
+            return True
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-            yield file
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+                yield file
+        except OSError as error:
+            raise StateError(f"The ledger {self._path} cannot be written: {error.strerror}.") from error
 
-    def _find(self, file: BinaryIO, round_key: str) -> bytes | None:
-        size = 0
+    def _read(self, file: BinaryIO) -> dict[str, bytes]:
+        """All lines by their keys; of several, the last one."""
+        found, size = dict[str, bytes](), 0
         for line in file:
-            if not line.endswith(b"\n"):  # a write that a crash cut short: it was never signed
+            if not line.endswith(b"\n"):  # a write that a crash cut short: nothing has left
                 file.truncate(size)
-                return None
+                break
             size += len(line)
             try:
-                key, digest = json.loads(line)
-                stored = bytes.fromhex(digest)
+                key, value = json.loads(line)
+                found[key] = bytes.fromhex(value)
             except (ValueError, TypeError) as error:
                 raise StateCorrupt(f"A line of the ledger {self._path} cannot be read.") from error
-            if key == round_key:
-                return stored
-        return None
+        return found
+
+    def _write(self, file: BinaryIO, key: str, value: bytes) -> None:
+        is_new = file.seek(0, os.SEEK_END) == 0
+        file.write(json.dumps([key, value.hex()]).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self._path.parent)

@@ -9,6 +9,7 @@ never remembered.
 from dataclasses import dataclass
 from typing import Final
 
+from lepton_fl.errors import TrustError
 from lepton_fl.secagg.messages import Advert, Certificate, Consent, Roster, verify
 
 _MOST: Final = 64  # results kept: more sums than one round has
@@ -18,7 +19,6 @@ _MOST: Final = 64  # results kept: more sums than one round has
 class Cohort:
     """A roster that was read."""
 
-    context: bytes  # digest
     adverts: tuple[bytes, ...]
     peers: tuple[Advert, ...]  # the same, decoded and their signatures verified
     digest: bytes  # R
@@ -27,15 +27,21 @@ class Cohort:
 class Checks:
     """Each check, made whenever it is asked for: what a device uses."""
 
-    def cohort(self, roster: bytes) -> Cohort:
+    def cohort(self, roster: bytes, context: bytes) -> Cohort:
         """Read message 2 and verify the signature of every advert, under the key that it shows.
+
+        Args:
+            roster: the message.
+            context: the digest that it must be for, or none of its signatures is looked at.
 
         Raises:
             UpdateRejected: MALFORMED.
-            TrustError: a signature is wrong.
+            TrustError: it is for another context, or a signature is wrong.
         """
         read = Roster.decode(roster)
-        return Cohort(read.context, read.adverts, tuple(map(Advert.decode, read.adverts)), read.digest)
+        if read.context != context:
+            raise TrustError("a roster of another context")
+        return Cohort(read.adverts, tuple(map(Advert.decode, read.adverts)), read.digest)
 
     def consents(self, cohort: Cohort, certificate: Certificate) -> None:
         """Verify that each signature of message 8 is that of a consent to the set that it names.
@@ -53,15 +59,16 @@ class SharedChecks(Checks):
     """For the devices of one process."""
 
     def __init__(self) -> None:
-        self._cohorts: dict[bytes, Cohort] = {}
+        self._cohorts: dict[tuple[bytes, bytes], Cohort] = {}
         self._good: dict[tuple[bytes, Certificate], None] = {}
 
-    def cohort(self, roster: bytes) -> Cohort:
+    def cohort(self, roster: bytes, context: bytes) -> Cohort:
         """See ``Checks``."""
-        if roster not in self._cohorts:
+        key = (roster, context)
+        if key not in self._cohorts:
             _forget_oldest(self._cohorts)
-            self._cohorts[roster] = super().cohort(roster)
-        return self._cohorts[roster]
+            self._cohorts[key] = super().cohort(roster, context)
+        return self._cohorts[key]
 
     def consents(self, cohort: Cohort, certificate: Certificate) -> None:
         """See ``Checks``."""
@@ -72,6 +79,6 @@ class SharedChecks(Checks):
             self._good[key] = None
 
 
-def _forget_oldest(kept: dict[bytes, Cohort] | dict[tuple[bytes, Certificate], None]) -> None:
+def _forget_oldest(kept: dict[tuple[bytes, bytes], Cohort] | dict[tuple[bytes, Certificate], None]) -> None:
     while len(kept) >= _MOST:
         del kept[next(iter(kept))]  # type: ignore[arg-type]  # a key of the very dict

@@ -10,8 +10,8 @@
 
 Rules. The same request again gets the same bytes again. Anything else that is not the next step of this round
 ends the session: its secrets are overwritten and it never answers again (``TrustError``). Secrets live in
-this object only; it cannot be copied, pickled or printed. What must outlive a crash is one line: which
-survivor set was signed in this round (``Ledger``).
+this object only; it cannot be copied, pickled or printed. What must outlive a crash are two lines: in
+which attempt a vector of this round was given, and which survivor set was signed (``Ledger``).
 """
 
 import hashlib
@@ -64,13 +64,22 @@ from lepton_fl.secagg.messages import (
 
 
 class Ledger(Protocol):
-    """What a device has signed, on its disk."""
+    """What a device has given and signed, on its disk; not to be emptied while the run lasts.
+
+    In every round it gives vectors in ever later attempts, none after it has signed a survivor set, and signs
+    one set, in the attempt of its last vector. So honest signers of a set are in no later sum of its round.
+    """
+
+    def give(self, round_key: str, attempt: int, roster: bytes) -> bool:
+        """Whether a vector may be given in an attempt to devices of this roster; if so, noted durably.
+
+        Not if a later one was given, or one with another roster in this attempt, or another one's survivor
+        set was signed. The last vector that was given may be given again.
+        """
+        ...
 
     def claim(self, round_key: str, digest: bytes) -> bytes:
-        """Store ``digest`` under ``round_key`` durably if there is none yet; return what is stored.
-
-        Must have reached the disk when it returns, and must not be emptied while the run lasts.
-        """
+        """Store ``digest`` under ``round_key`` durably if there is none yet; return what is stored."""
         ...
 
 
@@ -93,6 +102,16 @@ class MemoryLedger:
 
     def __init__(self) -> None:
         self.signed: dict[str, bytes] = {}
+        self._given: dict[str, tuple[int, bytes]] = {}
+
+    def give(self, round_key: str, attempt: int, roster: bytes) -> bool:
+        """See :class:`Ledger`."""
+        last = self._given.get(round_key, (-1, b""))
+        if last != (attempt, roster):
+            if round_key in self.signed or last[0] >= attempt:
+                return False
+            self._given[round_key] = attempt, roster
+        return True
 
     def claim(self, round_key: str, digest: bytes) -> bytes:
         """See :class:`Ledger`."""
@@ -256,7 +275,7 @@ class ClientSession(_Secret):
 
     def _share_keys(self, message: bytes, random: Random, now: float) -> bytes:
         self._require(self._cohort is None, "a roster after the round has moved on")
-        cohort = self._checks.cohort(message)
+        cohort = self._checks.cohort(message, self._context.digest)
         self._check_cohort(cohort, now)
         self._cohort, self._r = cohort, cohort.digest
         n, me = len(self._peers), self._me
@@ -280,7 +299,6 @@ class ClientSession(_Secret):
 
     def _check_cohort(self, cohort: Cohort, now: float) -> None:
         rules, n = self._context.rules, len(cohort.adverts)
-        self._require(cohort.context == self._context.digest, "a roster of another context")
         self._require(n >= rules.min_cohort, f"a roster of {n}, fewer than {rules.min_cohort}")
         if rules.edge_odds < COMPLETE:
             enough = hidden_odds(n, rules.max_dropout)
@@ -358,8 +376,9 @@ class ClientSession(_Secret):
             Message 5 and the masked vector's bytes, for upload in chunks.
 
         Raises:
-            TrustError: out of turn; the session has ended.
+            TrustError: out of turn, or a vector of this round went elsewhere; the session has ended.
             UpdateRejected: WRONG_SHAPE; the session goes on.
+            StateError: the ledger could not be written; nothing was given, try again.
         """
         context = self._context
         if vector.shape != (context.length,) or vector.dtype != ring_type(context.bits):
@@ -380,6 +399,7 @@ class ClientSession(_Secret):
 
     def _mask(self, vector: Ring) -> bytes:
         self._require(bool(self._dealers), "a vector before the shares")
+        self._require(self._is_last(), "another vector in one round")
         masked = np.ascontiguousarray(vector)
         if not masked.flags.writeable:
             masked = masked.copy()
@@ -390,6 +410,10 @@ class ClientSession(_Secret):
         upload = Upload(self._r, self._me, self._dealers_digest(), digest, self._complaints)
         self._forget_round_secrets()
         return upload.encode(len(self._peers), self._signing)
+
+    def _is_last(self) -> bool:
+        """Whether this device's vector of this attempt may be given, or is the last that it has given."""
+        return self._ledger.give(self._context.round_key, self._context.attempt, self._r)
 
     def _pair_masks(self) -> list[tuple[bytes, int]]:
         key, masks = mask_key(self._m), []
@@ -424,6 +448,7 @@ class ClientSession(_Secret):
         self._require(members <= frozenset(self._held), "a survivor whose shares this device does not have")
         self._require(len(members) >= least, f"{len(members)} survivors, {least} needed")
         digest = proposed.digest(self._context.digest, n)
+        self._require(self._is_last(), "survivors of an attempt that was given up")
         stored = self._ledger.claim(self._context.round_key, digest)
         self._require(stored == digest, "a second survivor set in one round")
         self._survivors = proposed

@@ -30,6 +30,7 @@ from lepton_fl.rounds.secure_sum import (
     noise_share,
 )
 from lepton_fl.secagg.encoding import Rotated
+from lepton_fl.secagg.quantised import Quantised
 from lepton_fl.tasks.metrics import TrainingLoss
 from lepton_fl.vector import vector_digest
 from lepton_fl.wire.messages import Request, Ticket, TrainReply
@@ -203,6 +204,14 @@ def test_a_device_adds_no_noise_to_a_sum_that_fewer_may_make():
     encode_reply(plan, honest, reply(plan, np.zeros(SIZE, np.int32)), Random(0).randbytes)
     with pytest.raises(UpdateRejected, match="made for 14"):
         noise_share(plan.private, replace(honest, survivors=13), SIZE)
+
+
+def test_a_device_leaves_out_no_noise_because_of_the_encoding():
+    """A request that promises noise, and an offer of the ring that has none."""
+    plan = shaped(spec(SKELLAM))
+    ring = Quantised(plan.update_size, 20, 1, 20 * plan.clip_norm / plan.grid_step, "0" * 64, 20)
+    with pytest.raises(UpdateRejected, match="no place for it"):
+        encode_reply(plan, ring, reply(plan, np.zeros(SIZE, np.int32)), Random(0).randbytes)
 
 
 @pytest.mark.parametrize("bits", [32, 16])

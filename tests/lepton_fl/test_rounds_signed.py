@@ -45,6 +45,21 @@ def test_a_ledger_that_cannot_be_written_says_so(tmp_path):
         FileLedger(tmp_path / "missing" / "signed").claim("r", A)
 
 
+def test_vectors_are_given_in_ever_later_attempts_and_none_after_a_signature(tmp_path):
+    path = tmp_path / "signed"
+    assert FileLedger(path).give("r1", 2, A)
+    assert FileLedger(path).give("r1", 2, A)  # again
+    assert not FileLedger(path).give("r1", 1, A)
+    assert not FileLedger(path).give("r1", 2, B)
+    assert FileLedger(path).give("r1", 3, B)
+    assert not FileLedger(path).give("r1", 2, A)
+    assert FileLedger(path).claim("r1", A) == A
+    assert FileLedger(path).give("r1", 3, B)
+    assert not FileLedger(path).give("r1", 4, B)
+    assert FileLedger(path).give("r2", 1, A)
+    assert len(path.read_bytes().splitlines()) == 4
+
+
 def test_processes_that_race_agree(tmp_path):
     script = (
         "import sys; from pathlib import Path; from lepton_fl.rounds.signed import FileLedger; "

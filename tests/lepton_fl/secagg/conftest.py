@@ -35,9 +35,18 @@ class Cohort:
     """n devices and a coordinator; every stage can leave devices out or have its messages changed."""
 
     def __init__(
-        self, n=5, d=12, bits=32, name="cohort", rules=None, ledgers=None, advertise=True, **context
+        self,
+        n=5,
+        d=12,
+        bits=32,
+        name="cohort",
+        rules=None,
+        ledgers=None,
+        advertise=True,
+        devices=None,
+        **context,
     ):
-        self.devices = [f"d{i:03}" for i in range(n)]
+        self.devices = devices or [f"d{i:03}" for i in range(n)]
         encoding = Exact(d, n, 1, 10, bits=bits)
         rules = rules or Rules(min_cohort=min(n, 16))
         fields = {"run": "run", "round": 3, "attempt": 1, "model": bytes(32)} | context

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from lepton_fl.errors import LeptonError, QuorumError, Rejection, TrustError, UpdateRejected
 from lepton_fl.secagg.blame import Blame, Fault, settle_complaints
-from lepton_fl.secagg.client import Policy, Prekey
+from lepton_fl.secagg.client import MemoryLedger, Policy, Prekey
 from lepton_fl.secagg.context import Rules
 from lepton_fl.secagg.field import pack
 from lepton_fl.secagg.keys import agree, commit_share, seal, sealing_key
@@ -311,20 +311,69 @@ def test_a_second_survivor_set_in_another_attempt(make):
     """The ledger outlives the session: an attempt with other survivors gets no signature."""
     cohort = at_consent(make)
     cohort.sessions[VICTIM].consent(cohort.server.survivors())
-    again = make(n=7, attempt=2, name="again", ledgers=cohort.ledgers).to(Stage.UPLOADS)
-    again.deliver()
-    again.upload()
-    again.close()
-    refused(again, lambda: again.sessions[VICTIM].consent(again.server.survivors()), "second survivor set")
-    other_cohort = make(n=7, cohort=1, name="third", ledgers=cohort.ledgers).to(Stage.UPLOADS)
-    other_cohort.deliver()
-    other_cohort.upload()
-    other_cohort.close()
-    refused(
-        other_cohort, lambda: other_cohort.sessions[VICTIM].consent(other_cohort.server.survivors()), "second"
-    )
+    for context in ({"attempt": 2}, {"cohort": 1}):
+        again = make(n=7, name="again", ledgers=cohort.ledgers, **context).to(Stage.UPLOADS)
+        again.deliver([VICTIM])
+        refused(again, lambda c=again: c.upload([VICTIM]), "another vector")
     next_round = make(n=7, round=4, name="next", ledgers=cohort.ledgers).to(Stage.CONSENTS)
     next_round.consent()
+
+
+def two_rosters(make):
+    """Two attempts at one round whose sums would differ by x0 - x4; d003 sides with the coordinator."""
+    one = make(n=4, name="one")
+    ledgers = one.ledgers | {"d003": MemoryLedger(), "d004": MemoryLedger()}
+    two = make(n=4, name="two", attempt=2, ledgers=ledgers, devices=["d001", "d002", "d003", "d004"])
+    return one, two
+
+
+def uploaded(cohort):
+    cohort.to(Stage.UPLOADS)
+    cohort.deliver()
+    cohort.upload()
+    cohort.close()
+    return cohort
+
+
+def test_two_rosters_of_one_round_do_not_both_get_their_quorum(make):
+    """Each quorum of three could be signed by two honest devices that sign nothing else."""
+    one, two = map(uploaded, two_rosters(make))
+    one.consent(["d000", "d003"])
+    for device in ("d001", "d002"):  # whose last vectors were given in the second attempt
+        refused(one, lambda d=device: one.sessions[d].consent(one.server.survivors()), "given up", device)
+    with pytest.raises(QuorumError):
+        one.close()
+    two.consent(["d002", "d003", "d004"])
+    two.close()
+    two.reveal(["d002", "d003", "d004"])
+    assert two.server.finish().total is not None  # this one sum, and no other
+
+
+def test_who_has_signed_is_in_no_later_sum_of_its_round(make):
+    one, two = two_rosters(make)
+    uploaded(one).consent(["d000", "d001", "d003"])
+    one.close()  # certified
+    two.to(Stage.UPLOADS)
+    two.deliver()
+    refused(two, lambda: two.upload(["d001"]), "another vector", "d001")
+    two.upload(["d002", "d003", "d004"])
+    two.close()
+    assert "d001" not in two.server.expected()
+    two.consent(["d002", "d003", "d004"])  # x0 + x1 stay together in what both sums tell
+
+
+def test_vectors_are_given_in_ever_later_attempts(make):
+    one, two = two_rosters(make)
+    uploaded(two)
+    one.to(Stage.UPLOADS)
+    one.deliver()
+    refused(one, lambda: one.upload(["d001"]), "another vector", "d001")
+    same = make(
+        n=4, name="same", ledgers={d: two.ledgers[d] for d in two.devices}, attempt=2, devices=two.devices
+    )
+    same.to(Stage.UPLOADS)
+    same.deliver()  # another roster of the same attempt, as of another cohort
+    refused(same, lambda: same.upload(["d001"]), "another vector", "d001")
 
 
 def test_alive_and_dead(make):

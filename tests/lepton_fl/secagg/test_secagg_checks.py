@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lepton_fl.errors import LeptonError
+from lepton_fl.errors import LeptonError, TrustError
 from lepton_fl.secagg import checks as module
 from lepton_fl.secagg import messages
 from lepton_fl.secagg.checks import Checks, SharedChecks
@@ -31,12 +31,16 @@ def flipped(data, place):
 
 
 def test_a_roster_is_read_as_always_and_verified_once(make, counted):
-    roster = make(n=7).server.roster()
+    server = make(n=7).server
+    roster, context = server.roster(), server.context.digest
     counted.clear()
     shared, plain = SharedChecks(), Checks()
-    assert shared.cohort(roster) == plain.cohort(roster)
+    assert shared.cohort(roster, context) == plain.cohort(roster, context)
     assert len(counted) == 14
-    assert shared.cohort(bytes(bytearray(roster))) is shared.cohort(roster)
+    assert shared.cohort(bytes(bytearray(roster)), context) is shared.cohort(roster, context)
+    for checks in (shared, plain):
+        with pytest.raises(TrustError, match="another context"):
+            checks.cohort(roster, bytes(32))  # no signature is looked at
     assert len(counted) == 14
 
 
@@ -44,12 +48,13 @@ def test_a_certificate_is_verified_once_for_its_own_roster(make, counted):
     cohort = make(n=7).to(Stage.REVEALS)
     certificate = Certificate.decode(cohort.server.certificate(), 7)
     shared = SharedChecks()
-    own = shared.cohort(cohort.server.roster())
+    own = shared.cohort(cohort.server.roster(), cohort.server.context.digest)
     counted.clear()
     for _ in range(3):
         shared.consents(own, certificate)
     assert len(counted) == 5
-    other = Checks().cohort(make(n=7, name="other").server.roster())
+    foreign = make(n=7, name="other").server
+    other = Checks().cohort(foreign.roster(), foreign.context.digest)
     with pytest.raises(LeptonError):
         shared.consents(other, certificate)
 
@@ -58,12 +63,13 @@ def test_whatever_byte_is_altered_the_answers_are_those_of_the_plain_checks(make
     cohort = make(n=4).to(Stage.REVEALS)
     roster, certificate = cohort.server.roster(), cohort.server.certificate()
     shared = SharedChecks()
-    own = shared.cohort(roster)
+    context = cohort.server.context.digest
+    own = shared.cohort(roster, context)
     shared.consents(own, Certificate.decode(certificate, 4))
 
     def told(checks, data):
         try:
-            return checks.cohort(data)
+            return checks.cohort(data, context)
         except LeptonError as error:
             return str(error)
 
@@ -81,8 +87,9 @@ def test_whatever_byte_is_altered_the_answers_are_those_of_the_plain_checks(make
 
 def test_what_is_remembered_is_bounded(make):
     shared = SharedChecks()
-    rosters = [make(n=4, name=f"c{i}").server.roster() for i in range(module._MOST + 3)]
-    for roster in rosters:
-        shared.cohort(roster)
+    servers = [make(n=4, name=f"c{i}").server for i in range(module._MOST + 3)]
+    keys = [(server.roster(), server.context.digest) for server in servers]
+    for key in keys:
+        shared.cohort(*key)
     assert len(shared._cohorts) == module._MOST
-    assert rosters[0] not in shared._cohorts
+    assert keys[0] not in shared._cohorts
