@@ -57,6 +57,7 @@ def points_of(mode: str) -> list[str]:
         "round.aggregated": secure,
         "round.evaluated": mode != "plain",
     }
+    left_out |= {point: not secure for point in crashpoints.COORDINATOR if point.startswith("secure.")}
     return [point for point in crashpoints.COORDINATOR if not left_out.get(point)]
 
 
@@ -64,7 +65,7 @@ def when(point: str, seed: int) -> int:
     """The how manieth time: another round for another seed; of what each device does, another device."""
     if point in ("run.finishing",):
         return 1
-    if point.startswith("update.") or point == "round.offering":
+    if point.startswith(("update.", "secure.")) or point == "round.offering":
         return DEVICES * seed + seed % DEVICES + 1
     return seed % ROUNDS + 1
 

@@ -23,7 +23,12 @@ COORDINATOR = (  # in the order in which a round passes them
     "update.kept",  # it is recorded, its device has not been told
     "update.acknowledged",  # told
     "update.added",  # in the sum
+    "secure.adverts",  # secure: an answer at this stage, or the end of it, is recorded; as the following
+    "secure.shares",
+    "secure.uploads",
+    "secure.consents",
     "round.unmasking",  # secure: a survivor set is signed, shares have been asked for
+    "secure.reveals",
     "round.aggregating",  # who counts is decided, not recorded
     "round.aggregated",
     "noise.bound",  # private: what the noise is made of is recorded, nothing is added yet
@@ -41,9 +46,11 @@ CLIENT = (
     "train.begun",  # written down as begun
     "train.trained",  # nothing is sent yet
     "train.sent",  # the coordinator has it, that is not written down
+    "secure.advertised",  # keys for a secure round are made, nobody has them
     "secure.keyed",  # key shares are sent
     "secure.masked",  # the masked update is made
     "secure.signed",  # a survivor set is signed
+    "secure.revealed",  # this device's shares are ready, nothing is sent
 )
 OPERATOR = (  # of `lepton backup`
     "backup.database",  # the snapshot is taken and written, files are being copied

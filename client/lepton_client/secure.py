@@ -122,6 +122,7 @@ class Seat:
         """
         member = self._seated()
         self._fresh = [member.prekey() for _ in range(min(count, 4))]
+        reached("secure.advertised")
 
     def certify(self, identity: Identity, link: "Link") -> Identity:
         """Have the signing key certified, or fetch the certificate; the key is made at the first time.
@@ -202,7 +203,9 @@ class Seat:
 
         member = self._seated()
         if asked.stage is Stage.ADVERTS:
-            return StageAnswer(member.advert(name))
+            advert = member.advert(name)
+            reached("secure.advertised")
+            return StageAnswer(advert)
         if asked.stage is Stage.SHARES:
             _check(asked)
             shares = member.shares(name, asked.offer, asked.frame)
@@ -217,7 +220,9 @@ class Seat:
             reached("secure.signed")
             self._work(name).vector = None
             return StageAnswer(consent, prekey=member.prekey())
-        return StageAnswer(member.reveal(name, asked.frame))
+        reveal = member.reveal(name, asked.frame)
+        reached("secure.revealed")
+        return StageAnswer(reveal)
 
     def train(self, asked: "StageRequest", name: str, should_stop: Callable[[], bool]) -> None:
         """Train on what came with the roster, once; what comes of it, or why nothing does, is kept."""

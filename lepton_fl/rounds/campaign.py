@@ -23,7 +23,14 @@ from lepton_fl.crashpoints import reached
 from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, Rejection, RunError
 from lepton_fl.plan import MAX_RETRIED, RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
-from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, collect_evaluation, collect_training
+from lepton_fl.rounds.collect import (
+    ACCEPTED,
+    TRAINING,
+    Brought,
+    Collected,
+    collect_evaluation,
+    collect_training,
+)
 from lepton_fl.rounds.coverage import Correction, History
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.local import CONTROL, control_of, next_control, personal_of
@@ -323,7 +330,7 @@ class Campaign:
         private = self.private.state if self.private else None
         return state.on(round=number, attempt=0, evaluated=number, retried=retried, private=private)
 
-    def _collect(self, plan: RoundPlan, state: RunState) -> tuple[Collected, NDArray[np.float64] | None]:
+    def _collect(self, plan: RoundPlan, state: RunState) -> Brought:
         """One attempt; of a private run, its noise is in the mean."""
         control = control_of(self.spec.local, state.server, len(state.model))
         finish = partial(self.private.release, plan) if self.private else None

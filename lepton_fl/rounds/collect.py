@@ -104,6 +104,9 @@ class Collected:
         return f"{head}: {causes}" if causes else head
 
 
+Brought = tuple[Collected, NDArray[np.float64] | None]  # what happened, and the mean update if there is one
+
+
 def collect_training(
     plan: RoundPlan,
     model: Vector,
@@ -112,7 +115,7 @@ def collect_training(
     clock: Clock = time.monotonic,
     finish: Finish | None = None,
     closed: Callable[["Collected"], None] = lambda collected: None,
-) -> tuple[Collected, NDArray[np.float64] | None]:
+) -> Brought:
     """One attempt at a training round.
 
     Args:

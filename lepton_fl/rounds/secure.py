@@ -16,12 +16,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lepton_fl.errors import QuorumError, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan
-from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Clock, Collected, Finish, Participation
+from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, Brought, Clock, Collected, Finish, Participation
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.secure_sum import Uploads, are_in, context_of, decode_total, encoding_of, groups_of
 from lepton_fl.secagg.identity import Trust
@@ -247,13 +244,8 @@ class SecureRounds(Protocol):
     """How the rounds of a secure run are collected."""
 
     def collect(
-        self,
-        plan: RoundPlan,
-        request: Request,
-        exchange: Exchange,
-        clock: Clock,
-        finish: Finish | None = None,
-    ) -> tuple[Collected, NDArray[np.float64] | None]:
+        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock, finish: Finish | None
+    ) -> Brought:
         """One attempt; as ``collect_training``."""
         ...
 
@@ -274,7 +266,7 @@ def collect_secure(
     known_as: Callable[[str], str] = lambda device: device,
     workers: int = 0,
     finish: Finish | None = None,
-) -> tuple[Collected, NDArray[np.float64] | None]:
+) -> Brought:
     """One attempt at a training round of which the coordinator sees a sum only.
 
     Args:

@@ -5,13 +5,12 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lepton_fl.errors import LeptonError
 from lepton_fl.plan import RoundPlan
 from lepton_fl.privacy.noise import Keystream
 from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
-from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, TRAINING, Clock, Collected, Finish
+from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, TRAINING, Brought, Clock, Collected, Finish
 from lepton_fl.rounds.collect import collect as collect_answers
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.rounds.secure_sum import (
@@ -55,13 +54,8 @@ class IdealRounds:
         self._random_of, self._stream_of, self._leaves = random_of, stream_of, leaves
 
     def collect(
-        self,
-        plan: RoundPlan,
-        request: Request,
-        exchange: Exchange,
-        clock: Clock,
-        finish: Finish | None = None,
-    ) -> tuple[Collected, NDArray[np.float64] | None]:
+        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock, finish: Finish | None
+    ) -> Brought:
         """See ``SecureRounds``."""
         encoding, groups, left = encoding_of(plan), groups_of(plan), self._leaves(plan)
         if isinstance(encoding, Exact) and len(groups) == 1:
@@ -91,7 +85,7 @@ class IdealRounds:
 
     def _exact(
         self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock, finish: Finish | None
-    ) -> tuple[Collected, NDArray[np.float64] | None]:
+    ) -> Brought:
         """The integers of a plain round, added in 64 bits: the plan proves that 32 would do."""
         accumulator = Accumulator(plan)
 

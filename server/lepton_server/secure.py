@@ -8,7 +8,7 @@ sent. Messages of devices are not synced one by one: a power cut that takes the 
 give them again.
 
     rounds = SecureFleet(exchange, fleet, signing, attempts, ...)
-    collected, mean = rounds.collect(plan, request, exchange, time.monotonic)
+    collected, mean = rounds.collect(plan, request, exchange, time.monotonic, None)
 """
 
 import logging
@@ -16,13 +16,10 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lepton_fl.crashpoints import reached
 from lepton_fl.errors import NotFound, Rejection, StateCorrupt, UpdateRejected
 from lepton_fl.plan import RoundPlan
-from lepton_fl.rounds.collect import Clock, Collected, Finish, Participation
+from lepton_fl.rounds.collect import Brought, Clock, Collected, Finish, Participation
 from lepton_fl.rounds.exchange import Exchange
 from lepton_fl.rounds.secure import Told, collect_secure, must_be_synced
 from lepton_fl.rounds.secure_device import Offer
@@ -88,28 +85,21 @@ class SecureFleet:
         self._begun = unfinished and attempt_of(unfinished)
 
     def collect(
-        self,
-        plan: RoundPlan,
-        request: Request,
-        exchange: Exchange,
-        clock: Clock,
-        finish: Finish | None = None,
-    ) -> tuple[Collected, NDArray[np.float64] | None]:
+        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock, finish: Finish | None
+    ) -> Brought:
         """One attempt, new or cut off by a restart; see ``SecureRounds``.
 
         Raises:
             Interrupted: the coordinator shuts down; call it again with the same plan after the restart.
             StateError: what came could not be kept.
         """
-        brought: list[tuple[Collected, NDArray[np.float64] | None]] = []
+        brought: list[Brought] = []
         self._insist(
             lambda: brought.append(self._collect(plan, request, clock, finish))
         )  # goes on where it was
         return brought[0]
 
-    def _collect(
-        self, plan: RoundPlan, request: Request, clock: Clock, finish: Finish | None
-    ) -> tuple[Collected, NDArray[np.float64] | None]:
+    def _collect(self, plan: RoundPlan, request: Request, clock: Clock, finish: Finish | None) -> Brought:
         try:
             attempt = attempt_of(plan)
             kept, resumed = self._attempts.log(attempt), attempt == self._begun
@@ -129,7 +119,7 @@ class SecureFleet:
         finish: Finish | None,
         devices: "_Devices",
         kept: AttemptLog,
-    ) -> tuple[Collected, NDArray[np.float64] | None]:
+    ) -> Brought:
         try:
             return collect_secure(
                 plan,
@@ -139,7 +129,7 @@ class SecureFleet:
                 self._signing.deployment,
                 clock=clock,
                 spool=Vectors(lambda device: self._vector(plan, device)),
-                journal=lambda record: kept.append(record, durable=must_be_synced(record)),
+                journal=lambda record: _keep(kept, record, devices.stage),
                 records=kept.found,
                 tell=lambda device, refusal: self._exchange.tell(plan, device, refusal),
                 finish=finish,
@@ -206,6 +196,7 @@ class _Devices:
         self._rounds, self._plan, self._request = rounds, plan, request
         self._stages = rounds.open(plan, resumed)
         self._shown_at = float("-inf")
+        self.stage = ""  # the last one that was asked for
 
     def close(self) -> None:
         """End the attempt."""
@@ -215,6 +206,7 @@ class _Devices:
 
     def ask(self, stage: Stage, messages: Mapping[str, bytes]) -> Generator[Told, None, None]:
         """See ``rounds.secure.Ask``."""
+        self.stage = stage.name.lower()
         waiting = dict.fromkeys(messages)
         if stage is Stage.ADVERTS:
             for device in list(waiting):
@@ -280,6 +272,11 @@ class _Messages(Mapping[str, Records]):
 
     def __len__(self) -> int:
         return len(self._devices)
+
+
+def _keep(kept: AttemptLog, record: bytes, stage: str) -> None:
+    kept.append(record, durable=must_be_synced(record))
+    reached(f"secure.{stage}")
 
 
 def attempt_of(plan: RoundPlan) -> Attempt:

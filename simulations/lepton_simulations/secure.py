@@ -20,12 +20,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lepton_fl.errors import ConfigError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.privacy.noise import Keystream, simulation_key
-from lepton_fl.rounds.collect import Clock, Collected, Finish
+from lepton_fl.rounds.collect import Brought, Clock, Finish
 from lepton_fl.rounds.exchange import Answer, Exchange
 from lepton_fl.rounds.secure import SecureRounds, Told, collect_secure
 from lepton_fl.rounds.secure_ideal import IdealRounds, read_reply
@@ -126,13 +125,8 @@ class FullRounds:
         self._workers = workers
 
     def collect(
-        self,
-        plan: RoundPlan,
-        request: Request,
-        exchange: Exchange,
-        clock: Clock,
-        finish: Finish | None = None,
-    ) -> tuple[Collected, NDArray[np.float64] | None]:
+        self, plan: RoundPlan, request: Request, exchange: Exchange, clock: Clock, finish: Finish | None
+    ) -> Brought:
         """See ``SecureRounds``."""
         members, trust = make_members(plan.cohort, DEPLOYMENT, os.urandom)
         contexts = {

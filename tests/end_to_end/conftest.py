@@ -11,21 +11,25 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from random import SystemRandom
 
 import numpy as np
 import pytest
+
+from lepton_fl.crashpoints import VARIABLE
 
 LEPTON = Path(sys.executable).parent / "lepton"
 WAIT_S = 120.0  # for anything to happen on a loaded machine
 
 
 def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    """Below those that outgoing connections get: a server that is restarted finds its own free."""
+    ports = []
+    while len(ports) < count:
+        port = SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            ports.append(port)
     return ports
 
 
@@ -56,9 +60,12 @@ class RealFleet:
 
     # --- processes ----------------------------------------------------------------------------------
 
-    def start(self, name, *arguments):
+    def start(self, name, *arguments, crash=""):
+        environment = {**os.environ, VARIABLE: crash}
         with open(self.folder / f"{name}.log", "ab") as log:
-            self.processes[name] = subprocess.Popen([str(LEPTON), *arguments], stdout=log, stderr=log)
+            self.processes[name] = subprocess.Popen(
+                [str(LEPTON), *arguments], stdout=log, stderr=log, env=environment
+            )
 
     def kill(self, name, number=signal.SIGKILL):
         process = self.processes.pop(name)
@@ -105,13 +112,13 @@ class RealFleet:
             with state.locked():
                 enrol(state, token, name=name)
 
-    def start_client(self, name, data: Path, settings=""):
+    def start_client(self, name, data: Path, settings="", *, crash=""):
         arguments = ["--state-dir", str(self.state(name)), "--task", "digits", "--data", str(data)]
         if settings:
             path = self.folder / f"{name}.toml"
             path.write_text(settings)
             arguments += ["--config", str(path)]
-        self.start(name, "client", "run", *arguments)
+        self.start(name, "client", "run", *arguments, crash=crash)
 
     def make_authority(self):
         """An enrolment authority on the coordinator's own machine."""
@@ -135,9 +142,15 @@ class RealFleet:
 
     # --- commands -----------------------------------------------------------------------------------
 
-    def run(self, *arguments, check=True):
+    def run(self, *arguments, check=True, crash=""):
+        environment = {**os.environ, VARIABLE: crash}
         done = subprocess.run(
-            [str(LEPTON), *arguments], capture_output=True, text=True, timeout=120, check=False
+            [str(LEPTON), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=environment,
         )
         if check:
             assert done.returncode == 0, done.stderr + done.stdout

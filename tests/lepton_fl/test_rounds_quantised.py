@@ -165,7 +165,7 @@ def test_the_same_bits_masked_or_not(weighting, expected, bits):
     plain, request = plan_of(spec_of(**more), expected)
     collected, mean = collect_training(plain, request.model, Devices())
     masked, asked = plan_of(spec_of(**more, secure_aggregation="required"), expected)
-    found, same = IdealRounds(coins).collect(masked, asked, Devices(), lambda: 0.0)
+    found, same = IdealRounds(coins).collect(masked, asked, Devices(), lambda: 0.0, None)
     assert_array_equal(mean, same)
     assert collected.figures() == found.figures()
     assert asked.quantisation is None  # part of the offer that the device signs
@@ -202,7 +202,7 @@ def test_a_sum_that_leaves_its_ring_is_thrown_away():
     assert collected.wrapped
     assert "left its ring of 7 bits" in collected.summary()
     masked, asked = plan_of(spec_of(secure_aggregation="required"), expected=5.0)
-    found, mean = IdealRounds(coins).collect(masked, asked, Devices(), lambda: 0.0)
+    found, mean = IdealRounds(coins).collect(masked, asked, Devices(), lambda: 0.0, None)
     assert mean is None
     assert found.wrapped
     assert found.burnt  # devices sign no other survivor set in this round

@@ -195,7 +195,7 @@ class Works:
         return accumulator.finalize()
 
     def run(self, plan, request):
-        return self.rounds().collect(plan, request, None, lambda: 0.0)
+        return self.rounds().collect(plan, request, None, lambda: 0.0, None)
 
     def check(self, plan, request, collected, mean):
         counted = [d for d, e in collected.participation.items() if e.outcome == "accepted"]
@@ -378,7 +378,7 @@ def test_a_full_disk_is_waited_for_and_the_attempt_goes_on(fleet, monkeypatch):
             work()
 
     rounds._insist = insist
-    fleet.check(plan, request, *rounds.collect(plan, request, None, lambda: 0.0))
+    fleet.check(plan, request, *rounds.collect(plan, request, None, lambda: 0.0, None))
 
 
 def test_a_long_stage_is_shown_with_whom_it_waits_for(fleet, monkeypatch):
