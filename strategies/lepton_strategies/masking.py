@@ -25,6 +25,7 @@ import numpy as np
 
 from lepton_fl.errors import ConfigError, LeptonError, Rejection, TrustError, UpdateRejected
 from lepton_fl.rounds.secure_device import Offer, check_request
+from lepton_fl.secagg.context import DEFAULT_COHORT
 from lepton_fl.secagg.context import request_digest as plan_digest
 from lepton_fl.secagg.masks import byte_view, ring_type
 from lepton_fl.wire.messages import Fields
@@ -84,22 +85,34 @@ def secure_mod(keys: KeysFor | None = None, *, keep: Literal["beside", "here"] =
 def configured_keys(context: "Context") -> NodeKeys:
     """The keys that a node's configuration names: secagg-key, secagg-peers, and what else it demands.
 
+    Where it says nothing, as in Flower's simulation, LEPTON_SECAGG_KEY, _PEERS and _COHORT of the
+    environment do, in which ``{partition-id}`` stands for the node's.
+
     Raises:
         ConfigError: it names none.
     """
     node = context.node_config
-    if "secagg-key" not in node or "secagg-peers" not in node:
+    key, peers = _setting(context, "secagg-key"), _setting(context, "secagg-peers")
+    if not key or not peers:
         raise ConfigError(
             "This node's configuration names no keys for secure aggregation.",
             hint='Start it with --node-config \'secagg-key="/path/node.key" secagg-peers="/path/keys.txt"\'.',
         )
     return NodeKeys(
-        Path(str(node["secagg-key"])),
-        Path(str(node["secagg-peers"])),
+        Path(key),
+        Path(peers),
         str(node.get("secagg-deployment", "flower")),
-        int(node.get("secagg-cohort", 16)),
+        int(_setting(context, "secagg-cohort") or DEFAULT_COHORT),
         node.get("secagg-hidden-graph", False) is True,
     )
+
+
+def _setting(context: "Context", name: str) -> str:
+    node = context.node_config
+    if name in node:
+        return str(node[name])
+    told = os.environ.get("LEPTON_" + name.upper().replace("-", "_"), "")
+    return told.replace("{partition-id}", str(node.get("partition-id", "")))
 
 
 def _keeper(keys: NodeKeys, keep: str) -> Keeper:

@@ -45,7 +45,7 @@ from lepton_strategies.base import LeptonStrategy, SecureReplies
 from lepton_strategies.grid import UNAVAILABLE
 from lepton_strategies.planned import PlannedMessages
 from lepton_strategies.records import from_record_dict, to_record_dict
-from lepton_strategies.secure_keys import pinned
+from lepton_strategies.secure_keys import load_list, pinned
 from lepton_strategies.secure_wire import (
     MASKED,
     RECORD,
@@ -105,7 +105,7 @@ class SecureAggregation(Strategy):
         self,
         strategy: Strategy,
         *,
-        keys: Collection[bytes | str],
+        keys: Collection[bytes | str] | Path | str,
         clip_norm: float = 0.0,
         max_weight: int = 1,
         metrics: Sequence[str] = (),
@@ -124,7 +124,7 @@ class SecureAggregation(Strategy):
 
         Args:
             strategy: Flower's own or one of ours; one that only needs the mean of the nodes' models.
-            keys: the public keys of all nodes (``secure_keys.load_list``).
+            keys: the public keys of all nodes, or the path of their list (``secure_keys.load_list``).
             clip_norm: L2 bound of a node's update, its model minus the one it got; needed, but for a
                 strategy of ours that has one.
             max_weight: of a node, by the strategy's ``weighted_by_key``; 1 = all nodes count the same. More
@@ -157,7 +157,7 @@ class SecureAggregation(Strategy):
                 f"bits={bits} and quantise={quantise} are two ways to few bits.", hint="Take one."
             )
         self._inner = strategy
-        self._trust = pinned(keys)
+        self._trust = pinned(load_list(Path(keys)) if isinstance(keys, str | Path) else keys)
         self._secure = SecureSpec(
             bits=bits,
             min_cohort=min_cohort,

@@ -5,16 +5,12 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
-import flwr.serverapp.strategy
 import numpy as np
 import pytest
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
 from flwr.serverapp import strategy as flower
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -332,38 +328,31 @@ def test_more_nodes_than_one_sum_takes_make_several(keys, process):
     assert_allclose(result.arrays["w"].numpy(), np.full((2, 3), 0.085), atol=1e-6)
 
 
-def test_the_example_of_the_documentation_is_true(keys, process, monkeypatch):
-    """The very lines, with a network to train and nodes that live in this process."""
-    count = 20
-    public = [make_key(keys / f"node{i}.key").hex() for i in range(NODES, count)]
-    with open(keys / "keys.txt", "a") as file:
-        file.write("\n".join(public) + "\n")
-    text = (Path(__file__).resolve().parents[2] / "docs" / "flower.md").read_text()
-    [block] = [part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "secure_mod()" in part]
-    server, client = block.split("# client_app.py")
-    assert len([line for line in block.splitlines() if line.strip()]) <= 15
-    assert "num_rounds=10" in server
-    names = {"flwr": flwr, "Path": Path, "load_list": load_list, "ArrayRecord": ArrayRecord}
-    names |= {"SecureAggregation": SecureAggregation, "ClientApp": ClientApp, "app": ServerApp()}
-    names |= {"secure_mod": lambda: secure_mod(keys_for(keys), keep="here"), "results": []}
-    names["model"] = SimpleNamespace(state_dict=lambda: {"w": torch.zeros(3)})
-    monkeypatch.chdir(keys)
-    server = server.replace("num_rounds=10", "num_rounds=1").replace(
-        "    strategy.start(", "    return strategy.start("
-    )
-    exec(server, names)
+def test_the_lines_of_the_documentation_are_those_of_the_example():
+    """Which the tests of a stock deployment and of Flower's simulation run as they are."""
+    root = Path(__file__).resolve().parents[2]
+    blocks = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (root / "docs" / "flower.md").read_text(), re.S)
+    found = {name: text for name, text in blocks if "Secure" in text or "secure" in text}
+    app = root / "examples" / "secure_flower" / "secure_flower"
+    assert found == {name: (app / f"{name}.py").read_text() for name in ("server_app", "client_app")}
+    assert sum(bool(line.strip()) for text in found.values() for line in text.splitlines()) <= 15
 
-    def answer(message, context):
-        moved = ArrayRecord({"w": _array(message.content["arrays"]["w"].numpy() + np.float32(0.5))})
-        metrics = MetricRecord({"num-examples": 3, "train_loss": 0.25})
-        return Message(content=RecordDict({"arrays": moved, "metrics": metrics}), reply_to=message)
 
-    names["answer"] = answer
-    exec(re.sub(r"\.\.\.  # as ever.*", "return answer(message, context)", client), names)
-    result = names["main"](grid_of(names["app"], count), None)
-    assert [r["reports"] for r in result.train_metrics_clientapp.values()] == [count]
-    assert result.train_metrics_clientapp[1]["train_loss"] == pytest.approx(0.25, abs=1e-5)
-    assert result.arrays["w"].numpy().min() > 0
+def test_keys_are_found_in_the_environment_where_a_node_has_no_configuration(keys, monkeypatch):
+    class Context:
+        node_config: ClassVar = {"partition-id": 3, "num-partitions": 16}
+
+    monkeypatch.setenv("LEPTON_SECAGG_KEY", f"{keys}/node{{partition-id}}.key")
+    with pytest.raises(ConfigError, match="no keys"):
+        configured_keys(Context)
+    monkeypatch.setenv("LEPTON_SECAGG_PEERS", f"{keys}/keys.txt")
+    monkeypatch.setenv("LEPTON_SECAGG_COHORT", "5")
+    found = configured_keys(Context)
+    assert (found.key, found.peers, found.least_cohort) == (keys / "node3.key", keys / "keys.txt", 5)
+    Context.node_config["secagg-cohort"] = 7  # the node's own comes first
+    assert configured_keys(Context).least_cohort == 7
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SecureAggregation(flower.FedAvg(), keys=str(keys / "none.txt"), clip_norm=1.0)
 
 
 @pytest.mark.parametrize("name", ["FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "QFedAvg"])
