@@ -229,34 +229,57 @@ class StockFlower(Processes):
         return self.start(
             f"supernode{number}",
             *("flower-supernode", "--root-certificates", self.folder / "ca.crt", "--superlink", self.address),
-            *("--host", "127.0.0.1", "--port", port, "--node-config", f"number={number}"),
+            *("--host", "127.0.0.1", "--port", port, "--node-config", self.node_config(number)),
         )
 
-    def submit(self, nodes: int, rounds: int, size: int) -> Path:
-        """Submit the app; the file that it writes a line to for each round: time and number of replies."""
-        home, app = Path(self.environment["FLWR_HOME"]), self.folder / "app"
+    def node_config(self, number: int) -> str:
+        """What a SuperNode is started with."""
+        return f"number={number}"
+
+    def submit(
+        self,
+        nodes: int,
+        rounds: int,
+        size: int,
+        *,
+        name: str = "noop",
+        app: "App | None" = None,
+        keys: str = "",
+    ) -> Path:
+        """Submit an app; the file that it writes a line to for each round, which begins with the time.
+
+        Args:
+            nodes: in every round.
+            rounds: how many.
+            size: float32 numbers of the model.
+            name: of the app.
+            app: None = one that does nothing but move the model.
+            keys: a path, if it wants one.
+        """
+        home, folder = Path(self.environment["FLWR_HOME"]), self.folder / f"app-{name}"
         home.mkdir(exist_ok=True)
         connection = f'address = "{self.address}"\nroot-certificates = "{self.folder / "ca.crt"}"\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "bench"\n[superlink.bench]\n{connection}')
-        (app / "noop").mkdir(parents=True)
-        (app / "noop" / "__init__.py").write_text("")
-        for name, text in _APP.items():
-            (app / name).write_text(text)
-        times = self.folder / "times.txt"
-        settings = f'nodes={nodes} rounds={rounds} size={size} times="{times}"'
-        self.call("flwr", "run", app, "bench", "--run-config", settings)
+        (folder / name).mkdir(parents=True)
+        (folder / "pyproject.toml").write_text(_PROJECT.format(name=name))
+        (folder / name / "__init__.py").write_text("")
+        for module, text in zip(("server.py", "client.py"), app or _NOOP, strict=True):
+            (folder / name / module).write_text(text)
+        times = self.folder / f"{name}.txt"
+        settings = f'nodes={nodes} rounds={rounds} size={size} times="{times}" keys="{keys}"'
+        self.call("flwr", "run", folder, "bench", "--run-config", settings)
         return times
 
 
+App = tuple[str, str]  # the modules with the ServerApp and the ClientApp
 _TLS_FILES: Mapping[str, str] = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
 
-_APP: Mapping[str, str] = {
-    "pyproject.toml": """\
+_PROJECT = """\
 [build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
 [project]
-name = "noop"
+name = "{name}"
 version = "1.0.0"
 license = "Apache-2.0"
 dependencies = []
@@ -266,15 +289,18 @@ packages = ["."]
 publisher = "bench"
 fab-format-version = 0
 [tool.flwr.app.components]
-serverapp = "noop.server:app"
-clientapp = "noop.client:app"
+serverapp = "{name}.server:app"
+clientapp = "{name}.client:app"
 [tool.flwr.app.config]
 nodes = 2
 rounds = 3
 size = 1000000
 times = ""
-""",
-    "noop/server.py": '''\
+keys = ""
+"""
+
+_NOOP: App = (
+    '''\
 """FedAvg as it comes, with a line for each round."""
 import time
 import numpy as np
@@ -302,7 +328,7 @@ def main(grid, context):
     model = ArrayRecord([np.zeros(config["size"], np.float32)])
     strategy.start(grid=grid, initial_arrays=model, num_rounds=config["rounds"])
 ''',
-    "noop/client.py": '''\
+    '''\
 """Answers with the model and a little noise: no two replies are alike."""
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -320,7 +346,7 @@ def train(message, context):
     content = {"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": 1})}
     return Message(content=RecordDict(content), reply_to=message)
 ''',
-}
+)
 
 
 def tree(pid: int) -> list[psutil.Process]:

@@ -15,38 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _fleet import StockFlower, accepts, free_ports, gaps, median
+from _fleet import StockFlower, gaps, median
 from rich.console import Console
 from rich.table import Table
 
 SIZE = 1_000_000
-_TLS = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
-
-_PROJECT = """\
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-[project]
-name = "{name}"
-version = "1.0.0"
-license = "Apache-2.0"
-dependencies = []
-[tool.hatch.build.targets.wheel]
-packages = ["."]
-[tool.flwr.app]
-publisher = "bench"
-fab-format-version = 0
-[tool.flwr.app.components]
-serverapp = "{name}.server:app"
-clientapp = "{name}.client:app"
-[tool.flwr.app.config]
-nodes = 4
-rounds = 3
-size = 1000
-times = ""
-keys = ""
-"""
-
 _SERVER = '''\
 """FedAvg with a line for each round."""
 import time
@@ -105,41 +78,23 @@ class SecureStock(StockFlower):
     """A stock deployment whose nodes have keys."""
 
     def serve(self, nodes: int) -> None:
-        """Start a SuperLink and its SuperNodes."""
+        """Make the nodes' keys, and start a SuperLink and its SuperNodes."""
         from lepton_strategies.secure_keys import make_key
 
         keys = [make_key(self.folder / f"node{i}.key").hex() for i in range(nodes)]
         (self.folder / "keys.txt").write_text("\n".join(keys))
-        port, *ports = free_ports(1 + nodes)
-        self.address = f"127.0.0.1:{port}"
-        tls = [f"--ssl-{a}={self.folder / b}" for a, b in _TLS.items()]
-        self.start("superlink", "flower-superlink", "--host", "127.0.0.1", "--port", port, *tls)
-        self.wait(lambda: accepts(port), 120, "the SuperLink's start")
-        root = ("--root-certificates", self.folder / "ca.crt", "--superlink", self.address)
-        for number, own in enumerate(ports):
-            config = (
-                f'secagg-key="{self.folder}/node{number}.key" secagg-peers="{self.folder}/keys.txt" '
-                "secagg-cohort=4"
-            )
-            place = ("--host", "127.0.0.1", "--port", own, "--node-config", config)
-            self.start(f"supernode{number}", "flower-supernode", *root, *place)
-        home = Path(self.environment["FLWR_HOME"])
-        home.mkdir(exist_ok=True)
-        connection = f'address = "{self.address}"\nroot-certificates = "{self.folder / "ca.crt"}"\n'
-        (home / "config.toml").write_text(f'[superlink]\ndefault = "bench"\n[superlink.bench]\n{connection}')
+        super().serve(nodes)
+
+    def node_config(self, number: int) -> str:
+        """With the node's key."""
+        keys = f'secagg-key="{self.folder}/node{number}.key" secagg-peers="{self.folder}/keys.txt"'
+        return f"{keys} secagg-cohort=4"
 
     def measure(self, secure: bool, nodes: int, rounds: int) -> tuple[list[float], float]:
         """Seconds of the rounds but the first, and processor seconds per round."""
-        name = "masked" if secure else "bare"
-        app, times = self.folder / name, self.folder / f"{name}.txt"
-        (app / name).mkdir(parents=True)
-        (app / name / "__init__.py").write_text("")
-        (app / "pyproject.toml").write_text(_PROJECT.format(name=name))
-        (app / name / "server.py").write_text(_SERVER.format(secure=secure))
-        (app / name / "client.py").write_text(_CLIENT.format(secure=secure))
-        before = self.cpu_s()
-        settings = f'nodes={nodes} rounds={rounds} size={SIZE} times="{times}" keys="{self.folder}/keys.txt"'
-        self.call("flwr", "run", app, "bench", "--run-config", settings)
+        name, before = "masked" if secure else "bare", self.cpu_s()
+        app = _SERVER.format(secure=secure), _CLIENT.format(secure=secure)
+        times = self.submit(nodes, rounds, SIZE, name=name, app=app, keys=f"{self.folder}/keys.txt")
         done = lambda: times.exists() and len(times.read_text().split()) >= rounds  # noqa: E731 - one use
         self.wait(done, 300 + 120 * rounds, f"{rounds} rounds, {name}")
         return gaps([float(line) for line in times.read_text().split()]), (self.cpu_s() - before) / rounds
