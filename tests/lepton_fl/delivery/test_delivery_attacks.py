@@ -1,5 +1,6 @@
 """Attacks in the manner of python-tuf's own tests: each asserts the error *and* the files left on disk."""
 
+import shutil
 from datetime import timedelta
 
 import pytest
@@ -299,6 +300,22 @@ def test_a_rotated_key_is_followed_and_the_old_one_counts_no_more(serving):
         world.signers[role] = fresh
         name = world.publish()
         assert world.deliver(name).state == "serving"
+
+
+def test_a_list_restored_from_an_older_copy_is_followed_when_its_online_keys_are_new(serving, tmp_path):
+    world = serving
+    shutil.copytree(world.shelf.folder, tmp_path / "copy")
+    for _ in range(2):  # of these the copy knows nothing
+        assert world.deliver(world.publish()).state == "serving"
+    shutil.rmtree(world.shelf.folder)
+    shutil.copytree(tmp_path / "copy", world.shelf.folder)
+    refused(world, world.publish(), Fault.REPLAYED)
+    for role in ("snapshot", "timestamp"):
+        fresh = [new_key(world.folder / "keys", role, None)]
+        world.shelf.repository.rotate(role, fresh, world.signers)
+        world.signers[role] = fresh
+    world.publish()  # has the number of one that was lost
+    assert world.deliver(world.publish()).state == "serving"
 
 
 def test_a_rotation_of_the_targets_keys_that_was_cut_off_is_completed(serving):
