@@ -69,7 +69,7 @@ nightly-packages: $(VENV)/.dev
 	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 
 nightly-chaos: $(VENV)/.dev
-	@$(BIN)/python benchmarks chaos
+	@$(BIN)/python benchmarks chaos --jobs 2
 
 nightly-audit: $(VENV)/.dev
 	@$(BIN)/python benchmarks one_run_audit

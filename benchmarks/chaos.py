@@ -1,8 +1,8 @@
 """Kill the coordinator with SIGKILL at every crash point, and compare the final model's bits.
 
-    python benchmarks/chaos.py                       # 3 seeds, all modes, all points: about an hour
-    python benchmarks/chaos.py --modes plain --seeds 1 --points update.kept round.committed
-    python benchmarks/chaos.py --json result.json
+    python benchmarks/chaos.py                       # 3 seeds, all modes, all points
+    python benchmarks/chaos.py --modes plain --seeds 0 2 --points update.kept round.committed
+    python benchmarks/chaos.py --jobs 2 --json result.json     # so many cases side by side
 
 Four real devices (threads of this process, with their keys, TLS and torch) and a coordinator process of its
 own. For each mode and seed one run is left alone; then, for each point, the same run is started anew, the
@@ -19,6 +19,7 @@ Exit code 1 if any case fails.
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -30,8 +31,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import numpy as np
@@ -78,6 +81,7 @@ def serve(folder: str, ports: Sequence[int], seed: int, point: str, log: str) ->
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ[crashpoints.VARIABLE] = point
     __import__("importlib").reload(crashpoints)
     import lepton_server.privacy
@@ -123,6 +127,14 @@ def serve(folder: str, ports: Sequence[int], seed: int, point: str, log: str) ->
         coordinator.wait()
 
 
+def _end_with_parent() -> None:
+    """A benchmark that is killed leaves no coordinator behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it is a child"
+    parent.join()
+    os._exit(1)
+
+
 def _key(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
@@ -137,6 +149,7 @@ class Device:
         from lepton_client.agent import Agent
         from lepton_client.config import ClientConfig
         from lepton_client.enrol import enrol
+        from lepton_client.inspection import examine
         from lepton_client.state import StateDir
 
         home = folder / f"dev{number}"
@@ -152,7 +165,7 @@ class Device:
             section["client"]["least_cohort"] = DEVICES
         self.trained: list[tuple[str, int]] = []
         self.failure: Exception | None = None  # why its agent has ended by itself
-        self.agent = Agent(ClientConfig.model_validate(section))
+        self.agent = Agent(ClientConfig.model_validate(section), check=examine)  # a process takes seconds
         self._number, self._seed = number, seed
         self._office = self.agent._office
         respond = self._office.respond
@@ -176,6 +189,12 @@ class Device:
             self.agent.run()
         except Exception as error:  # noqa: BLE001 - told by ``Case.run``
             self.failure = error
+
+    def stands(self) -> str:
+        """What it is doing, as far as its agent knows."""
+        worker, status = self.agent._worker, self.agent._state.status()
+        told = {name: status.get(name) for name in ("state", "reason", "connected", "error")}
+        return f"open {worker._open}, finished {list(worker._finished)[-3:]}, {told}"
 
     def stop(self) -> None:
         """End it."""
@@ -234,12 +253,15 @@ class Result:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses at this moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind((HERE, 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that nobody uses, below those that outgoing connections get while the coordinator is down."""
+    found: list[int] = []
+    for port in SystemRandom().sample(range(20_000, 32_000), 1000):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind((HERE, port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError("no port is free")
 
 
 class Case:
@@ -252,6 +274,7 @@ class Case:
         self.log = folder / "server.log"
         self.process: Any = None
         self.devices: list[Device] = []
+        self._stack = contextlib.ExitStack()
 
     def start(self, point: str = "") -> float:
         """Start the coordinator; seconds until it is ready."""
@@ -271,13 +294,16 @@ class Case:
 
     def run(self, point: str = "") -> Result:
         """The whole run, with a kill at ``point``."""
+        from lepton_server.store import open_store
+
         began, result = time.monotonic(), Result()
         make_authority(self.folder / "authority.key")
         self.start(point)
         token = make_token(self.folder, self.ports)
         self.devices = [Device(self.folder, i, self.seed, token, self.secure) for i in range(DEVICES)]
         run_id = queue_run(self.folder, self.mode)
-        while not finished(self.folder, run_id):
+        looking = self._stack.enter_context(open_store(self.folder / "server" / "lepton.db"))
+        while not looking.run(run_id).finished:
             if not self.process.is_alive():
                 if not point:
                     raise RuntimeError(f"the coordinator died: {self.log.read_text()[-3000:]}")
@@ -287,8 +313,8 @@ class Case:
                 if device.failure is not None:
                     raise RuntimeError("an agent has ended by itself") from device.failure
             if time.monotonic() - began > PATIENCE_S:
-                raise TimeoutError(f"not finished: {self.log.read_text()[-6000:]}")
-            time.sleep(0.05)
+                raise TimeoutError(f"not finished: {self.stand()}")
+            time.sleep(0.1)
         if point and self.process.is_alive():
             self.process.join(2.0)  # at the very end
             if self.process.is_alive():
@@ -296,6 +322,14 @@ class Case:
         self.look(run_id, result)
         result.seconds = time.monotonic() - began
         return result
+
+    def stand(self) -> str:
+        """Where everybody is, for somebody who looks for what hangs."""
+        told = [f"{d.agent._config.client.state_dir.name}: {d.stands()}" for d in self.devices]
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return "\n".join([self.log.read_text()[-6000:], *told, file.read()])
 
     def look(self, run_id: str, result: Result) -> None:
         """Read what came of it."""
@@ -305,7 +339,8 @@ class Case:
             store.verify_journal()
             if not store.rebuild().equal:
                 raise RuntimeError("the tables are not what the journal says")
-            result.state = store.run(run_id).state
+            run = store.run(run_id)
+            result.state = f"{run.state}: {run.reason}" if run.state == "failed" else run.state
             result.models = [m.sha256 for m in store.models(run_id)]
             result.rounds = [(r.round, r.attempt, r.state) for r in store.rounds(run_id)]
             parts = [p for p in store.participation(run_id) if p.outcome == "counted"]
@@ -322,6 +357,7 @@ class Case:
 
     def close(self) -> None:
         """End everything."""
+        self._stack.close()
         for device in self.devices:
             device.agent.stop()
         for device in self.devices:
@@ -350,7 +386,14 @@ def _processes() -> Any:  # noqa: ANN401 - a context of multiprocessing
     """Coordinators are forked from a clean process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["lepton_server.coordinator", "lepton_fl.training.trainer", "sklearn.datasets"]
+        [
+            "lepton_server.coordinator",
+            "lepton_fl.training.trainer",
+            "lepton_fl.privacy.distributed",
+            "dp_accounting",
+            "scipy.special",
+            "sklearn.datasets",
+        ]
     )
     return context
 
@@ -407,7 +450,7 @@ def queue_run(folder: Path, mode: str) -> str:
         fields["privacy"] = {
             "mechanism": "skellam",
             "trust": "distributed",
-            "noise_multiplier": 3.0,
+            "epsilon": 20.0,
             "delta": 1e-3,
             "clip_norm": 1.0,
         }
@@ -438,54 +481,89 @@ def case(mode: str, seed: int) -> Iterator[Case]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# --- all of them ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """Cases of one mode and seed, for one process: they share the undisturbed run."""
+
+    mode: str
+    seed: int
+    points: tuple[str, ...]
+    verbose: bool = False
+
+
+def carry_out(task: Task) -> list[tuple[str, str]]:
+    """Run the cases; (point, what went wrong or '')."""
+    if not task.verbose:
+        __import__("logging").disable(50)
+    pin_devices()
+    mode, seed = task.mode, task.seed
+    with case(mode, seed) as quiet:
+        calm = quiet.run()
+    bad = "; ".join(faults(calm, calm))
+    say(f"{mode} {seed}: undisturbed {calm.models[-1][:12]}, {calm.seconds:.1f} s {bad}")
+    return [(point, bad or disturb(mode, seed, point, calm)) for point in task.points]
+
+
+def disturb(mode: str, seed: int, point: str, calm: Result) -> str:
+    """One case; what went wrong, or ''."""
+    result, log = Result(), ""
+    try:
+        with case(mode, seed) as disturbed:
+            result = disturbed.run(f"{point}:{when(point, seed)}")
+            log = disturbed.log.read_text()
+        if wrong := "; ".join(faults(result, calm)):
+            wrong += f"\n{log}"
+    except Exception as error:  # noqa: BLE001 - the other cases go on
+        wrong = f"{type(error).__name__}: {error} {error.__cause__ or ''}".rstrip()
+    took = f"({result.seconds:.1f} s, up again in {result.resumed_s:.1f} s)"
+    say(f"{mode} {seed} {point}: {wrong or 'the same bits'} {took}")
+    return wrong
+
+
+def say(text: str) -> None:
+    """Print a line as a whole, beside others that do so."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def tasks_of(chosen: argparse.Namespace) -> list[Task]:
+    """What is to be done, the longest first; seed by seed, so that one that is cut short has all modes."""
+    tasks = []
+    for seed in chosen.seeds:
+        for mode in chosen.modes:
+            points = tuple(p for p in points_of(mode) if not chosen.points or p in chosen.points)
+            tasks.append(Task(mode, seed, points, chosen.verbose))
+    return tasks
+
+
 def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--points", nargs="+", default=(), help="only these")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run cases side by side")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--verbose", action="store_true")
     chosen = parser.parse_args()
-    if not chosen.verbose:
-        __import__("logging").disable(50)
-    pin_devices()
-    failed, report = 0, {}
-    for mode in chosen.modes:
-        good = total = 0
-        points = [p for p in points_of(mode) if not chosen.points or p in chosen.points]
-        for seed in range(chosen.seeds):
-            with case(mode, seed) as quiet:
-                calm = quiet.run()
-            bad = faults(calm, calm)
-            print(
-                f"{mode} {seed}: undisturbed {calm.models[-1][:12]}, {calm.seconds:.1f} s {bad or ''}",
-                flush=True,
-            )
-            for point in points:
-                total += 1
-                try:
-                    with case(mode, seed) as disturbed:
-                        result = disturbed.run(f"{point}:{when(point, seed)}")
-                    wrong = faults(result, calm)
-                except Exception as error:  # noqa: BLE001 - the other cases go on
-                    why = f"{type(error).__name__}: {error} {error.__cause__ or ''}".rstrip()
-                    wrong, result = [why], Result()
-                good += not wrong
-                told = "; ".join(wrong) or "the same bits"
-                print(
-                    f"{mode} {seed} {point}: {told} "
-                    f"({result.seconds:.1f} s, up again in {result.resumed_s:.1f} s)",
-                    flush=True,
-                )
-        failed += total - good
-        report[mode] = {"points": len(points), "seeds": chosen.seeds, "good": good, "cases": total}
-        print(f"--- {mode}: {good} of {total}", flush=True)
+    report = {mode: {"points": 0, "seeds": len(chosen.seeds), "good": 0, "cases": 0} for mode in chosen.modes}
+    tasks = tasks_of(chosen)
+    with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
+        for task, outcomes in zip(tasks, pool.map(carry_out, tasks), strict=True):
+            row = report[task.mode]
+            row["points"] = len(task.points)
+            row["cases"] += len(outcomes)
+            row["good"] += sum(not wrong for _, wrong in outcomes)
+    for mode, row in report.items():
+        print(f"--- {mode}: {row['good']} of {row['cases']}", flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps(report))
-    return 1 if failed else 0
+    return 0 if all(row["good"] == row["cases"] for row in report.values()) else 1
 
 
 if __name__ == "__main__":

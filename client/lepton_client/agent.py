@@ -15,6 +15,7 @@ import os
 import platform
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -205,9 +206,22 @@ class Agent:
 
     def _loop(self) -> None:
         while not self._stopping:
-            delay = self._check_in()
-            self._diary.flush()
-            self._handle_until(self._clock.now() + delay)
+            try:
+                delay = self._check_in()
+                self._diary.flush()
+                self._handle_until(self._clock.now() + delay)
+            except LeptonError:
+                raise
+            except Exception:  # a device that is silent for ever holds up others
+                log.exception("an error that nobody foresaw; the agent begins anew with a check-in")
+                self._hang_up()
+                self._rest(self._backoff.next())
+
+    def _rest(self, seconds: float) -> None:
+        """Do nothing, unless it is asked to stop."""
+        ends = self._clock.now() + seconds
+        while not self._stopping and self._clock.now() < ends:
+            time.sleep(0.1)
 
     def _handle_until(self, deadline: float) -> None:
         """Handle events until the deadline, or until one asks for an earlier check-in."""
@@ -551,7 +565,8 @@ class Agent:
         stay_s = call.stay_s if 0 <= call.stay_s <= MAX_TASK_S else 0.0
         key = (call.run_id, call.round, call.nonce)
         deadline = self._clock.now() + deadline_s
-        if self._worker.select(Selection(key, deadline, stay_s, refusal, resumed=call.resumed)):
+        selection = Selection(key, deadline, stay_s, refusal, resumed=call.resumed, node=call.node_id)
+        if self._worker.select(selection):
             log.info(
                 "selected to %s in round %d of run %s (%s)", call.kind, call.round, call.run_id, call.task
             )

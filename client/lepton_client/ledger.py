@@ -9,6 +9,7 @@ replaced as a whole, so a crash leaves the old list or the new one.
 """
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Entry:
 
 
 class Ledger:
-    """The durable list of participations in one file."""
+    """The durable list of participations in one file; used by the agent's two threads."""
 
     def __init__(self, path: Path, kills: Callable[[], int] = lambda: 0) -> None:
         """Read the list.
@@ -59,7 +60,7 @@ class Ledger:
         Raises:
             StateCorrupt: the file is damaged. Without it a double training could not be told.
         """
-        self._path, self._kills = path, kills
+        self._path, self._kills, self._lock = path, kills, threading.Lock()
         entries, self._kills_then = _read(path)
         self._entries = {entry.key: entry for entry in entries}
         self.killed_for_memory = bool(self.interrupted()) and kills() > self._kills_then >= 0
@@ -75,17 +76,19 @@ class Ledger:
             DiskFull, StateError: it could not be written; the work must not start.
         """
         entry = Entry.of(ticket)
-        if entry.key in self._entries:
-            return False
-        self._kills_then = self._kills()
-        self._replace({**self._entries, entry.key: entry})
+        with self._lock:
+            if entry.key in self._entries:
+                return False
+            self._kills_then = self._kills()
+            self._replace({**self._entries, entry.key: entry})
         return True
 
     def answered(self, ticket: "Ticket | Entry") -> None:
         """Note that nobody waits for it any more; raises DiskFull or StateError."""
         entry = ticket if isinstance(ticket, Entry) else Entry.of(ticket)
         done = Entry(*entry.key, answered=True)
-        self._replace({**self._entries, entry.key: done})
+        with self._lock:
+            self._replace({**self._entries, entry.key: done})
 
     def _replace(self, entries: dict[tuple[str, str, int, int, str], Entry]) -> None:
         kept = dict(list(entries.items())[-KEEP:])

@@ -9,6 +9,7 @@ to switch that off.
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
@@ -24,6 +25,8 @@ from lepton_fl.wire.v1 import device_pb2_grpc
 
 T = TypeVar("T")
 PROTOCOL = 1
+LATE_S = 10.0  # after its deadline gRPC itself must have ended a call
+CLOSE_S = 5.0  # for gRPC to end what is under way when we hang up
 _OPTIONS = (
     # A new Link must dial at once and not inherit the waiting time of one that failed.
     ("grpc.use_local_subchannel_pool", 1),
@@ -82,8 +85,10 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Hang up; what is under way ends."""
-        self._channel.close()
+        """Hang up; what is under way ends. It never waits long: gRPC may for a call whose end got lost."""
+        closing = threading.Thread(target=self._channel.close, name="lepton-hang-up", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
 
     def enroll(self, request: pb.EnrollRequest) -> pb.EnrollResponse:
         """Raises Refused, UntrustedServer, ConnectionFailed or another LeptonError."""
@@ -126,12 +131,15 @@ class Link:
         """Call and wait, but not longer than the caller wants to live."""
         metadata = ((PATIENCE_KEY, f"{self._timeout:.3f}"),)
         future = method.future(request, timeout=self._timeout, metadata=metadata)
-        done = threading.Event()
+        done, ends = threading.Event(), time.monotonic() + self._timeout + LATE_S
         future.add_done_callback(lambda _: done.set())
         while not done.wait(0.2):
             if self._stopping():
                 future.cancel()
                 raise Cancelled
+            if time.monotonic() > ends:  # the agent's only thread must not depend on gRPC's own clock
+                future.cancel()
+                raise ConnectionFailed(f"A call to {self.address} does not end.")
         try:
             answer = future.result()
         except grpc.FutureCancelledError:

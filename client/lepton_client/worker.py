@@ -13,7 +13,7 @@ answer it, pushes the answer and stays a while for the next round. Rules:
 import contextlib
 import logging
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 CALM_S: Final = 1.0  # between two looks for the next stage's message, which the coordinator announces
 LOAD_S: Final = 120.0  # what a first training may take to load before it counts as hung
+KEEP_DONE: Final = 64  # attempts that are over for this device and are remembered
 KEEP_S: Final = 300.0  # that an answer is kept for a coordinator that was restarted, at least
 GRACE: Final = 5.0  # seconds after a deadline in which an answer may still be taken
 
@@ -52,8 +53,8 @@ class Node(Protocol):
     Every method raises TrustError (not admitted) or ConnectionFailed (try later).
     """
 
-    def activate(self) -> Any:  # noqa: ANN401 - the node id, which nobody here needs
-        """Join."""
+    def activate(self) -> int:
+        """Join; the number under which the coordinator knows this node, another one after its restart."""
         ...
 
     def pull(self) -> "tuple[Any, Records] | None":
@@ -103,6 +104,7 @@ class Selection:
     refusal: str = ""  # why this device will not do it, when that is so
     reason: Rejection = Rejection.FAILED  # the same in a word
     resumed: bool = False  # the coordinator goes on after a restart with what this device may have finished
+    node: int = 0  # the number of this device's node, of that coordinator
     refused: bool = False  # the fleet API did not know this device since it was selected
 
 
@@ -153,7 +155,8 @@ class Worker:
         self._lock = threading.Condition()
         self._open: dict[Key, Selection] = {}
         self._left: set[Key] = set()
-        self._finished: deque[Key] = deque(maxlen=64)
+        self._finished: OrderedDict[Key, int] = OrderedDict()  # and the number that our node had
+        self._number = 0  # that our node has, or had last
         self._answers: dict[Key, _Trained] = {}
         self._stay_until = 0.0
         self._beat: float | None = None  # clock seconds of the last step of the work in hand; None = none is
@@ -197,10 +200,9 @@ class Worker:
     def select(self, selection: Selection) -> bool:
         """This device is in a cohort; False when it knew that."""
         with self._lock:
-            if selection.resumed and selection.key in self._finished:
-                self._finished.remove(selection.key)
-            if self._stopping or selection.key in self._finished:
+            if self._stopping or self._is_done(selection):
                 return False  # told twice, by the stream and by a check-in
+            self._finished.pop(selection.key, None)
             if selection.key in self._open:  # so was this, or there is the next of several messages
                 self._open[selection.key] = selection
                 self._nudged = True
@@ -214,6 +216,15 @@ class Worker:
                 self._thread.start()
             self._lock.notify_all()
             return True
+
+    def _is_done(self, selection: Selection) -> bool:
+        """Whether nothing is left to do for it; the lock is held.
+
+        Of a coordinator that was restarted, only what was done since it asked again: the word that it asks
+        may come after the work, and who then waits for more is busy until the round's deadline.
+        """
+        number = self._finished.get(selection.key)
+        return number is not None and (not selection.resumed or number == selection.node)
 
     def taken(self, run_id: str, round_number: int, attempt: int) -> None:
         """The coordinator says that it has the answer of an attempt."""
@@ -263,6 +274,8 @@ class Worker:
         except BaseException:
             log.exception("the worker failed; the agent goes on without this round")
             with self._lock:
+                for key, selection in self._open.items():
+                    self._over_with(key, selection.node)  # it would fail again at the next check-in
                 self._open.clear()
                 self._thread = None
         finally:
@@ -290,7 +303,7 @@ class Worker:
             self._broken(error)
             return
         try:
-            node.activate()
+            self._number = node.activate()
             while self._attend():
                 self._look(node)
                 self._backoff.reset()
@@ -577,7 +590,7 @@ class Worker:
                 log.warning("the answer did not get through, trying again: %s", error)
             self._pause(backoff.next())
             with contextlib.suppress(LeptonError):  # then the next push says what is wrong
-                node.activate()
+                self._number = node.activate()
 
     def _over(self, key: Key) -> bool:
         with self._lock:
@@ -601,10 +614,16 @@ class Worker:
         with self._lock:
             selection = self._open.pop(key, None)
             self._left.discard(key)
-            self._finished.append(key)
+            self._over_with(key, self._number)
             if selection is not None:
                 self._stay_until = self._clock.now() + selection.stay_s
         self._changed()
+
+    def _over_with(self, key: Key, number: int) -> None:
+        """Remember that nothing is left to do for an attempt; the lock is held."""
+        self._finished[key] = number
+        while len(self._finished) > KEEP_DONE:
+            self._finished.popitem(last=False)
 
 
 def _name(key: Key) -> str:

@@ -35,7 +35,9 @@ from lepton_fl.wire.messages import malformed
 
 VALID_S: Final = 7 * 86_400  # seconds for which an advert is good
 MOST_SESSIONS: Final = 4  # at a time; the oldest goes
-MOST_SPARE: Final = 4  # keys made ahead; the oldest go
+# Keys made ahead; the oldest go. A coordinator that is restarted asks for new ones, and may go on with a
+# roster that names an older one.
+MOST_SPARE: Final = 32
 DEFAULT_POLICY: Final = Policy()
 MOST_COORDINATES: Final = 2**31
 
@@ -280,9 +282,8 @@ class SecureMember:
         return self._session(key).reveal(certificate)
 
     def leave(self, key: str) -> None:
-        """Overwrite the secrets of an attempt that goes on without this device."""
-        if key in self._places:
-            self._forget(key)
+        """Overwrite the secrets of an attempt that goes on without this device; from any thread."""
+        self._forget(key)
 
     def close(self) -> None:
         """Overwrite the secrets of everything under way."""
@@ -305,7 +306,9 @@ class SecureMember:
         return session
 
     def _forget(self, key: str) -> None:
-        place = self._places.pop(key)
+        place = self._places.pop(key, None)
+        if place is None:
+            return
         place.prekey.discard()
         if place.session is not None:
             place.session.close()

@@ -56,6 +56,7 @@ _FOLLOWED = (
     *_SIGNING,
 )
 STOCK = 2  # keys for secure rounds that a device has made ahead, at most
+MOST_SPENT = 8192  # of those that rosters have named are known: no device sends one again after so many
 _PAGE = 1000  # events read at a time
 _REPORTS = 500  # journalled in one transaction: other writers wait for its end
 _EMPTY = hashlib.sha256(b"{}").hexdigest()
@@ -188,7 +189,7 @@ class _Pending:
     instruction: pb.Instruction
     key: tuple[str, str]  # kind and run: a newer one replaces it
     until: float  # monotonic, s
-    sent: bool = False  # only a Participate outlives being sent, until the device shows that it got it
+    sent: bool = False  # only a Participate outlives being sent: it is offered to an idle device again
 
 
 @dataclass(slots=True)
@@ -317,6 +318,7 @@ class Fleet:
         self._streams = 0
         self._run_active = False
         self._secure_active = False
+        self._spent: dict[bytes, None] = {}  # keys that rosters have named, oldest first
         self._renew_s: float | None = None  # None: there is no enrolment authority
         self.store_error: LeptonError | None = None  # why the store cannot be used, now
         self._batch = _Batch()
@@ -562,7 +564,8 @@ class Fleet:
             self._said += said != (device.serves, device.service, device.tried)
             device.serves, device.service, device.tried = said
             self._batch.presence[device_id] = (wall, status)
-            instructions = self._take(device, now) if device.pending else ()
+            # A device that is at work has its offer; one that is not has lost it, or was started again.
+            instructions = self._take(device, now, unsent=status == BUSY) if device.pending else ()
             desired = device.desired if device.desired_digest != desired_digest else ""
             # A fleet that fits waits always, so that a run starts at once; a larger one only during a run.
             wanted = self._run_active or self._registered <= self._config.max_waiting
@@ -575,8 +578,7 @@ class Fleet:
         """Take in keys made ahead; returns whether the device has become fit for secure rounds, or unfit."""
         if secrecy.advert_session != device.advert_session:  # another process: the old ones' secrets are gone
             device.advert_session, device.adverts = secrecy.advert_session, ()
-        if secrecy.adverts:
-            device.adverts = (*device.adverts, *secrecy.adverts)[-STOCK:]
+        self._stock(device, secrecy.adverts)
         was, device.credential_ends = device.credential_ends, secrecy.credential_ends
         return (was > wall) != (device.credential_ends > wall)
 
@@ -611,14 +613,27 @@ class Fleet:
         with self._lock:
             device = self._devices.get(device_id)
             if device is not None and not device.revoked:
-                device.adverts = (*device.adverts, advert)[-STOCK:]
+                self._stock(device, (advert,))
+
+    def _stock(self, device: _Device, adverts: Sequence[bytes]) -> None:
+        """Keep new ones; a device that was not told that they have come sends them again."""
+        fresh = [a for a in adverts if a not in self._spent and a not in device.adverts]
+        device.adverts = (*device.adverts, *fresh)[-STOCK:]
+
+    def spend_adverts(self, adverts: Iterable[bytes]) -> None:
+        """A roster has gone out with these keys: they are of no use again, whoever sends them once more."""
+        with self._lock:
+            self._spent |= dict.fromkeys(adverts)
+            while len(self._spent) > MOST_SPENT:
+                del self._spent[next(iter(self._spent))]
+            for device in self._devices.values():
+                if device.adverts:
+                    device.adverts = tuple(a for a in device.adverts if a not in self._spent)
 
     def _note(self, device: _Device, report: Report, status: str, reason: str, now: float) -> bool:
         """Take in what a device says; returns whether that may change who is eligible."""
         changed = device.due <= now or device.status != status or device.reason != reason
         device.status, device.reason = status, reason
-        if status == BUSY and device.pending:
-            device.pending = [p for p in device.pending if not p.sent] or None  # it got them
         if report is not device.report and report != device.report:
             self._said += report.serving != device.report.serving
             device.report = report
@@ -804,8 +819,9 @@ class Fleet:
 
         A newer instruction of the same kind and run replaces an older one that is still kept. A
         ``Participate`` is kept until its deadline, and its ``deadline_s`` is what remains of it when it is
-        delivered; until the device reports itself busy or :meth:`mark_idle` is called, it is offered again at
-        a check-in (the connection may have died under it), so a device must ignore an attempt that it knows.
+        delivered; until its verdict or :meth:`mark_idle`, a device that does not report itself busy is
+        offered it again at a check-in (the connection may have died under it, or its process), so a device
+        must ignore an attempt that it knows.
 
         Returns:
             Whether the device waits, so that it is told now.

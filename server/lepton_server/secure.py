@@ -13,7 +13,7 @@ give them again.
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Final
 
 from lepton_fl.crashpoints import reached
@@ -25,6 +25,7 @@ from lepton_fl.rounds.secure import Told, collect_secure, must_be_synced
 from lepton_fl.rounds.secure_device import Offer
 from lepton_fl.rounds.secure_sum import context_of, groups_of
 from lepton_fl.rounds.secure_wire import StageAnswer, StageRequest
+from lepton_fl.secagg.messages import Roster
 from lepton_fl.secagg.server import Stage
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
@@ -179,6 +180,10 @@ class SecureFleet:
         """Keep one for a later round."""
         self._fleet.add_advert(device_id, advert)
 
+    def spend_adverts(self, rosters: Iterable[bytes]) -> None:
+        """These rosters go out, perhaps again after a restart."""
+        self._fleet.spend_adverts(a for roster in rosters for a in Roster.decode(roster).adverts)
+
     def show(self, stage: Stage, waiting: list[str], left: float) -> None:
         """Say where a round is and whom it waits for."""
         names = ", ".join(self._name_of(d) for d in waiting[:5]) + (", ..." if len(waiting) > 5 else "")
@@ -213,6 +218,8 @@ class _Devices:
                 if (advert := self._rounds.take_advert(device)) is not None:
                     del waiting[device]
                     yield Told(device, advert, num_bytes=len(advert))
+        elif stage is Stage.SHARES:
+            self._rounds.spend_adverts(set(messages.values()))
         began, patience = time.monotonic(), self._rounds.patience(self._plan, stage)
         asked = _Messages(self._plan, self._request, self._rounds, stage, messages, waiting)
         self._rounds.entered(self._plan, stage)

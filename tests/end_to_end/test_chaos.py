@@ -22,7 +22,7 @@ CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 )
 def test_a_coordinator_that_is_killed_goes_on_to_the_same_bits(tmp_path, mode, points):
     found = tmp_path / "found.json"
-    command = [sys.executable, str(CHAOS), "--modes", mode, "--seeds", "1", "--json", str(found), "--points"]
+    command = [sys.executable, str(CHAOS), "--modes", mode, "--seeds", "0", "--json", str(found), "--points"]
     done = subprocess.run([*command, *points], capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert json.loads(found.read_text())[mode] == {

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+import types
 
 import grpc
 import pytest
@@ -48,7 +49,7 @@ class Post:
         self.lock = threading.Lock()
         self.waiting = {}
         self.answers, self.errors = [], []
-        self.joined = self.left = 0
+        self.joined = self.left = self.number = 0
         self.refusal = None
         self.broken = 0  # so many of the next calls fail
 
@@ -74,6 +75,7 @@ class PostNode:
     def activate(self):
         self._fail()
         self.post.joined += 1
+        return self.post.number
 
     def pull(self):
         self._fail()
@@ -668,10 +670,11 @@ class Restarted(Post):
 
 class RestartedNode(PostNode):
     def activate(self):
-        super().activate()
+        number = super().activate()
         if self.post.strange:
             self.post.strange -= 1
             raise TrustError("the request is not signed by an admitted key")
+        return number
 
     def push(self, handle, records):
         if not self.post.gone.is_set():
@@ -702,6 +705,86 @@ def test_what_was_trained_is_given_to_the_coordinator_that_asks_again(
     assert work.count == 1
     assert not post.errors
     until(lambda: not Ledger(enrolled.ledger).interrupted())
+
+
+def test_the_word_that_a_restarted_coordinator_asks_may_come_after_the_work(
+    coordinator, agent, post, work, running
+):
+    def ask(number):
+        call = participate(deadline_s=3600.0)
+        call.participate.resumed, call.participate.node_id = True, number
+        coordinator.instructions.put(call)
+
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    work.finish.set()
+    post.number = 7
+    post.send()
+    ask(7)
+    until(lambda: post.answers and not agent._worker.busy)
+    ask(7)  # a check-in that was long on its way
+    verdict = pb.Verdict(run_id="run", round=1, attempt=1, kind="train", accepted=True)
+    coordinator.instructions.put(pb.Instruction(verdict=verdict))
+    until(lambda: agent._diary._verdicts)
+    assert not agent._worker.busy  # until the deadline, nobody would have drawn it
+    post.number = 8  # it was restarted once more, and wants what it does not have
+    post.send()
+    ask(8)
+    until(lambda: post.errors and not agent._worker.busy)
+    assert work.count == 1
+
+
+def test_a_worker_that_fails_is_not_started_again_by_the_same_offer(
+    coordinator, config, enrolled, work, good_data, running, caplog
+):
+    def no_node(*_):
+        raise RuntimeError("Flower is not whole")
+
+    agent = Agent(config, node_factory=no_node, answer=work, check=good_data, clock=SystemLike())
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    for _ in range(3):
+        coordinator.instructions.put(participate())
+        until(lambda: "the worker failed" in caplog.text and not agent._worker.alive)
+    verdict = pb.Verdict(run_id="run", round=1, attempt=1, kind="train", accepted=False)
+    coordinator.instructions.put(pb.Instruction(verdict=verdict))
+    until(lambda: agent._diary._verdicts)
+    assert caplog.text.count("the worker failed") == 1
+
+
+def test_an_error_that_nobody_foresaw_does_not_silence_a_device(
+    coordinator, agent, running, caplog, monkeypatch
+):
+    check_in, wrong = agent._check_in, [RuntimeError("odd"), KeyError("odd, too")]
+
+    def odd():
+        if wrong:
+            raise wrong.pop()
+        return check_in()
+
+    monkeypatch.setattr(agent, "_check_in", odd)
+    running(agent)
+    coordinator.heard(is_idle)
+    assert caplog.text.count("nobody foresaw") == 2
+
+
+def test_a_call_that_grpc_never_ends_ends_for_us(coordinator, config, enrolled, monkeypatch):
+    from lepton_client import link as module
+
+    monkeypatch.setattr(module, "LATE_S", 0.1)
+    monkeypatch.setattr(module, "CLOSE_S", 0.1)
+    identity, closed = enrolled.identity(), threading.Event()
+    lost = types.SimpleNamespace(add_done_callback=lambda told: None, cancel=lambda: None)
+    with module.Link(identity.device_service, identity.ca_pem.encode(), timeout_s=0.1) as link:
+        channel = link._channel
+        link._channel = types.SimpleNamespace(close=closed.wait)
+        link._stub = types.SimpleNamespace(CheckIn=types.SimpleNamespace(future=lambda *_, **__: lost))
+        with pytest.raises(ConnectionFailed, match="does not end"):
+            link.check_in(pb.CheckInRequest())
+    closed.set()
+    channel.close()
 
 
 def test_a_verdict_settles_what_was_never_acknowledged(

@@ -351,13 +351,16 @@ def test_kept_instructions_are_bounded_and_expire(fleet, ids, clock):
     assert fleet.check_in(ids[1], READY).instructions == ()
 
 
-def test_an_offer_is_repeated_with_the_time_left_until_it_is_taken(fleet, ids, clock):
+def test_an_offer_is_repeated_with_the_time_left_while_it_is_not_worked_on(fleet, ids, clock):
     fleet.instruct(ids[0], participate(deadline_s=100))
     clock.now += 30
     (told,) = fleet.check_in(ids[0], READY).instructions
     assert told.participate.deadline_s == pytest.approx(70)
     (told,) = fleet.check_in(ids[0], READY).instructions
     assert fleet.check_in(ids[0], READY, BUSY).instructions == ()
+    assert len(fleet.check_in(ids[0], READY).instructions) == 1  # its process was killed meanwhile
+    fleet.instruct(ids[0], verdict())
+    assert fleet.check_in(ids[0], READY).instructions == (verdict(),)
     assert fleet.check_in(ids[0], READY).instructions == ()
 
 

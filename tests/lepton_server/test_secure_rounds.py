@@ -59,7 +59,10 @@ class Stock:
     """What the fleet keeps of keys made ahead."""
 
     def __init__(self):
-        self.adverts = {}
+        self.adverts, self.spent = {}, set()
+
+    def spend_adverts(self, adverts):
+        self.spent |= set(adverts)
 
     def take_advert(self, device):
         found = self.adverts.get(device, [])
@@ -211,6 +214,27 @@ def test_the_sum_is_that_of_a_plain_round_and_keys_are_made_ahead(fleet):
     plan, request = fleet.plan(number=2)
     assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N
     assert Stage.ADVERTS not in {s for s, _ in fleet.wire.asked}  # one exchange less to wait for
+
+
+def test_a_key_that_was_taken_outlives_those_that_a_restarted_coordinator_asks_for(fleet, monkeypatch):
+    take = fleet.stock.take_advert
+
+    def taken(device):
+        advert = take(device)
+        for _ in range(3):  # restarts, before the roster comes to the device
+            fleet.seats[device].make_adverts(2)
+        return advert
+
+    for device, seat in fleet.seats.items():
+        seat.make_adverts(2)
+        for advert in seat.adverts:
+            fleet.stock.add_advert(device, advert)
+    made = {adverts[0] for adverts in fleet.stock.adverts.values()}
+    monkeypatch.setattr(fleet.stock, "take_advert", taken)
+    plan, request = fleet.plan()
+    assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N
+    assert Stage.ADVERTS not in {s for s, _ in fleet.wire.asked}
+    assert fleet.stock.spent == made
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.name.lower())

@@ -222,7 +222,11 @@ def test_keys_made_ahead_are_few_are_given_out_once_and_end_with_their_process(p
     fleet.add_advert(device, b"c")
     fleet.add_advert(device, b"d")
     assert [fleet.take_advert(device) for _ in range(3)] == [b"c", b"d", None]
-    fleet.add_advert(device, b"e")
+    check_in(fleet, device, adverts=(b"e", b"f"), **made)
+    fleet.spend_adverts([b"e"])  # a roster names it, from before a restart perhaps
+    check_in(fleet, device, adverts=(b"e", b"f"), **made)  # the device was not told that they had come
+    assert [fleet.take_advert(device) for _ in range(2)] == [b"f", None]
+    fleet.add_advert(device, b"g")
     check_in(fleet, device, credential_ends=ends, advert_session=b"another1")
     assert fleet.take_advert(device) is None
     assert fleet.take_advert("d-nobody") is None
