@@ -468,6 +468,7 @@ class RunSpec(Frozen):
     secure_aggregation: Literal["required", "off"] = "off"  # required: the coordinator learns sums only
     secure: SecureSpec = SecureSpec()  # how, where it is required; implies grid_step
     quantisation: QuantisationSpec | None = None  # updates in few bits; none = every coordinate in 32
+    downlink: Literal["lossless", "plain"] = "lossless"  # how models go to devices: packed, or as they are
     evaluate_every: Annotated[int, Field(ge=0)] = 1  # federated evaluation every n rounds; 0 = never
     evaluate_cohort: Annotated[int, Field(ge=0)] = 0  # devices asked to evaluate; 0 = as many as train
     central_data: str = ""  # folder of the task's data set on the coordinator, or "built-in"; empty = none

@@ -8,6 +8,7 @@ million of them, guided by coverage where atheris is installed, and with an end 
 
 import argparse
 import base64
+import hashlib
 import importlib.util
 import json
 import lzma
@@ -275,6 +276,7 @@ def peers() -> list[Decoder]:
     from google.protobuf.message import DecodeError
 
     from lepton_fl import crypto
+    from lepton_fl.wire import downlink
     from lepton_fl.wire.status import error_from, retry_after, waited_s
     from lepton_fl.wire.v1 import device_pb2 as pb
     from lepton_server import device_service as service
@@ -313,6 +315,8 @@ def peers() -> list[Decoder]:
 
     told_status = json.dumps([["lepton-code", "trust"], ["retry-after", "1.5"], ["lepton-patience", "20"]])
     token = "lepton1." + base64.urlsafe_b64encode(b'{"addr":"a:1","ca":"","check":"","secret":""}').decode()
+    sha, rows = hashlib.sha256(bytes(300)).hexdigest(), bytes(300)
+    packed = downlink.pack(rows), downlink.pack(rows, sha, rows), downlink.pack(bytes(2**20))
     push = b"\x0a\x04\x08\x01\x10\x02\x12\x05hello"
     return [
         Decoder("check-in", read_check_in, (check_in.SerializeToString(),)),
@@ -322,6 +326,7 @@ def peers() -> list[Decoder]:
         Decoder("public key", crypto.public_from_der, (crypto.public_der(key.public_key()),)),
         Decoder("join token", text(crypto.parse_join_token), (token.encode(),)),
         Decoder("status", tree(read_status), (told_status.encode(),)),
+        Decoder("packed object", lambda data: downlink.unpack(data, sha, {sha: bytes(300)}.get), packed),
         Decoder("object frame", lambda data: cut_content(bytearray(data)), (push,), (DecodeError,)),
     ]
 
@@ -339,7 +344,7 @@ NAMES = [
     "shares", "delivery", "upload", "survivors", "consent", "certificate", "reveal", "manifest",
     "desired state", "pack", "root of trust", "card", "private state", "ledger head", "privacy event",
     "ledger export", "head", "event bodies", "check-in", "enrolment", "certificate request", "private key",
-    "public key", "join token", "status", "object frame",
+    "public key", "join token", "status", "packed object", "object frame",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -38,6 +39,7 @@ from lepton_client.ledger import Ledger
 from lepton_client.limits import apply_limits, memory_kills
 from lepton_client.link import PROTOCOL, Busy, Cancelled, HungUp, Link, Listener, Refused
 from lepton_client.memory import FileMemory
+from lepton_client.objects import KeptObjects
 from lepton_client.secure import Seat
 from lepton_client.spending import Spending, policies_of
 from lepton_client.state import Identity, StateDir
@@ -102,8 +104,9 @@ class Agent:
         self._config = config
         self._clock = clock or SystemClock()
         self._machine = machine or Machine()
-        self._node_factory = node_factory or flower_node
         self._state = StateDir(config.client.state_dir)
+        kept = KeptObjects(self._state.objects, config.connection.keep_bytes)
+        self._node_factory = node_factory or partial(flower_node, kept=kept)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()  # put() is safe in a signal handler
         self._inspector = Inspector(config.tasks, self._poke, check)
         self._memory = FileMemory(self._state.memory)
@@ -605,11 +608,11 @@ def _shown(head: LedgerHead | None) -> pb.LedgerHead | None:
     return pb.LedgerHead(seq=head.seq, hash=head.hash, key=head.key, signature=head.signature)
 
 
-def flower_node(address: str, ca_pem: bytes, key: "PrivateKey") -> Node:
+def flower_node(address: str, ca_pem: bytes, key: "PrivateKey", kept: KeptObjects | None = None) -> Node:
     """Flower's node; flwr is imported here, at the first selection."""
     from lepton_client.flower import FlowerNode
 
-    return FlowerNode(address, ca_pem, key, retry_for_s=RETRY_PUSH_S)
+    return FlowerNode(address, ca_pem, key, retry_for_s=RETRY_PUSH_S, kept=kept)
 
 
 def _capabilities() -> pb.Capabilities:

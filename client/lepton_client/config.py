@@ -311,6 +311,12 @@ class ConnectionSection(_Section):
         le=60,
         description="Pause between two looks for a round's message while selected, seconds.",
     )
+    keep_bytes: int = Field(
+        default=64 * 2**20,
+        ge=0,
+        description="What parts of models from earlier rounds may take on the disk, bytes: they need not "
+        "come again, and the next model comes as the difference to the last. 0 = nothing is kept.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

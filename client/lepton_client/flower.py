@@ -12,11 +12,15 @@ of ours: ``ConnectionFailed`` (try later), ``TrustError`` (the key is not or no 
             handle, records = work
             node.push(handle, train(records))    # or node.push_error(handle, Rejection.FAILED, "why")
 
+What is in ``kept`` from earlier rounds is not fetched again, and what comes may come packed, as the
+difference to it (``lepton_fl.wire.downlink``); everything is held against its SHA-256 before it is used.
+
 An answer is sent again until the coordinator has acknowledged it or has refused it, and counts once however
 often it is sent. A message that has not been answered is delivered again by the next ``pull``: a caller that
 has been told that its answer is refused may meet the message again and should answer with ``push_error``.
 """
 
+import logging
 import os
 import random
 import secrets
@@ -65,8 +69,11 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from lepton_client.objects import KeptObjects
 from lepton_fl.errors import ConnectionFailed, LeptonError, Rejection, TrustError, UpdateRejected
+from lepton_fl.files import sha256_hex
 from lepton_fl.wire.along import MOST_ALONG, add_along, read_along
+from lepton_fl.wire.downlink import ACCEPT, FORM, FORM_OF, HELD, MAX_HELD, unpack
 from lepton_fl.wire.records import Records
 from lepton_strategies.records import from_record_dict, to_record_dict
 
@@ -77,6 +84,11 @@ SALT_BYTES: Final = 16
 DEVICE_ERROR: Final = 1  # Flower's error number; ours are words, in the text
 MAX_REASON: Final = 500  # characters
 CLOCK_HEADER: Final = "lepton-server-time"
+_CHUNK: Final = ArrayChunk.__qualname__.encode(
+    "ascii"
+)  # what an object that holds a part of an array begins with
+
+log = logging.getLogger(__name__)
 
 A = TypeVar("A")
 
@@ -114,6 +126,7 @@ class FlowerNode:
         private_key: The device's enrolled key. Any NIST curve works; ours is P-256.
         retry_for_s: How long an upload or a download is repeated when the coordinator is away or busy.
         heartbeat_s: Seconds between signs of life while active, at least 10.
+        kept: Parts of models from earlier rounds; None = everything is fetched, and as it is.
     """
 
     def __init__(
@@ -124,11 +137,13 @@ class FlowerNode:
         *,
         retry_for_s: float = 300.0,
         heartbeat_s: float = HEARTBEAT_S,
+        kept: KeptObjects | None = None,
     ) -> None:
         self._address = address
         self._retry_for_s = retry_for_s
         self._heartbeat_s = heartbeat_s
         self._signer = _Signer(private_key)
+        self._kept, self._packs = kept, _Packs()
         self._node: Node | None = None
         self._moving_since: float | None = None  # monotonic seconds: the first part of what is under way
         self._moves = False
@@ -137,7 +152,7 @@ class FlowerNode:
         self._heart: threading.Thread | None = None
         try:
             self._client = FleetHttpClient.from_server_address(
-                address, False, root_certificate_pem, [self._signer]
+                address, False, root_certificate_pem, [self._signer, self._packs]
             )
         except (ssl.SSLError, ValueError) as error:
             raise TrustError(
@@ -210,12 +225,12 @@ class FlowerNode:
         self._moving_since, came = None, read_along(response)
         try:
             contents = {
-                name: came[name]
-                if name in came
-                else self._retry(partial(self._pull_object, metadata.run_id, name))
+                name: came[name] if name in came else self._object(metadata.run_id, name)
                 for name in (item.object_id for item in iterate_object_tree(tree))
             }
-        except UpdateRejected:
+        except UpdateRejected as refusal:
+            if refusal.reason is Rejection.MALFORMED:
+                raise
             return None  # withdrawn in this moment
         handle = Handle(
             metadata.message_id,
@@ -304,12 +319,53 @@ class FlowerNode:
             if not self._moving(self._client.PushObject, request).stored:
                 raise _StartOver
 
-    def _pull_object(self, run_id: int, object_id: str) -> bytes:
+    def _object(self, run_id: int, object_id: str) -> bytes:
+        """An object of a message: kept from an earlier round, packed, or as it is."""
+        kept = self._kept
+        if kept is None:
+            return self._retry(partial(self._pull_object, run_id, object_id))
+        if (found := kept.get(object_id)) is not None:
+            return found
+        content = self._retry(partial(self._fetched, run_id, object_id, kept))
+        if content.startswith(_CHUNK):
+            kept.put(object_id, content)
+        return content
+
+    def _fetched(self, run_id: int, object_id: str, kept: KeptObjects) -> bytes:
+        """Fetch an object in as few bytes as will do: a packed one that does not restore comes otherwise."""
+        for held in (kept.names()[:MAX_HELD], []):
+            try:
+                return self._pull_object(run_id, object_id, held)
+            except UpdateRejected as refusal:
+                if refusal.reason is not Rejection.MALFORMED:
+                    raise
+                log.warning("A part of a message is fetched again: %s", refusal)
+        return self._pull_object(run_id, object_id)
+
+    def _pull_object(self, run_id: int, object_id: str, held: list[str] | None = None) -> bytes:
+        """Fetch an object; packed, if ``held`` says what this device has. Verified in any case."""
         request = PullObjectRequest(node=self._active(), run_id=run_id, object_id=object_id)
+        self._packs.held = held
         response = self._moving(self._client.PullObject, request)
         if not response.object_found:
             raise UpdateRejected(Rejection.LATE, "The message was withdrawn.")
         content: bytes = response.object_content
+        if self._packs.form == FORM and self._kept is not None:
+            return self._unpacked(content, object_id, self._kept)
+        if sha256_hex(content) != object_id:
+            raise UpdateRejected(Rejection.MALFORMED, "Malformed message: a part of it is not what it says.")
+        return content
+
+    def _unpacked(self, packed: bytes, object_id: str, kept: KeptObjects) -> bytes:
+        used: list[str] = []
+
+        def held(name: str) -> bytes | None:
+            used.append(name)
+            return kept.get(name)
+
+        content = unpack(packed, object_id, held)
+        for name in used:  # it has a successor
+            kept.drop(name)
         return content
 
     def _retry(self, step: Callable[[], A]) -> A:
@@ -429,6 +485,24 @@ class _Signer:
         except (ValueError, TypeError):
             return False
         return True
+
+
+class _Packs:
+    """Says what this device can unpack and has, and hears how an object comes; one call at a time."""
+
+    def __init__(self) -> None:
+        self.held: list[str] | None = None  # None: as it is, please
+        self.form = ""  # of the object that came last
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Add our two headers to a request for an object, and read that of the answer."""
+        if not isinstance(context.message, PullObjectRequest):  # a heartbeat, of another thread
+            return call_next(context)
+        if self.held is not None:
+            add_headers(context.request, {ACCEPT: FORM, HELD: ",".join(self.held)})
+        response = call_next(context)
+        self.form = response.headers.get(FORM_OF, "")
+        return response
 
 
 _REASONS: Final = {

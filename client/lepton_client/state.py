@@ -56,6 +56,7 @@ class StateDir:
         self.ledger = folder / "ledger.json"
         self.contracts = folder / "contracts.json"
         self.memory = folder / "memory"
+        self.objects = folder / "objects"  # parts of models from earlier rounds
         self.signing_key = folder / "signing.key"
         self.signing = folder / "signing.json"  # the certificate of the signing key
         self.signed = folder / "signed.jsonl"  # which survivor set was signed in which round

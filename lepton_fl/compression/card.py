@@ -65,7 +65,7 @@ class Transfer(Frozen):
     run: str = ""  # of the devices that taught; what follows is its cost
     rounds: Count = 0
     bytes_up: Count = 0  # from all devices together
-    bytes_down: Count = 0  # to them: student and teacher, every time
+    bytes_down: Count = 0  # to them: the student every time, the teacher where a device has not kept it
     privacy: str | None = None  # what was promised to the devices that taught
 
 

@@ -193,6 +193,8 @@ class Campaign:
     secure: SecureRounds | None = None  # of a run with secure aggregation
     # Further figures of a round that counts, which only a simulation can know.
     measure: Callable[[Collected, NDArray[np.float64]], Mapping[str, float]] = lambda collected, mean: {}
+    # What an exchange knows that counts what it sends: plan -> bytes to each device; None = it does not.
+    down: Callable[[RoundPlan], Mapping[str, int] | None] = lambda plan: None
     # Of who was asked in this run; a restart brings it back.
     history: History = field(default_factory=History)
     unfinished: RoundPlan | None = None  # an attempt that a restart cut off and the exchange can go on with
@@ -279,6 +281,7 @@ class Campaign:
                 self.private.reopened(plan)
             began = self.clock()
             collected, mean = self._collect(plan, state)
+            collected.down = self.down(plan)
             self._remember(collected)
             self._blamed |= {d for d, e in collected.participation.items() if e.outcome == Rejection.BLAMED}
             if mean is None:
@@ -298,7 +301,7 @@ class Campaign:
             seconds = self.clock() - began
             after, metrics = self._settled(after, collected)
             metrics |= measured
-            self.book.committed(Committed(after, collected, metrics, seconds, _bytes_down(plan)))
+            self.book.committed(Committed(after, collected, metrics, seconds, collected.bytes_down))
             reached("round.released")
             self._void = 0
             return after
@@ -457,7 +460,9 @@ class Campaign:
         if not ids:
             return None
         plan = self._plan("evaluate", state.round, state, draw(ids, size, self.rng), size)
-        return collect_evaluation(plan, state.model, self.exchange, self.work.metrics, self.clock)
+        collected = collect_evaluation(plan, state.model, self.exchange, self.work.metrics, self.clock)
+        collected.down = self.down(plan)
+        return collected
 
     @property
     def _on_devices(self) -> bool:
@@ -602,8 +607,3 @@ def _min_reports(spec: RunSpec, kind: Kind, asked: int) -> int:
 def _better(value: float, than: float, mode: str, margin: float, or_equal: bool) -> bool:
     gain = than - value if mode == "min" else value - than
     return gain > margin or (or_equal and gain >= 0)
-
-
-def _bytes_down(plan: RoundPlan) -> int:
-    """Model bytes sent: every device of the cohort is sent the model, and the auxiliary vector, once."""
-    return 4 * plan.down_size * len(plan.cohort)

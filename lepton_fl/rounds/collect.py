@@ -5,7 +5,7 @@ told, and the round goes on. The attempt closes when the wanted number of report
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,6 +58,16 @@ class Collected:
     burnt: bool = False  # a survivor set went out for signing: nobody signs another one in this round
     elapsed_s: Callable[[], float] = lambda: 0.0  # since the attempt began
     few_bits: FewBits | None = None  # of a sum of quantised updates
+    down: Mapping[str, int] | None = None  # bytes that were sent to each device, where it is known
+
+    def bytes_to(self, device_id: str) -> int:
+        """Bytes that a device was sent: those that are known, else the model and the auxiliary vector."""
+        return 4 * self.plan.down_size if self.down is None else self.down.get(device_id, 0)
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes that were sent to the cohort."""
+        return sum(map(self.bytes_to, self.plan.cohort))
 
     def in_few_bits(self, mean: NDArray[np.float64], found: FewBits) -> NDArray[np.float64] | None:
         """Note what a sum tells of itself; its mean, unless it has left its ring."""

@@ -457,7 +457,6 @@ _OUTCOMES = {
 
 
 def _participation(collected: Collected) -> list[dict[str, Any]]:
-    bytes_down = 4 * collected.plan.down_size
     return [
         {
             "device_id": entry.device_id,
@@ -466,7 +465,7 @@ def _participation(collected: Collected) -> list[dict[str, Any]]:
             "seconds": entry.seconds,
             "examples": entry.num_examples,
             "bytes_up": entry.num_bytes,
-            "bytes_down": bytes_down,
+            "bytes_down": collected.bytes_to(entry.device_id),
             "arrived_s": entry.arrived_s,
             "cause": "" if outcome in ("counted", "surplus") else cause_of(entry.outcome, entry.cause),
             "detail": "" if outcome in ("counted", "surplus") else entry.detail,

@@ -19,7 +19,7 @@ from lepton_fl.crashpoints import reached
 from lepton_fl.errors import Cause, LeptonError, NotFound, Rejection, TrustError, UpdateRejected
 from lepton_fl.plan import RoundPlan
 from lepton_fl.rounds.exchange import Answer
-from lepton_fl.wire.messages import Request
+from lepton_fl.wire.messages import MODEL, Request
 from lepton_fl.wire.records import Records
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.attempts import Attempts, Update
@@ -54,6 +54,7 @@ class _Attempt:
     asked_at: dict[str, float] = field(default_factory=dict)  # device id -> monotonic seconds
     messages: Mapping[str, Records] = field(default_factory=dict)  # device id -> what it was asked last
     again: set[str] = field(default_factory=set)  # asked once more, after their node was shut out
+    posted: dict[str, str] = field(default_factory=dict)  # message id -> device id, all that were sent
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class FleetExchange:
         attempts: Attempts | None = None,
         moved: Callable[[RoundPlan, str], None] = lambda plan, phase: None,
         unfinished: RoundPlan | None = None,
+        packs: bool = True,
     ) -> None:
         """Make the exchange of a run.
 
@@ -109,8 +111,10 @@ class FleetExchange:
             attempts: keep updates; None = they are in memory only.
             moved: told that an attempt has come to a phase.
             unfinished: an attempt that a restart has cut off: its devices take part in it again.
+            packs: whether models are packed for devices that can unpack them.
         """
         self._attempts, self.moved, self._unfinished = attempts, moved, unfinished
+        self._packs, self._down = packs, ("", dict[str, int]())
         self._link, self._fleet, self._public_keys = link, fleet, public_keys
         self._attends, self._reoffered = attends, reoffered
         self._stay_s, self._closing, self._stopping = stay_s, closing, stopping
@@ -123,7 +127,7 @@ class FleetExchange:
         """
         again = self._unfinished is not None and self._unfinished.nonce == plan.nonce
         attempt = _Attempt(plan, time.monotonic() + plan.deadline_s, resumed=again)
-        waits, box = list(plan.cohort) if again else [], self._link.mailbox()
+        waits, box = list(plan.cohort) if again else [], self._mailbox(plan)
         try:
             for kept in self._known(attempt, durable=True):
                 waits.remove(kept.device_id)
@@ -141,8 +145,7 @@ class FleetExchange:
             yield from self._answers(attempt, box)
             yield from self._silent(attempt, plan.deadline_s)
         finally:
-            self._attends(None)
-            box.close()
+            self._close(attempt, box)
             # At a shutdown the devices go on working: the attempt goes on after the restart.
             going_on = self._attempts is not None and plan.kind == "train" and self._closing()
             self._release(attempt, set() if going_on else {*waits, *attempt.devices.values()})
@@ -175,7 +178,7 @@ class FleetExchange:
             resumed: devices that have taken part before a restart do so again.
         """
         leaves = time.monotonic() + seconds
-        return Stages(self, _Attempt(plan, leaves, leaves, resumed), self._link.mailbox())
+        return Stages(self, _Attempt(plan, leaves, leaves, resumed), self._mailbox(plan))
 
     def ask_stage(
         self,
@@ -205,8 +208,7 @@ class FleetExchange:
 
     def end_stages(self, attempt: _Attempt, box: Mailbox) -> None:
         """See ``Stages.close``."""
-        self._attends(None)
-        box.close()
+        self._close(attempt, box)
         # At a shutdown the devices keep what they have: the attempt goes on after the restart.
         self._release(attempt, set() if self._closing() else set(attempt.plan.cohort))
 
@@ -256,7 +258,26 @@ class FleetExchange:
             )
         self._instruct(device_id, pb.Instruction(verdict=verdict))
 
+    def down(self, plan: RoundPlan) -> Mapping[str, int] | None:
+        """Bytes that each device was sent in an attempt, if it is the last one that was closed."""
+        nonce, sent = self._down
+        return sent if nonce == plan.nonce else None
+
     # --- sending ------------------------------------------------------------------------------------
+
+    def _mailbox(self, plan: RoundPlan) -> Mailbox:
+        """Of an attempt; frozen parameters go in parts of their own, which devices keep."""
+        seams = {MODEL: plan.num_coordinates - plan.fixed} if plan.fixed else {}
+        return self._link.mailbox(packs_for=plan.run_id if self._packs else "", seams=seams)
+
+    def _close(self, attempt: _Attempt, box: Mailbox) -> None:
+        """Nobody is asked any more; what was sent is known now."""
+        self._attends(None)
+        box.close()
+        sent = dict.fromkeys(attempt.plan.cohort, 0)
+        for message_id, num_bytes in box.sent.items():
+            sent[attempt.posted[message_id]] += num_bytes
+        self._down = attempt.plan.nonce, sent
 
     def _send(
         self, attempt: _Attempt, box: Mailbox, messages: Mapping[str, Records]
@@ -284,7 +305,7 @@ class FleetExchange:
                 continue
             attempt.nodes[device_id] = node_id
             attempt.asked_at[device_id] = time.monotonic()
-            attempt.devices[message_id] = device_id
+            attempt.devices[message_id] = attempt.posted[message_id] = device_id
             if self._instruct(device_id, self._participate(attempt, node_id)):
                 attempt.streamed.add(device_id)
             reached("round.offering")

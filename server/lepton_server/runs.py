@@ -243,6 +243,7 @@ class RunDriver:
             verdict = Verdict("failed", f"Internal error: {type(error).__name__}: {error}")
         finally:
             self._fleet.release(run_id)
+            self._link.forms.forget(run_id)
         self._finish(run_id, verdict)
 
     def _patience(self, run_id: str) -> Patience:
@@ -257,7 +258,9 @@ class RunDriver:
     def _is_stopping(self, run_id: str) -> Callable[[], bool]:
         return lambda: run_id in self._stopping
 
-    def _fleet_exchange(self, run_id: str, book: RunBook, unfinished: RoundPlan | None) -> FleetExchange:
+    def _fleet_exchange(
+        self, run_id: str, book: RunBook, unfinished: RoundPlan | None, packs: bool
+    ) -> FleetExchange:
         return FleetExchange(
             self._link,
             self._fleet,
@@ -270,6 +273,7 @@ class RunDriver:
             attempts=self._attempts,
             moved=book.moved,
             unfinished=unfinished,
+            packs=packs,
         )
 
     def _note_reoffer(self, plan: RoundPlan, device_id: str) -> None:
@@ -309,7 +313,7 @@ class RunDriver:
             self._quarantine,
             self._attempts,
         )
-        fleet = self._fleet_exchange(run_id, book, unfinished)
+        fleet = self._fleet_exchange(run_id, book, unfinished, spec.downlink == "lossless")
         secure = self._secure(run_id, spec, book, patience, fleet, unfinished)
         log.info("run %s: %s from round %d", run_id, work.task, start[0].round + 1)
         roster = FleetRoster(self._fleet, work, spec.cohort.groups, self._closing, secure=secure is not None)
@@ -328,6 +332,7 @@ class RunDriver:
             secure=secure,
             unfinished=unfinished,
             moved=book.moved,
+            down=fleet.down,
         )
         return campaign.run(
             start.pop(), self._is_stopping(run_id)

@@ -66,8 +66,8 @@ def same_rows(tmp_path_factory):
     return make
 
 
-def check_sums(fleet, run_id, data_of):
-    """Every committed model is what plain rounds with the same devices give, bit for bit."""
+def replayed(fleet, run_id, data_of):
+    """Of each committed round: its row, its reports, the model that a plain one gives, and its model."""
     with open_store(fleet.folder / "server" / "lepton.db") as store:
         store.verify_journal()
         assert store.rebuild().equal
@@ -76,7 +76,8 @@ def check_sums(fleet, run_id, data_of):
         parts = [p for p in store.participation(run_id) if p.outcome == "counted"]
         names = {d.id: d.name for d in store.devices()}
         first = next(m.sha256 for m in store.models(run_id) if m.round == 0)
-    model = load_model(BlobStore(fleet.folder / "server" / "blobs"), first)
+    blobs = BlobStore(fleet.folder / "server" / "blobs")
+    model = load_model(blobs, first)
     for done in rounds:
         plan = RoundPlan.model_validate_json(json.dumps(dict(done.plan)))
         counted = [p.device_id for p in parts if (p.round, p.attempt) == (plan.round, plan.attempt)]
@@ -87,8 +88,17 @@ def check_sums(fleet, run_id, data_of):
             accumulator.add(UpdateBatch(reply.update[None, :], np.array([reply.num_examples])))
         work = Work(plan.task, plan.task_version, plan.layout_digest, len(model), TrainingLoss())
         state = RunState(model, ServerState.initial(spec.server, len(model)))
-        model = advance(spec, work, plan, state, accumulator.finalize(), len(counted)).model
-        assert vector_digest(model) == done.model_sha256
+        plain = advance(spec, work, plan, state, accumulator.finalize(), len(counted)).model
+        model = load_model(blobs, done.model_sha256)
+        yield done, len(counted), plain, model
+
+
+def check_sums(fleet, run_id, data_of):
+    """Every committed model is what plain rounds with the same devices give, bit for bit."""
+    rounds = []
+    for done, _, plain, _ in replayed(fleet, run_id, data_of):
+        assert vector_digest(plain) == done.model_sha256
+        rounds.append(done)
     return rounds
 
 
@@ -126,6 +136,37 @@ def test_a_fleet_trains_and_the_sums_are_those_of_plain_rounds(real_fleet, same_
     assert all(p["examples"] == 0 for p in shown["participation"])
     assert len(check_sums(fleet, run_id, data)) == 2
     assert not list((fleet.folder / "server" / "blobs" / "attempts").glob("[0-9a-f][0-9a-f]/*"))
+
+
+@pytest.mark.slow
+def test_updates_in_few_bits_come_through_masks_and_models_go_down_packed(real_fleet, same_rows):
+    fleet, names = real_fleet, [f"dev{i}" for i in range(4)]
+    fleet.make_authority()
+    fleet.start_server()
+    fleet.join_all(names)
+    data = {name: same_rows(i) for i, name in enumerate(names)}
+    for name in names:
+        fleet.start_client(name, data[name], CLIENT)
+    ups = []
+    for bits in (8, 4, 2):
+        few = f"[run.quantisation]\nbits = {bits}\n"
+        run_id = fleet.start_run(RUN.format(rounds=2, devices=4, least=4, deadline_s=120) + few)
+        fleet.until(lambda r=run_id: has_ended(fleet, r), "the run ends", 600)
+        shown = fleet.show(run_id)
+        assert shown["state"] == "completed", shown
+        assert any("cannot see any single device's update" in sentence for sentence in shown["seen"])
+        for done, reports, plain, model in replayed(fleet, run_id, data):
+            figures = dict(done.metrics)
+            expected = figures["quantisation_error"] * figures["sum_norm"] / reports
+            assert 0.3 * expected < np.linalg.norm(model - plain) < 3 * expected
+            assert figures["ring_bits"] == 16 if done.round == 1 else figures["ring_bits"] < 16
+            ups.append(done.bytes_up)
+        size = 4 * len(model) * len(names)
+        first, second = (r["bytes_down"] for r in shown["rounds_done"] if r["state"] == "committed")
+        assert max(first, second) < size  # packed, the protocol's own messages included
+        assert bits == 8 or first < size / 2  # the first model of all runs is there already
+    assert ups[0] > ups[1] > ups[3] > ups[5]  # 16 bits at first; then as few as the sum of so many needs
+    assert ups[5] < size / 4
 
 
 # --- kills ------------------------------------------------------------------------------------------

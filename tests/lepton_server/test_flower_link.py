@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import random
+import shutil
 import socket
 import ssl
 import threading
@@ -413,6 +414,126 @@ def test_a_restarted_device_activates_at_once_and_gets_its_message_again(server)
             handle, records = again.pull()
             again.push(handle, Records({}, records.config))
         assert box.get(timeout_s=5).content.config == {"round": 1}
+
+
+# --- packed models --------------------------------------------------------------------------------------
+
+
+def weights(round_number):
+    steps = np.random.default_rng(1).normal(0, 0.0005, (round_number + 1, FOUR_MB // 4))
+    return (model(0, FOUR_MB // 4) / 20 + steps.sum(axis=0)).astype(np.float32)
+
+
+def kept_in(folder, quota=2**24):
+    from lepton_client.objects import KeptObjects
+
+    return KeptObjects(folder, quota)
+
+
+def rounds_of(server, node_id, node, numbers, **options):
+    """Send these models, one a message; how many bytes went down for each."""
+    sent = []
+    for number in numbers:
+        box = server.link.mailbox(**({"packs_for": "r"} | options))
+        message_id = box.post(node_id, Records({"model": weights(number)}), message_type="train", ttl_s=60)
+        handle, got = node.pull()
+        np.testing.assert_array_equal(got.arrays["model"], weights(number))
+        node.push(handle, Records({}, {"round": number}))
+        assert box.get(timeout_s=10).message_id == message_id
+        sent.append(box.sent[message_id])
+        box.close()
+    return sent
+
+
+@contextmanager
+def keeping(server, folder, quota=2**24):
+    key = new_key()
+    with server.node(key, kept=kept_in(folder, quota)) as node:
+        node_id = server.link.admit(der(key))
+        node.activate()
+        yield node_id, node
+
+
+def test_a_model_comes_whole_then_as_a_difference_and_then_not_at_all(server, tmp_path):
+    plain = FOUR_MB  # bytes of the model
+    with keeping(server, tmp_path / "objects") as (node_id, node):
+        first, second, again, late = rounds_of(server, node_id, node, [0, 1, 1, 2])
+    assert 0.8 * plain < first < 0.87 * plain
+    assert second < 0.75 * plain
+    assert again < 5_000
+    assert late < 0.75 * plain
+    assert len(list((tmp_path / "objects").iterdir())) == 1  # what has a successor is not kept
+    assert_empty(server)
+
+
+def test_a_device_that_was_away_or_lost_its_files_gets_the_whole(server, tmp_path):
+    folder = tmp_path / "objects"
+    with keeping(server, folder) as (node_id, node), joined(server) as [(other, away, _)]:
+        rounds_of(server, node_id, node, [0])
+        rounds_of(server, other, away, [1])
+        assert rounds_of(server, node_id, node, [2])[0] > 0.8 * FOUR_MB  # it has 0, the difference is to 1
+        for file in folder.iterdir():
+            file.write_bytes(file.read_bytes()[:-1])
+        assert rounds_of(server, node_id, node, [3])[0] > 0.8 * FOUR_MB  # after a difference to nothing
+        shutil.rmtree(folder)
+        assert rounds_of(server, node_id, node, [4])[0] > 0.8 * FOUR_MB
+
+
+def test_a_device_of_an_earlier_version_and_a_plain_run_get_models_as_they_are(server, tmp_path):
+    with joined(server) as [(node_id, node, _)], keeping(server, tmp_path / "objects") as (other, newer):
+        assert min(rounds_of(server, node_id, node, [0, 1])) > FOUR_MB
+        assert rounds_of(server, other, newer, [2], packs_for="")[0] > FOUR_MB
+
+
+def test_a_device_without_room_gets_whole_models(server, tmp_path):
+    with keeping(server, tmp_path / "objects", quota=0) as (node_id, node):
+        assert min(rounds_of(server, node_id, node, [0, 1])) > 0.8 * FOUR_MB
+    assert not (tmp_path / "objects").exists()
+
+
+@pytest.mark.parametrize("what", ["bomb", "another", "nothing"])
+def test_a_packed_model_that_is_not_right_is_fetched_as_it_is(server, tmp_path, monkeypatch, caplog, what):
+    from lepton_fl.wire.downlink import pack
+    from lepton_server.flower.forms import Forms
+
+    wrong = {"bomb": pack(bytes(2**22)), "another": pack(weights(5).tobytes()), "nothing": b""}
+    monkeypatch.setattr(Forms, "smallest", lambda self, name, held: wrong[what] or b"?")
+    with keeping(server, tmp_path / "objects") as (node_id, node):
+        assert rounds_of(server, node_id, node, [0])[0] > FOUR_MB
+    assert "fetched again" in caplog.text
+
+
+def test_an_object_that_is_not_what_its_name_says_is_refused(server, tmp_path, monkeypatch):
+    from lepton_server.flower import guard
+
+    right = guard.pull_response
+    monkeypatch.setattr(guard, "pull_response", lambda content: right(bytes(content)[:-1] + b"?"))
+    box = server.link.mailbox()
+    with keeping(server, tmp_path / "objects") as (node_id, node):
+        box.post(node_id, Records({"model": weights(0)}), message_type="train", ttl_s=60)
+        with pytest.raises(UpdateRejected) as error:
+            node.pull()
+    assert error.value.reason is Rejection.MALFORMED
+    assert not (tmp_path / "objects").exists()
+
+
+def test_frozen_numbers_are_fetched_once(server, tmp_path):
+    """The teacher of a distillation, which goes with every round."""
+    teacher = model(9, FOUR_MB // 4)
+    with keeping(server, tmp_path / "objects") as (node_id, node):
+        sent = []
+        for number in range(3):
+            box = server.link.mailbox(packs_for="r" if number == 2 else "", seams={"model": 5_000})
+            array = np.concatenate([model(number, 5_000), teacher])
+            message_id = box.post(node_id, Records({"model": array}), message_type="train", ttl_s=60)
+            handle, got = node.pull()
+            np.testing.assert_array_equal(got.arrays["model"], array)
+            node.push(handle, Records({}, {"round": number}))
+            assert box.get(timeout_s=10) is not None
+            sent.append(box.sent[message_id])
+            box.close()
+    assert sent[0] > FOUR_MB
+    assert max(sent[1:]) < 4 * 5_000 + 5_000
 
 
 # --- durable before it is acknowledged ------------------------------------------------------------------

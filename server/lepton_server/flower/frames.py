@@ -70,23 +70,42 @@ class _Chunk(InflatableObject):
         return self._rope
 
 
-def shared_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    """Encode arrays as views of their memory: they must not change while the record is in use."""
+def shared_arrays(arrays: Mapping[str, NDArray[Any]], seams: Mapping[str, int] | None = None) -> ArrayRecord:
+    """Encode arrays as views of their memory: they must not change while the record is in use.
+
+    Args:
+        arrays: By name.
+        seams: Name -> number of the first element that no chunk shares with elements before it. What
+            changes and what does not are then in chunks of their own.
+    """
     record = ArrayRecord()
     for name, array in arrays.items():
-        record[name] = _shared(array)  # the constructor would copy it
+        record[name] = _shared(array, (seams or {}).get(name, 0))  # the constructor would copy it
     return record
 
 
-def _shared(array: NDArray[Any]) -> Array:
+def chunks_of(record: ArrayRecord) -> dict[tuple[str, int], tuple[str, Any]]:
+    """The chunks of arrays that ``shared_arrays`` made: (array, number) -> object id and frame."""
+    return {
+        (name, number): (object_id, chunk.deflate())
+        for name, array in record.items()
+        for number, (object_id, chunk) in enumerate(array.__dict__["_chunks"])
+    }
+
+
+def _shared(array: NDArray[Any], seam: int) -> Array:
     array = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
     stream = BytesIO()
     npy.write_array_header_1_0(stream, npy.header_data_from_array_1_0(array))
     header, data = stream.getvalue(), array.reshape(-1).view(np.uint8).data.toreadonly()
     encoded = Array(dtype=str(array.dtype), shape=tuple(array.shape), stype=NUMPY_STYPE, data=b"")
-    size, first = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE - len(header)
-    chunks = [_Chunk((header, data[:first]))]
-    chunks += [_Chunk((data[at : at + size],)) for at in range(first, len(data), size)]
+    size, first, cut = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, [header], seam * array.itemsize
+    ends = [*range(size - len(header), cut, size), cut] if 0 < cut < len(data) else []
+    ends += [*range((cut if ends else -len(header)) + size, len(data), size), len(data)]
+    chunks = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        chunks.append(_Chunk((*first, data[start:end])))
+        first = []
     encoded.__dict__["_chunks"] = [(chunk.object_id, chunk) for chunk in chunks]  # where Flower keeps them
     return encoded
 

@@ -63,6 +63,7 @@ from starlette.types import Receive, Scope, Send
 
 from lepton_fl.crashpoints import reached
 from lepton_fl.wire.along import add_along, read_along
+from lepton_fl.wire.downlink import ACCEPT, FORM, FORM_OF, HELD, MAX_HELD
 from lepton_server.admission import Pace
 from lepton_server.flower.frames import cut_content, pull_response
 from lepton_server.flower.gate import Gate
@@ -233,7 +234,10 @@ class Guard:
             raise _unknown_key()
         response = fleet_handlers.pull_messages(request, self._state, self._state.object_store)
         ids = {n.object_id for tree in response.message_object_trees for n in iterate_object_tree(tree)}
+        before = response.ByteSize()
         add_along(response, [self._state.get_object(self._state.run_id, name) or b"" for name in ids])
+        for tree in response.message_object_trees[:1]:  # one message at a time
+            self._link.sent(node_id, tree.object_id, response.ByteSize() - before)
         await _send_response(send, 200, _PROTOBUF, response.SerializeToString())
 
     async def _pull_object(
@@ -248,7 +252,7 @@ class Guard:
             raise _busy()
         try:
             async with asyncio.timeout(self._limits.upload_timeout_s):  # a reader that stalls loses its turn
-                await self._send_object(send, request.object_id)
+                await self._send_object(send, request.object_id, headers, node_id)
         except TimeoutError as error:
             raise Disconnected from error
         finally:
@@ -278,13 +282,25 @@ class Guard:
         if whole:
             reached("update.acknowledged")
 
-    async def _send_object(self, send: Send, object_id: str) -> None:
+    async def _send_object(
+        self, send: Send, object_id: str, headers: dict[bytes, bytes], node_id: int
+    ) -> None:
         content = self._state.get_object(self._state.run_id, object_id)
         if content:
-            await _send_response(send, 200, _PROTOBUF, *pull_response(content))
+            packed = self._packed(object_id, headers)
+            form, content = ([_PACKED], packed) if packed else ([], content)
+            self._link.sent(node_id, object_id, len(content))
+            await _send_response(send, 200, _PROTOBUF + form, *pull_response(content))
         else:  # gone in this moment
             response = PullObjectResponse(object_found=content is not None)
             await _send_response(send, 200, _PROTOBUF, response.SerializeToString())
+
+    def _packed(self, object_id: str, headers: dict[bytes, bytes]) -> bytes | None:
+        """An object's smallest form for a device that can unpack it; a device says what it has for that."""
+        if headers.get(_ACCEPT) != _PACKED[1]:
+            return None
+        held = headers.get(_HELD, b"").decode("ascii", "replace").split(",")
+        return self._link.forms.smallest(object_id, held[:MAX_HELD])
 
     def _store(self, request: PushObjectRequest, content: bytearray) -> bool:
         return self._state.store_object(request.run_id, request.session_id, request.object_id, content)
@@ -591,4 +607,7 @@ _PUBLIC_KEY: Final = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode("ascii")
 _SIGNATURE: Final = FLEET_HTTP_SIGNATURE_HEADER.lower().encode("ascii")
 _TIMESTAMP: Final = TIMESTAMP_HEADER.lower().encode("ascii")
 _CLOCK: Final = b"lepton-server-time"
+_ACCEPT: Final = ACCEPT.encode("ascii")
+_HELD: Final = HELD.encode("ascii")
+_PACKED: Final = (FORM_OF.encode("ascii"), FORM.encode("ascii"))
 _PROTOBUF: Final[Headers] = [(b"content-type", PROTOBUF_MEDIA_TYPE.encode("ascii"))]

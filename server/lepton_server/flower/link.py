@@ -34,7 +34,8 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from lepton_fl.errors import LeptonError, Rejection, StateConflict, StateError, TrustError, UpdateRejected
 from lepton_fl.wire.records import Records
-from lepton_server.flower.frames import inflate_arrays, shared_arrays
+from lepton_server.flower.forms import Forms
+from lepton_server.flower.frames import chunks_of, inflate_arrays, shared_arrays
 from lepton_server.flower.gate import Gate
 from lepton_server.flower.guard import Guard, Limits, Offer, Refusal
 from lepton_server.flower.state import Encoded, State
@@ -148,6 +149,7 @@ class FlowerLink:
         self._keys: dict[bytes, tuple[int, ec.EllipticCurvePublicKey]] = {}  # PEM -> node and key
         self._seen: dict[int, float] = {}  # node id -> monotonic seconds of its last request
         self.refused: dict[Rejection, int] = {}
+        self.forms = Forms()
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
         self._state = State(self._registered, self._stored)
@@ -235,9 +237,21 @@ class FlowerLink:
         seen = self._seen.get(node_id)
         return None if seen is None else time.monotonic() - seen
 
-    def mailbox(self, max_unread_replies: int | None = None) -> "Mailbox":
-        """Open a mailbox: one for each round, so that rounds at the same time do not mix."""
-        return Mailbox(self, max_unread_replies or self._max_unread)
+    def mailbox(
+        self,
+        max_unread_replies: int | None = None,
+        *,
+        packs_for: str = "",
+        seams: Mapping[str, int] | None = None,
+    ) -> "Mailbox":
+        """Open a mailbox: one for each round, so that rounds at the same time do not mix.
+
+        Args:
+            max_unread_replies: Answers that it holds at a time; None = the link's default.
+            packs_for: The run whose arrays are packed for devices that can unpack them; empty = they are not.
+            seams: Array -> its first element that does not change from round to round.
+        """
+        return Mailbox(self, max_unread_replies or self._max_unread, packs_for, seams or {})
 
     # --- what the guard asks ----------------------------------------------------------------------------
 
@@ -254,6 +268,14 @@ class FlowerLink:
         with self._lock:
             posts = self._by_node.get(node_id, {})
             return object_id in posts or any(object_id in post.object_ids for post in posts.values())
+
+    def sent(self, node_id: int, object_id: str, num_bytes: int) -> None:
+        """Note what a node was sent of a message."""
+        with self._lock:
+            for post in self._by_node.get(node_id, {}).values():
+                if object_id == post.message_id or object_id in post.object_ids:
+                    post.box.sent[post.message_id] = post.box.sent.get(post.message_id, 0) + num_bytes
+                    return
 
     def may_upload(self, node_id: int) -> bool:
         """Whether a node holds a slot."""
@@ -564,8 +586,11 @@ class Mailbox:
     At most ``max_unread_replies`` answers are held for it at a time; other devices wait with theirs.
     """
 
-    def __init__(self, link: FlowerLink, max_unread_replies: int) -> None:
-        self._link = link
+    def __init__(
+        self, link: FlowerLink, max_unread_replies: int, packs_for: str, seams: Mapping[str, int]
+    ) -> None:
+        self._link, self._packs_for, self._seams = link, packs_for, seams
+        self.sent: dict[str, int] = {}  # message id -> bytes that its node has fetched, closed ones included
         self.gate = Gate(max_unread_replies)
         self.taken = 0  # slots of the replies that ``get`` has returned and the round may still hold
         self.ready: queue.SimpleQueue[_Post | Reply | None] = queue.SimpleQueue()
@@ -589,7 +614,10 @@ class Mailbox:
             raise ValueError(f"Expected ttl_s={ttl_s} > 0.")
         last = self._last  # one read: another thread may post other records
         if last is None or last[0] is not records:
-            content = to_record_dict(records, arrays=shared_arrays(records.arrays))
+            shared = shared_arrays(records.arrays, self._seams)
+            if self._packs_for and records.arrays:
+                self._link.forms.make(self._packs_for, chunks_of(shared))
+            content = to_record_dict(records, arrays=shared)
             last = self._last = records, Encoded(content)
         return self._link.add_post(self, node_id, message_type, last[1], ttl_s, keep)
 
