@@ -18,8 +18,8 @@ Rules:
 * A stage is left for the next one when enough of its devices report the release in service, and it has been
   watched for so long, and nothing is wrong. Time alone promotes nothing.
 * What a device proves (its self-test failed, the release ended its process) breaches at once. What only looks
-  bad (errors, latency, answers of a trial) must still look bad after ``settle_s``; answers beyond doubt need
-  not wait.
+  bad (errors, latency, answers of a trial) must still look bad after ``settle_s``. What waiting cannot change
+  need not wait: answers beyond doubt, or of all who will ever answer, and predictions that fail every time.
 * A rollback asks every device that was told, also those that are away: they hear of the good release first.
 """
 
@@ -323,8 +323,10 @@ def _take_back(standing: Standing) -> Act:
 
 def _proof(plan: RolloutPlan, reached: Sequence[Known]) -> str:
     """What devices proved against the release, or say beyond doubt; empty = nothing."""
-    if tried := _tried_badly(plan, reached, IS_BAD):
+    if tried := _tried_badly(plan, reached, LOOKS_BAD if _all_said(plan, reached) else IS_BAD):
         return tried
+    if failed := _all_failed(plan, reached):
+        return failed
     bad = [d for d in reached if d.failed.get(plan.releases.get(d.profile, "")) in PROOF]
     if len(bad) <= int(plan.health.max_failed * len(reached)):
         return ""
@@ -333,6 +335,20 @@ def _proof(plan: RolloutPlan, reached: Sequence[Known]) -> str:
         f"{len(bad)} of {len(reached)} devices gave the release up ({', '.join(faults)}), "
         f"at most {100 * plan.health.max_failed:g} % may: {', '.join(d.id for d in bad[:5])}"
     )
+
+
+def _all_said(plan: RolloutPlan, reached: Sequence[Known]) -> bool:
+    """Whether every device that will ever answer has: waiting would bring no other count."""
+    return all(d.answer and d.serving == plan.releases.get(d.profile) for d in reached if d.trials)
+
+
+def _all_failed(plan: RolloutPlan, reached: Sequence[Known]) -> str:
+    """Whether no prediction at all came, and that is no chance, however few were asked for; empty = no."""
+    served = _in_service(plan, reached)
+    requests, errors = sum(d.service.requests for d in served), sum(d.service.errors for d in served)
+    if not requests or errors < requests or plan.health.max_errors**requests >= IS_BAD:
+        return ""
+    return f"all {requests} predictions failed, at most {100 * plan.health.max_errors:g} % may"
 
 
 def _doubt(plan: RolloutPlan, standing: Standing, reached: Sequence[Known], now: float) -> Act | None:

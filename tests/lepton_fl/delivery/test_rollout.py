@@ -21,6 +21,7 @@ from lepton_fl.delivery.rollout import (
     draw,
     members,
 )
+from lepton_fl.delivery.trial import Trial
 
 OLD, NEW = "a" * 64, "b" * 64
 HEALTH = Health(window_s=60, min_devices=1, settle_s=30)
@@ -200,9 +201,58 @@ def test_slower_predictions_are_taken_back() -> None:
 def test_few_predictions_say_nothing() -> None:
     world = World(PLAN, FLEET)
     world.settle()
-    world.check_in(list(world.devices), service=Service(requests=1, errors=1))
+    world.check_in(list(world.devices), service=Service(requests=2, errors=1))
     assert world.settle().kind == "wait"
     assert not world.standing.suspect
+
+
+@pytest.mark.parametrize(
+    ("requests", "max_errors", "phase"),
+    [
+        (1, 0.01, "running"),
+        (2, 0.01, "rolled-back"),
+        (1, 0.0, "rolled-back"),
+        (9, 0.5, "running"),
+        (10, 0.5, "rolled-back"),
+        (0, 0.0, "running"),
+    ],
+)
+def test_predictions_that_fail_every_time_need_neither_number_nor_time(
+    requests: int, max_errors: float, phase: str
+) -> None:
+    """One canary, and so few requests that the share that may fail would not say so once in 1,000 times."""
+    health = HEALTH.model_copy(update={"max_errors": max_errors})
+    world = World(PLAN.model_copy(update={"health": health}), FLEET[:3])
+    world.settle()
+    world.check_in(list(world.devices), service=Service(requests, requests))
+    world.settle()
+    assert world.standing.phase == phase
+
+
+TRIAL = Trial(epsilon=4.0, min_answers=2)  # it needs 4; nothing is beyond doubt below 5
+
+
+@pytest.mark.parametrize("silent", ["away", "fine", "nobody"])
+def test_answers_of_all_who_will_answer_need_no_time(silent: str) -> None:
+    health = HEALTH.model_copy(update={"trial": TRIAL})
+    plan = PLAN.model_copy(update={"health": health, "stages": (Stage(share=1.0),)})
+    world = World(plan, [replace(d, trials=n < 5) for n, d in enumerate(FLEET[:8])])
+    world.settle()
+    names = list(world.devices)
+    world.check_in(names[1:] if silent == "away" else names)
+    for name in names[1:5] if silent in ("away", "nobody") else names[:5]:
+        world.devices[name] = replace(world.devices[name], answer="worse")
+    if silent == "fine":
+        world.devices[names[0]] = replace(world.devices[names[0]], answer="fine")
+    if silent == "nobody":
+        world.devices[names[0]] = replace(world.devices[names[0]], trials=False)
+    act = world.settle()
+    if silent == "away":  # one may still say something else
+        assert (world.standing.phase, act.until) == ("running", world.now + 30)
+        world.now += 31
+        world.settle()
+    assert world.standing.phase == "rolled-back"
+    assert any(a.kind == "breach" and "on their own rows" in a.cause for a in world.acts)
 
 
 def test_a_clock_that_is_set_back_does_not_hold_a_stage_for_ever() -> None:
