@@ -88,7 +88,7 @@ def until_completed(fleet, run_id):
 
 
 def test_killed_at_any_point_a_client_takes_part_again(real_fleet, digit_files):
-    assert {*ENROLLING, *TRAINING, *MASKING} == set(CLIENT)
+    assert {*ENROLLING, *TRAINING, *MASKING} <= set(CLIENT)  # test_secure_fleet has the other stages
     fleet, names = real_fleet, [f"dev{i}" for i in range(DEVICES)]
     fleet.make_authority()
     fleet.start_server()
