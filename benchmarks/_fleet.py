@@ -24,6 +24,8 @@ from typing import Self
 import numpy as np
 import psutil
 
+from lepton_simulations.demo_fleet import free_ports as free_ports
+
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 START_S = 60.0  # patience with the start of one process
@@ -356,17 +358,6 @@ def tree(pid: int) -> list[psutil.Process]:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def answers(url: str) -> bool:

@@ -34,13 +34,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import SystemRandom
 from typing import Any
 
 import numpy as np
 
 os.environ.update(OMP_NUM_THREADS="1", FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
 from lepton_fl import crashpoints
+from lepton_simulations.demo_fleet import free_ports
 
 DEVICES, ROUNDS, ROWS = 4, 3, 24
 PATIENCE_S = 600.0  # with one case, on a machine that does other things as well
@@ -252,18 +252,6 @@ class Result:
     resumed_s: float = 0.0  # from the second start to ready
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses, below those that outgoing connections get while the coordinator is down."""
-    found: list[int] = []
-    for port in SystemRandom().sample(range(20_000, 32_000), 1000):
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind((HERE, port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError("no port is free")
-
-
 class Case:
     """A coordinator and its devices in one folder."""
 
@@ -316,7 +304,7 @@ class Case:
                 raise TimeoutError(f"not finished: {self.stand()}")
             time.sleep(0.1)
         if point and self.process.is_alive():
-            self.process.join(2.0)  # at the very end
+            self.process.join(60.0)  # at the very end
             if self.process.is_alive():
                 raise RuntimeError(f"{point} was never reached")
         self.look(run_id, result)

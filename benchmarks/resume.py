@@ -116,7 +116,7 @@ def answers(port: int) -> bool:
 
 def main() -> int:
     """The exit code."""
-    from chaos import free_ports
+    from lepton_simulations.demo_fleet import free_ports
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -7,6 +7,7 @@ import pwd
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -148,6 +149,25 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "lepton.db")
     return request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture
+def free_ports() -> Iterator[Callable[[int], list[int]]]:
+    """``free_ports(n)``: ports that are this test's as long as it lasts, also while nobody listens there."""
+    from lepton_simulations import demo_fleet
+
+    with contextlib.ExitStack() as held:
+
+        def take(count: int) -> list[int]:
+            taken: list[int] = []
+            while len(taken) < count:
+                claim = held.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+                with contextlib.suppress(OSError):  # another test has claimed it
+                    claim.bind(("127.0.0.1", port := demo_fleet.free_ports(1)[0]))
+                    taken.append(port)
+            return taken
+
+        yield take
 
 
 @pytest.fixture

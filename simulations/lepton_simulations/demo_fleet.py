@@ -28,6 +28,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import SystemRandom
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
@@ -39,6 +40,8 @@ END_S: Final = 20.0  # patience with a process that was asked to end
 ASK_S: Final = 60.0  # patience with one prediction
 PAUSE_S: Final = 0.05  # between two requests of the caller
 TELLING: Final = 2000  # characters of a log that an error shows
+
+_PORTS: Final = range(20_000, 32_000)  # below those that systems give to outgoing connections
 
 
 class RealFleet:
@@ -53,7 +56,7 @@ class RealFleet:
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LEPTON_")}
         self._environment |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
         self._before: Any = None
-        enrolment, device, fleet, self._ops = _free_ports(4)
+        enrolment, device, fleet, self._ops = free_ports(4)
         self._config = self.folder / "server.toml"
         self._config.write_text(
             f'[server]\nstate_dir = "{self.folder / "server"}"\n'
@@ -337,11 +340,18 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses, and that no outgoing connection gets before somebody listens there.
+
+    One that a device is given while it tries to reach a coordinator that is down would be the coordinator's.
+    """
+    found = list[int]()
+    with contextlib.ExitStack() as held:
+        for port in SystemRandom().sample(_PORTS, len(_PORTS)):
+            if len(found) == count:
+                break
+            one = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                found.append(port)
+    return found

@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
-from random import SystemRandom
 
 import numpy as np
 import pytest
@@ -19,18 +18,7 @@ import pytest
 from lepton_fl.crashpoints import VARIABLE
 
 LEPTON = Path(sys.executable).parent / "lepton"
-WAIT_S = 120.0  # for anything to happen on a loaded machine
-
-
-def free_ports(count):
-    """Below those that outgoing connections get: a server that is restarted finds its own free."""
-    ports = []
-    while len(ports) < count:
-        port = SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            ports.append(port)
-    return ports
+WAIT_S = 300.0  # for anything to happen on a loaded machine
 
 
 def until(condition, what, seconds=WAIT_S):
@@ -45,10 +33,10 @@ def until(condition, what, seconds=WAIT_S):
 class RealFleet:
     """Starts, kills and restarts the processes of a fleet in one folder."""
 
-    def __init__(self, folder: Path, database: str = "") -> None:
+    def __init__(self, folder: Path, ports: Sequence[int], database: str = "") -> None:
         self.folder = folder
         self.processes: dict[str, subprocess.Popen] = {}
-        enrolment, device, fleet, self.ops = free_ports(4)
+        enrolment, device, fleet, self.ops = ports
         self.config = folder / "server.toml"
         url = f'[store]\nurl = "{database}"\n' if database else ""
         self.config.write_text(
@@ -83,7 +71,7 @@ class RealFleet:
         return False
 
     def get(self, path):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ops}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ops}{path}", timeout=60) as answer:
             return answer.read().decode()
 
     def join(self, name, *, groups=()):
@@ -148,7 +136,7 @@ class RealFleet:
             [str(LEPTON), *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=WAIT_S,
             check=False,
             env=environment,
         )
@@ -188,12 +176,12 @@ class RealFleet:
 
 
 @pytest.fixture
-def make_fleet():
-    """RealFleet(folder, database), closed after the test."""
+def make_fleet(free_ports):
+    """``make_fleet(folder, database)``: a RealFleet, closed after the test."""
     with contextlib.ExitStack() as stack:
 
         def make(folder, database=""):
-            fleet = RealFleet(folder, database)
+            fleet = RealFleet(folder, free_ports(4), database)
             stack.callback(fleet.close)
             return fleet
 

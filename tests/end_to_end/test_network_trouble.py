@@ -147,21 +147,21 @@ def test_a_run_outlives_delay_stalls_resets_and_partitions(real_fleet, network, 
     network.delay_s, network.stall_share = 0.02, 0.03
     run_id = fleet.start_run(RUN)
 
-    def committed(number):
+    def committed():
         found = re.search(r"^lepton_rounds_total\{.*\} (\d+)", fleet.get("/metrics"), re.MULTILINE)
-        return found is not None and int(found[1]) >= number
+        return 0 if found is None else int(found[1])
 
-    fleet.until(lambda: committed(1), "round 1 is committed over a slow network that loses something")
+    fleet.until(committed, "round 1 is committed over a slow network that loses something")
     network.part()  # in mid-round
     time.sleep(0.5)
-    before = network.bytes
+    before, rounds = network.bytes, committed()
     time.sleep(5.0)
     assert network.bytes == before
-    assert not committed(3)
+    assert committed() <= rounds + 1  # of which everything had come
     network.heal()
-    fleet.until(lambda: committed(2), "round 2 is committed after a partition")
+    fleet.until(lambda: committed() >= 2, "round 2 is committed after a partition")
     network.reset_all()  # all connections at once, in mid-round
-    fleet.until(lambda: committed(3), "round 3 is committed over new connections")
+    fleet.until(lambda: committed() >= 3, "round 3 is committed over new connections")
     network.reset_share = 0.02  # now and then
     fleet.until(lambda: fleet.show(run_id)["state"] in ("completed", "failed"), "the run has ended")
     shown = fleet.show(run_id)

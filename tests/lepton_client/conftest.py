@@ -1,14 +1,11 @@
 """A coordinator in this process: real sockets and TLS, and nothing behind them."""
 
-import contextlib
 import datetime as dt
 import ipaddress
 import queue
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from random import SystemRandom
 
 import grpc
 import pytest
@@ -64,21 +61,12 @@ class Authority:
         return self._sign(subject, key, **kwargs).public_bytes(PEM)
 
 
-def free_port():
-    """One below those that outgoing connections get, of which tests beside this one have many."""
-    for port in SystemRandom().sample(range(20_000, 32_000), 100):
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("a hundred ports are taken")
-
-
 class Coordinator(device_pb2_grpc.DeviceServiceServicer):
     """Answers as scripted; remembers what it was told."""
 
-    def __init__(self):
+    def __init__(self, ports):
         self.authority = Authority()
-        self.enrolment_port, self.device_port = free_port(), free_port()
+        self.enrolment_port, self.device_port = ports
         self.secrets = {}  # secret -> device id or None
         self.check_ins = queue.Queue()
         self.renewals = []
@@ -129,7 +117,7 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
         address = f"127.0.0.1:{self.device_port}"
         return pb.Endpoints(device_service=address, fleet="127.0.0.1:1")
 
-    def heard(self, matches=lambda request: True, timeout=10.0):
+    def heard(self, matches=lambda request: True, timeout=60.0):
         """The next check-in that matches."""
         ends = time.monotonic() + timeout
         while True:
@@ -189,8 +177,8 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
 
 
 @pytest.fixture
-def coordinator():
-    made = Coordinator()
+def coordinator(free_ports):
+    made = Coordinator(free_ports(2))
     yield made.start()
     made.stop()
 
@@ -240,5 +228,5 @@ def running():
     yield start
     for agent, thread in started:
         agent.stop()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()

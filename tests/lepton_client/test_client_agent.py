@@ -28,6 +28,8 @@ from lepton_fl.wire.v1 import device_pb2 as pb
 
 pytestmark = pytest.mark.network
 
+PATIENCE = 60.0  # seconds, on a machine that does other things as well
+
 
 class SystemLike:
     """Real intervals, a wall clock that can be moved."""
@@ -159,8 +161,8 @@ def participate(number=1, attempt=1, deadline_s=30.0, stay_s=0.0):
     return pb.Instruction(participate=call)
 
 
-def until(condition, timeout=10.0):
-    ends = time.monotonic() + timeout
+def until(condition):
+    ends = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < ends, "it did not happen"
         time.sleep(0.005)
@@ -184,7 +186,7 @@ def test_it_reports_itself_and_stops_cleanly(coordinator, agent, running, enroll
     assert request.capabilities.cpus > 0
     assert abs(request.device_time - time.time()) < 60
     agent.stop()
-    box["thread"].join(10)
+    box["thread"].join(PATIENCE)
     assert box["ended"] is True
     assert enrolled.status()["state"] == "stopped"
     assert enrolled.holder() == 0
@@ -246,7 +248,7 @@ def test_revoked_means_the_end_with_a_clear_text(coordinator, agent, running, en
     box = running(agent)
     coordinator.heard()
     coordinator.refusal = TrustError("This device was revoked.", hint="Ask your operator.")
-    box["thread"].join(10)
+    box["thread"].join(PATIENCE)
     assert isinstance(box["error"], TrustError)
     assert box["error"].exit_code == 6
     assert "revoked" in str(box["error"])
@@ -273,7 +275,7 @@ def test_selected_it_trains_answers_and_leaves(coordinator, agent, running, post
     coordinator.heard(is_idle)
     post.send()
     coordinator.instructions.put(participate())
-    assert work.began.wait(10)
+    assert work.began.wait(PATIENCE)
     coordinator.heard(lambda r: r.status == pb.STATUS_BUSY)
     work.finish.set()
     until(lambda: post.answers and post.left)
@@ -311,7 +313,7 @@ def test_told_twice_it_works_once(coordinator, agent, running, post, work):
     until(lambda: not agent._worker.busy)
     coordinator.instructions.put(participate())
     coordinator.instructions.put(participate(2, deadline_s=0.001))  # a marker: handled after it
-    until(lambda: ("run", 2, "00") not in agent._worker._open and not agent._worker.alive, timeout=15)
+    until(lambda: ("run", 2, "00") not in agent._worker._open and not agent._worker.alive)
     assert work.count == 1
 
 
@@ -321,9 +323,9 @@ def test_leave_stops_the_training_and_nothing_is_sent(coordinator, agent, runnin
     coordinator.heard(is_idle)
     post.send()
     coordinator.instructions.put(participate())
-    assert work.began.wait(10)
+    assert work.began.wait(PATIENCE)
     coordinator.instructions.put(pb.Instruction(leave=pb.Leave(run_id="run", round=1, nonce="00")))
-    assert work.stopped.wait(10)
+    assert work.stopped.wait(PATIENCE)
     until(lambda: post.left)
     assert post.answers == []
 
@@ -350,9 +352,9 @@ def test_stop_ends_training_at_once(coordinator, agent, running, post, work):
     coordinator.heard(is_idle)
     post.send()
     coordinator.instructions.put(participate())
-    assert work.began.wait(10)
+    assert work.began.wait(PATIENCE)
     agent.stop()
-    box["thread"].join(10)
+    box["thread"].join(PATIENCE)
     assert work.stopped.is_set()
     assert box["ended"] is True
     assert post.answers == []
@@ -365,10 +367,8 @@ def test_a_dropped_stream_is_opened_again(coordinator, agent, running, post, wor
     coordinator.heard(is_idle)
     until(lambda: coordinator.waits)
     coordinator.drop_streams.set()
-    until(lambda: agent._listener is None or coordinator.waits > 1)
+    until(lambda: coordinator.waits > 1)
     coordinator.drop_streams.clear()
-    before = coordinator.waits
-    until(lambda: coordinator.waits >= before)
     post.send()
     coordinator.instructions.put(participate())
     until(lambda: post.answers)
@@ -382,7 +382,7 @@ def test_a_coordinator_that_restarts_in_mid_training_still_gets_the_answer(
     coordinator.heard(is_idle)
     post.send()
     coordinator.instructions.put(participate())
-    assert work.began.wait(10)
+    assert work.began.wait(PATIENCE)
     coordinator.stop()
     post.broken = 5
     work.finish.set()
@@ -402,7 +402,7 @@ def test_a_device_that_was_shut_out_in_mid_training_hands_over_what_it_has_and_t
     coordinator.heard(is_idle)
     post.send()
     coordinator.instructions.put(participate())
-    assert work.began.wait(10)
+    assert work.began.wait(PATIENCE)
     shut_out = TrustError("The key is not admitted.")
     post.refusal = UpdateRejected(word, "another node's") if word != "shut out" else shut_out
     work.finish.set()
@@ -428,9 +428,9 @@ def test_training_that_does_not_move_is_reported_until_it_does(
     class Stuck(Answer):
         def __call__(self, records, should_stop):
             should_stop()
-            stuck.wait(30)
-            should_stop()
-            over.wait(30)
+            stuck.wait(PATIENCE)
+            while not over.wait(0.005):  # it moves again, and goes on to move
+                should_stop()
             self.finish.set()
             return super().__call__(records, should_stop)
 
@@ -640,7 +640,7 @@ def test_a_refused_renewal_of_an_ended_certificate_is_the_end(coordinator, confi
         enrol(state, coordinator.token(), name="kitchen", timeout_s=5)
     coordinator.refusal = TrustError("This device was revoked.")
     box = running(Agent(config, check=good_data))
-    box["thread"].join(10)
+    box["thread"].join(PATIENCE)
     assert isinstance(box["error"], TrustError)
 
 
@@ -685,25 +685,40 @@ class RestartedNode(PostNode):
         super().push(handle, records)
 
 
-def test_what_was_trained_is_given_to_the_coordinator_that_asks_again(
-    coordinator, config, enrolled, work, good_data, running
-):
-    post = Restarted()
-    agent = Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
+@pytest.fixture
+def restarted():
+    return Restarted()
+
+
+@pytest.fixture
+def trained(coordinator, config, enrolled, restarted, work, good_data, running):
+    """An agent that was asked, and has trained."""
+    agent = Agent(config, node_factory=restarted.node, answer=work, check=good_data, clock=SystemLike())
     coordinator.wait = True
-    running(agent)
-    coordinator.heard(is_idle)
     work.finish.set()
-    post.send()
-    coordinator.instructions.put(participate())
-    assert post.gone.wait(30)
+
+    def asked():
+        running(agent)
+        coordinator.heard(is_idle)
+        restarted.send()
+        coordinator.instructions.put(participate())
+        return agent
+
+    return asked
+
+
+def test_what_was_trained_is_given_to_the_coordinator_that_asks_again(
+    coordinator, enrolled, restarted, work, trained
+):
+    trained()
+    assert restarted.gone.wait(PATIENCE)
     again = participate()
     again.participate.resumed = True
-    post.send()
+    restarted.send()
     coordinator.instructions.put(again)
-    until(lambda: post.answers)
+    until(lambda: restarted.answers)
     assert work.count == 1
-    assert not post.errors
+    assert not restarted.errors
     until(lambda: not Ledger(enrolled.ledger).interrupted())
 
 
@@ -787,18 +802,9 @@ def test_a_call_that_grpc_never_ends_ends_for_us(coordinator, config, enrolled, 
     channel.close()
 
 
-def test_a_verdict_settles_what_was_never_acknowledged(
-    coordinator, config, enrolled, work, good_data, running
-):
-    post = Restarted()
-    agent = Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
-    coordinator.wait = True
-    running(agent)
-    coordinator.heard(is_idle)
-    work.finish.set()
-    post.send()
-    coordinator.instructions.put(participate())
-    assert post.gone.wait(30)
+def test_a_verdict_settles_what_was_never_acknowledged(coordinator, enrolled, restarted, trained):
+    agent = trained()
+    assert restarted.gone.wait(PATIENCE)
     assert Ledger(enrolled.ledger).interrupted()
     verdict = pb.Verdict(run_id="run", round=1, attempt=1, kind="train", accepted=True)
     coordinator.instructions.put(pb.Instruction(verdict=verdict))
@@ -806,17 +812,8 @@ def test_a_verdict_settles_what_was_never_acknowledged(
     until(lambda: not agent._worker.busy)
 
 
-def test_a_selection_outlives_one_refusal_of_a_coordinator_that_just_came_up(
-    coordinator, config, enrolled, work, good_data, running
-):
-    post = Restarted()
-    post.gone.set()
-    post.strange = 1
-    agent = Agent(config, node_factory=post.node, answer=work, check=good_data, clock=SystemLike())
-    coordinator.wait = True
-    running(agent)
-    coordinator.heard(is_idle)
-    work.finish.set()
-    post.send()
-    coordinator.instructions.put(participate())
-    until(lambda: post.answers)
+def test_a_selection_outlives_one_refusal_of_a_coordinator_that_just_came_up(restarted, trained):
+    restarted.gone.set()
+    restarted.strange = 1
+    trained()
+    until(lambda: restarted.answers)

@@ -287,12 +287,12 @@ def test_background_threads_survive_errors_and_follow(fleet, ids, store, monkeyp
             raise LeptonError("locked")
 
         monkeypatch.setattr(store, "head_seq", broken)
-        assert failed.wait(5)
+        assert failed.wait(60)
         monkeypatch.setattr(store, "head_seq", real)
         gone = threading.Event()
         quick.on_revoked(lambda _: gone.set())
         store.record("device.revoked", ids[0], {"device_id": ids[0]})
-        assert gone.wait(5)
+        assert gone.wait(60)
     finally:
         quick.stop()
 

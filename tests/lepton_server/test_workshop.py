@@ -82,10 +82,10 @@ if __name__ == "__main__":
 def test_the_child_does_not_outlive_a_parent_that_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     child = Path(f"/proc/{int(done.stdout)}")
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + 60
     while child.exists() and "zombie" not in (child / "status").read_text():
         assert time.monotonic() < ends
         time.sleep(0.05)

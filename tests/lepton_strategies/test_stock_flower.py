@@ -103,20 +103,12 @@ def deployment(tmp_path) -> Iterator[Deployment]:
         it.stop()
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_the_example_trains_on_stock_flower(deployment, tmp_path):
+def test_the_example_trains_on_stock_flower(deployment, tmp_path, free_ports):
     server, *nodes = free_ports(3)
     address = f"127.0.0.1:{server}"
     deployment.start(
@@ -172,9 +164,8 @@ def secure(deployment, tmp_path) -> Iterator[Deployment]:
         shutil.rmtree(short)
 
 
-def start_link(secure: Deployment, *more: str) -> str:
+def start_link(secure: Deployment, port: int, *more: str) -> str:
     """A SuperLink that ``flwr`` knows as "here"; its address."""
-    [port] = free_ports(1)
     place = ("--insecure", "--host", "127.0.0.1", "--port", str(port))
     secure.start("superlink", "flower-superlink", *place, *more)
     secure.wait_until(lambda: listens(port), "the SuperLink listens")
@@ -211,10 +202,11 @@ def check_rounds(log: str, rounds: int) -> None:
     assert 0 < losses[-1] < 2.31, log
 
 
-def test_the_documented_lines_on_a_stock_deployment(secure, tmp_path):
+def test_the_documented_lines_on_a_stock_deployment(secure, tmp_path, free_ports):
     """A process for every message: only what is kept beside a node outlives a stage."""
-    address = start_link(secure)
-    for number, port in enumerate(free_ports(NODES)):
+    server, *nodes = free_ports(1 + NODES)
+    address = start_link(secure, server)
+    for number, port in enumerate(nodes):
         config = (
             f'partition-id={number} num-partitions={NODES} secagg-key="{tmp_path}/node{number}.key" '
             f'secagg-peers="{tmp_path}/keys.txt" secagg-cohort={NODES}'
@@ -224,12 +216,12 @@ def test_the_documented_lines_on_a_stock_deployment(secure, tmp_path):
     check_rounds(run_documented(secure, 1), 1)
 
 
-def test_the_documented_lines_in_flowers_simulation(secure, tmp_path):
+def test_the_documented_lines_in_flowers_simulation(secure, tmp_path, free_ports):
     secure.env |= {
         "LEPTON_SECAGG_KEY": f"{tmp_path}/node{{partition-id}}.key",
         "LEPTON_SECAGG_PEERS": f"{tmp_path}/keys.txt",
         "LEPTON_SECAGG_COHORT": str(NODES),
     }
-    start_link(secure, "--simulation")
+    start_link(secure, *free_ports(1), "--simulation")
     resources = f"num-supernodes={NODES} client-resources-num-cpus=1"
     check_rounds(run_documented(secure, 2, "--federation-config", resources), 2)
