@@ -16,7 +16,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(1200)]
 DEVICES = 4  # as few as a secure round may have; three of them are enough for its sum
 ENROLLING = ("enrol.key", "enrol.answered")
 TRAINING = ("train.downloaded", "train.begun", "train.trained", "train.sent")
-MASKING = ("secure.keyed", "secure.masked", "secure.signed")
+MASKING = (  # of each device, one after the other; each in another secure round, if all goes as planned
+    ("secure.advertised", "secure.revealed:3"),
+    ("secure.keyed:2",),
+    ("secure.masked:3",),
+    ("secure.signed:4",),
+)
 SETTINGS = """
 [client]
 least_cohort = 4
@@ -69,10 +74,21 @@ def kept(fleet, name):
     return state.identity().device_id, state.key.read_bytes(), state.signing_key.read_bytes()
 
 
-def until_killed(fleet, name):
-    process = fleet.processes[name]
-    fleet.until(lambda: process.poll() is not None, f"{name} gets to its crash point", 300)
-    assert fleet.processes.pop(name).returncode == -signal.SIGKILL, fleet.log(name)
+def supervise(fleet, data, following, before):
+    """Start each device again whenever it has died, with its next point; ends when all have started so."""
+    left = {name: list(points) for name, points in following.items() if points}
+
+    def look():
+        for name in [n for n in left if fleet.processes[n].poll() is not None]:
+            assert fleet.processes.pop(name).returncode == -signal.SIGKILL, fleet.log(name)
+            now = kept(fleet, name)
+            assert before.setdefault(name, now) == now
+            fleet.start_client(name, data[name], SETTINGS, crash=left[name].pop(0))
+            if not left[name]:
+                del left[name]
+        return not left
+
+    fleet.until(look, "all devices get to their crash points", 600)
 
 
 def until_completed(fleet, run_id):
@@ -88,7 +104,6 @@ def until_completed(fleet, run_id):
 
 
 def test_killed_at_any_point_a_client_takes_part_again(real_fleet, digit_files):
-    assert {*ENROLLING, *TRAINING, *MASKING} <= set(CLIENT)  # test_secure_fleet has the other stages
     fleet, names = real_fleet, [f"dev{i}" for i in range(DEVICES)]
     fleet.make_authority()
     fleet.start_server()
@@ -97,39 +112,24 @@ def test_killed_at_any_point_a_client_takes_part_again(real_fleet, digit_files):
     fleet.join_all(names[len(ENROLLING) :])
     with open_store(fleet.folder / "server" / "lepton.db") as store:
         assert len(store.devices()) == DEVICES  # nobody twice
-    before = {}
-
-    def start(points):
-        """All of them; each of the first ones dies at its point."""
-        for i, name in enumerate(names):
-            if name not in fleet.processes:
-                crash = points[i] if i < len(points) else ""
-                fleet.start_client(name, digit_files[i], SETTINGS, crash=crash)
-
-    def strike(points, **fields):
-        """A run in which each dies at its point and is started again, and nothing else is done for it."""
-        start(points)
-        run_id = fleet.start_run(RUN.format(**fields))
-        for name in names[: len(points)]:
-            until_killed(fleet, name)
-            now = kept(fleet, name)
-            assert before.setdefault(name, now) == now
-        return run_id
+    data, before = dict(zip(names, digit_files, strict=False)), {}
+    masking = dict(zip(names, MASKING, strict=True))
+    passed = [*ENROLLING, *TRAINING, *(p.partition(":")[0] for of in MASKING for p in of)]
+    assert sorted(passed) == sorted(CLIENT)
 
     # All at once in one plain round.
-    plain = strike(TRAINING, rounds=1, secure="off", least=1)
-    # One in each of three secure rounds: of four devices, three must come through.
-    start([f"{point}:{number}" for number, point in enumerate(MASKING, 1)])
+    for name, point in zip(names, TRAINING, strict=True):
+        fleet.start_client(name, data[name], SETTINGS, crash=point)
+    plain = fleet.start_run(RUN.format(rounds=1, secure="off", least=1))
+    supervise(fleet, data, {name: of[:1] for name, of in masking.items()}, before)
     assert len(until_completed(fleet, plain)) <= DEVICES
-    secure = strike((), rounds=4, secure="required", least=3)
-    for name in names[: len(MASKING)]:
-        until_killed(fleet, name)
-        assert kept(fleet, name) == before[name]
-        fleet.start_client(name, digit_files[names.index(name)], SETTINGS)
+    # One after the other in secure rounds: of four devices, three must come through.
+    secure = fleet.start_run(RUN.format(rounds=6, secure="required", least=3))
+    supervise(fleet, data, {name: [*of[1:], ""] for name, of in masking.items()}, before)
     counted = until_completed(fleet, secure)
     assert len({(p.round, p.attempt, p.device_id) for p in counted}) == len(counted)
     # And then everybody as if nothing had happened.
     last = fleet.start_run(RUN.format(rounds=1, secure="required", least=DEVICES))
     assert len(until_completed(fleet, last)) == DEVICES
     for name in names:
-        assert kept(fleet, name) == before.setdefault(name, kept(fleet, name))
+        assert kept(fleet, name) == before[name]
