@@ -58,6 +58,7 @@ class Paper:
 class _Work:
     """What training has brought in one attempt."""
 
+    asked: "StageRequest | None" = None  # until it is trained
     vector: "Ring | None" = None
     failure: UpdateRejected | None = None
     seconds: float = 0.0
@@ -209,7 +210,7 @@ class Seat:
         if asked.stage is Stage.SHARES:
             _check(asked)
             shares = member.shares(name, asked.offer, asked.frame)
-            self._works.setdefault(name, _Work())
+            self._works.setdefault(name, _Work(asked))
             while len(self._works) > MOST_SESSIONS:  # the sessions' own bound
                 del self._works[next(iter(self._works))]
             return StageAnswer(shares)
@@ -229,8 +230,9 @@ class Seat:
         from lepton_fl.rounds.secure_sum import encode_answer
 
         work = self._work(name)
-        if work.vector is not None or work.failure is not None:
+        if work.asked is None:
             return
+        work.asked = None
         began = time.monotonic()
         offer: Offer = self._seated().offer(name)
         assert self._office is not None  # an agent has one
@@ -244,6 +246,11 @@ class Seat:
             log.exception("%s could not be worked on", name)
             work.failure = UpdateRejected(Rejection.FAILED, f"The device failed with {type(error).__name__}.")
         work.seconds = time.monotonic() - began
+
+    def untrained(self, name: str) -> "StageRequest | None":
+        """What came with the roster and was not trained on: the coordinator went away in between."""
+        work = self._works.get(name)
+        return work.asked if work is not None else None
 
     def leave(self, name: str) -> None:
         """Overwrite the secrets of an attempt that is over for this device."""

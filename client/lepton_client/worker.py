@@ -485,26 +485,34 @@ class Worker:
         self._pace_s = max(self._poll_s, CALM_S)
         if asked.stage is Stage.SHARES and self._seat is not None:
             reached("secure.keyed")
-            log.info("train round %d of run %s begins", key[1], key[0])
-            self._beat = self._clock.now()
-            try:
-                self._seat.train(asked, _name(key), lambda: self._step(key))
-            finally:
-                self._beat = None
+            self._train_seat(self._seat, asked, key)
         elif asked.stage is Stage.CONSENTS:
             self._settle(ticket.run_id, ticket.round, ticket.attempt, True)
         elif asked.stage is Stage.REVEALS:
             self._note(ticket)
             self._done(key)
 
+    def _train_seat(self, seat: Seat, asked: "StageRequest", key: Key) -> None:
+        log.info("train round %d of run %s begins", key[1], key[0])
+        self._beat = self._clock.now()
+        try:
+            seat.train(asked, _name(key), lambda: self._step(key))
+        finally:
+            self._beat = None
+
     def _answer_stage(self, asked: "StageRequest", key: Key) -> "tuple[Records | None, str, bool]":
         """The answer; or why there is none, and whether this device is out of the round."""
+        from lepton_fl.secagg.server import Stage
+
         refusal = "This device cannot aggregate securely." if self._seat is None else ""
         if self._seat is not None and not self._seat.knows(_name(key)):
             refusal = self._stage_refusal(asked, key)
         if refusal or self._seat is None:
             return None, refusal, True
         try:
+            late = self._seat.untrained(_name(key)) if asked.stage is Stage.UPLOADS else None
+            if late is not None:  # a restarted coordinator has the key shares, and we were never told
+                self._train_seat(self._seat, late, key)
             return self._seat.answer(asked, _name(key)).to_records(), "", False
         except (TrustError, UpdateRejected) as error:
             return None, str(error), True
