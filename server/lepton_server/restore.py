@@ -12,10 +12,12 @@ Rules:
 """
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -187,7 +189,7 @@ class _Target:
         files = [Path(f"{self._file}{end}") for end in ("", "-wal", "-shm")] if self._file else []
         for path in (*self._folders.values(), *files):
             if keep and path.exists():
-                rename(path, path.with_name(f"{path.name}.replaced-{stamp}"))
+                rename(path, _free(path.with_name(f"{path.name}.replaced-{stamp}")))
             elif path.is_dir():
                 remove_tree(path)
             else:
@@ -232,6 +234,12 @@ def _existing(url: str) -> "Iterator[Store]":
             f"What the ledger here has seen cannot be read: {error}",
             hint="Move the state away by hand and restore into an empty place; give --head if you have one.",
         ) from error
+
+
+def _free(path: Path) -> Path:
+    """A name that nothing has: one that was cut off may have been here in the same second."""
+    tries = chain([path], (path.with_name(f"{path.name}-{i}") for i in count(2)))
+    return next(name for name in tries if not os.path.lexists(name))
 
 
 def _there(what: str) -> StateConflict:

@@ -155,11 +155,12 @@ def test_a_stage_waits_for_answers():
 
 def test_what_looks_bad_may_settle_and_a_suspicion_does_not_flicker():
     trial = Trial(epsilon=6.0, min_answers=4)
-    worse = ["worse"] * 3 + ["fine"]  # 2.7 % by chance
+    worse = ["worse"] * 3 + ["fine", ""]  # 2.7 % by chance; one has not said anything yet
     act = judge(worse, trial)
     assert act.kind == "suspect"
     assert judge(worse, trial, suspect=act.cause, suspect_since=90.0).kind == "wait"
     assert judge(worse, trial, suspect=act.cause, suspect_since=60.0).kind == "breach"
+    assert judge(worse[:-1], trial).kind == "breach"  # all have answered: there is nothing to wait for
     milder = ["worse"] * 3 + ["fine"] * 4  # 14 %: no reason for a suspicion, and none to drop one
     assert judge(milder, trial).kind == "finish"
     assert judge(milder, trial, suspect=act.cause, suspect_since=60.0).kind == "breach"
