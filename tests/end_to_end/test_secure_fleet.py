@@ -109,6 +109,17 @@ def has_ended(fleet, run_id):
         return store.run(run_id).finished
 
 
+def started(fleet, same_rows, devices):
+    """Start a coordinator and so many devices; the rows of each, by its name."""
+    fleet.make_authority()
+    fleet.start_server()
+    data = {f"dev{i}": same_rows(i) for i in range(devices)}
+    fleet.join_all(list(data))
+    for name, rows in data.items():
+        fleet.start_client(name, rows, CLIENT)
+    return data
+
+
 def plain_answer(request, data):
     """What a device answers in a plain round."""
     import torch
@@ -123,13 +134,8 @@ def plain_answer(request, data):
 
 
 def test_a_fleet_trains_and_the_sums_are_those_of_plain_rounds(real_fleet, same_rows):
-    fleet, names = real_fleet, [f"dev{i}" for i in range(5)]
-    fleet.make_authority()
-    fleet.start_server()
-    fleet.join_all(names)
-    data = {name: same_rows(i) for i, name in enumerate(names)}
-    for name in names:
-        fleet.start_client(name, data[name], CLIENT)
+    fleet = real_fleet
+    data = started(fleet, same_rows, 5)
     run_id = fleet.start_run(RUN.format(rounds=2, devices=5, least=5, deadline_s=120))
     fleet.until(lambda: has_ended(fleet, run_id), "the run ends", 600)
     shown = fleet.show(run_id)
@@ -142,13 +148,8 @@ def test_a_fleet_trains_and_the_sums_are_those_of_plain_rounds(real_fleet, same_
 
 @pytest.mark.slow
 def test_updates_in_few_bits_come_through_masks(real_fleet, same_rows):
-    fleet, names = real_fleet, [f"dev{i}" for i in range(4)]
-    fleet.make_authority()
-    fleet.start_server()
-    fleet.join_all(names)
-    data = {name: same_rows(i) for i, name in enumerate(names)}
-    for name in names:
-        fleet.start_client(name, data[name], CLIENT)
+    fleet = real_fleet
+    data = started(fleet, same_rows, 4)
     ups = {}
     for bits in (8, 4, 2):
         few = f"[run.quantisation]\nbits = {bits}\n"
