@@ -32,10 +32,10 @@ from lepton_client.clock import Clock
 from lepton_client.config import ClientConfig
 from lepton_client.eligibility import in_window
 from lepton_client.link import Link
-from lepton_client.state import COUNTED, StateDir
+from lepton_client.state import COUNTED, GIVEN_UP, StateDir, given_up
 from lepton_client.trials import Trials, asked_about
 from lepton_fl.errors import LeptonError, StateError
-from lepton_fl.files import make_private_folder, write_private
+from lepton_fl.files import make_private_folder, remove, write_private
 from lepton_fl.wire.v1 import device_pb2 as pb
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class Courier:
     def _has_work(self) -> bool:
         wanted = _release(self._desired)
         record = _read_json(self._folder / "record.json")
-        if record.get("previous") and given_up(self._folder) == record.get("current"):
+        bad = given_up(self._folder).get("release")
+        if bad and bad == record.get("current") and not _is_noted(record, bad):
             return True
         if not wanted:
             return False
@@ -250,9 +251,8 @@ def windows_objection(windows: Sequence[str], wall: float) -> str:
     return f"time {at:%H:%M} is outside {', '.join(windows)}"
 
 
-def given_up(folder: Path) -> str:
-    """The release that ended the serving process again and again; empty = none."""
-    return str(_read_json(folder / "serve.json").get("given_up") or "")
+def _is_noted(record: dict[str, Any], release: str) -> bool:
+    return any(failure["manifest"] == release for failure in record.get("failures") or [])
 
 
 def _trouble(detail: str) -> Outcomes:
@@ -357,12 +357,19 @@ def carry_out(config: ClientConfig, desired: str) -> "Outcome":
 
 
 def _retreat_if_needed(slots: "Slots", desired: str) -> None:
+    """Take a release out of service that the serving process has given up; what is told once is forgotten."""
     from lepton_fl.delivery.deliver import retreat
+    from lepton_fl.errors import Fault
 
-    name = given_up(slots.folder)
-    words = "It ended the serving process again and again."
-    if name and retreat(slots, name, words, desired):
-        log.warning("release %s is taken out of service: %s", name[:12], words)
+    told = given_up(slots.folder)
+    if not told:
+        return
+    name, words = str(told.get("release")), str(told.get("detail"))
+    fault = Fault(told["fault"]) if told.get("fault") in list(Fault) else Fault.CRASHED
+    alone = name == slots.record().current and not retreat(slots, name, fault, words, desired)
+    log.warning("release %s cannot be served: %s", name[:12], words)
+    if not alone:  # else the serving process must not try it for ever
+        remove(slots.folder / GIVEN_UP)
 
 
 def _pinned(config: ClientConfig, state: StateDir, source: _Coordinator) -> bytes:

@@ -112,6 +112,7 @@ class Predictor:
         threads: int = 1,
         follow: bool = True,
         loading: Callable[[str], None] = lambda name: None,
+        refused: Callable[[str, ReleaseRefused], None] = lambda name, error: None,
         first: str = "",
     ) -> None:
         """Load the release in service.
@@ -121,6 +122,7 @@ class Predictor:
             threads: That one prediction computes with.
             follow: Look for another release in the background; else only :meth:`refresh` does.
             loading: Called with the name of a release before it is loaded.
+            refused: Called with another release that came into service and cannot be loaded, and why.
             first: The release to begin with; empty = the one in service.
 
         Raises:
@@ -128,7 +130,7 @@ class Predictor:
             ReleaseRefused: Its files were altered, or it does not load.
         """
         self._slots = Slots(Path(state_dir or default_state_dir()) / "delivery")
-        self._threads, self._loading = threads, loading
+        self._threads, self._loading, self._on_refused = threads, loading, refused
         self._stop = threading.Event()
         self._lock = threading.Lock()
         current = served(self._slots.folder)
@@ -189,8 +191,10 @@ class Predictor:
                 return False
             try:
                 self._model = self._load(name)
-            except LeptonError:
+            except LeptonError as error:
                 self._refused = name
+                if isinstance(error, ReleaseRefused):
+                    self._on_refused(name, error)
                 raise
             self._refused = ""
             return True

@@ -35,7 +35,7 @@ import uvicorn
 
 from lepton_client.config import ClientConfig, ServeSection
 from lepton_client.predictor import Array, Model, Predictor, describe
-from lepton_client.state import COUNTED, StateDir
+from lepton_client.state import COUNTED, GIVEN_UP, StateDir, given_up
 from lepton_fl.delivery.slots import Slots, served
 from lepton_fl.errors import (
     ConfigError,
@@ -283,14 +283,15 @@ def _error(error: LeptonError) -> bytes:
 
 
 class Probation:
-    """Notices a release that ends this process again and again, and serves the one before instead.
+    """Notices a release that cannot be served, and serves the one before instead.
 
     ``serve.json`` counts the starts of a release; it is written before the release is loaded, and forgotten
-    when it has served for a while or was stopped in good order. The agent reads what was given up.
+    when it has served for a while or was stopped in good order. One that has ended this process again and
+    again, or does not load, is named in ``given_up.json``: the agent takes it out of service and reports it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "serve.json"
+        self._folder, self._path = folder, folder / "serve.json"
         self._lock = threading.Lock()
         try:
             self._state: dict[str, Any] = dict(json.loads(read_private(self._path)))
@@ -301,33 +302,40 @@ class Probation:
         """The release to serve: the current one, or the one before if the current one is given up."""
         record = slots.record()
         current = record.current or ""
-        worn_out = self._state.get("release") == current and int(self._state.get("starts", 0)) >= STARTS
-        if current and (worn_out or self._state.get("given_up") == current):
-            if record.previous is None:
-                raise ReleaseRefused(
-                    Fault.CRASHED,
-                    f"Release {current[:12]} has ended this process {STARTS} times, and there is no other.",
-                    hint="Have another release assigned; this one is tried again when serve.json is removed.",
-                )
-            self._save({"given_up": current})
-            return record.previous
-        return current
+        if current and self._state.get("release") == current and int(self._state.get("starts", 0)) >= STARTS:
+            words = f"It has ended the serving process {STARTS} times."
+            self.give_up(current, ReleaseRefused(Fault.CRASHED, words))
+        if not current or given_up(self._folder).get("release") != current:
+            return current
+        if record.previous is None:
+            raise ReleaseRefused(
+                Fault.CRASHED,
+                f"Release {current[:12]} cannot be served, and there is no other.",
+                hint=f"Have another release assigned; this one is tried again when {GIVEN_UP} is removed.",
+            )
+        return record.previous
+
+    def give_up(self, name: str, error: ReleaseRefused) -> None:
+        """A release cannot be served; for the agent to know."""
+        if error.fault is Fault.RUNTIME:
+            return  # of this installation, not of the release
+        told = {"release": name, "fault": error.fault, "detail": str(error)}
+        with self._lock:
+            write_private(self._folder / GIVEN_UP, canonical_json(told))
+            self._save({})
 
     def loading(self, name: str) -> None:
         """Before a release is loaded."""
         with self._lock:
             same = self._state.get("release") == name
             starts = int(self._state.get("starts", 0)) + 1 if same else 1
-            self._save(self._kept() | {"release": name, "starts": starts})
+            self._save({"release": name, "starts": starts})
 
     def settled(self) -> None:
         """It has served for a while, or was stopped in good order."""
         with self._lock:
             if self._state.get("starts"):
-                self._save(self._kept())
-
-    def _kept(self) -> dict[str, Any]:
-        return {key: self._state[key] for key in ("given_up",) if key in self._state}
+                self._save({})
 
     def _save(self, state: dict[str, Any]) -> None:
         write_private(self._path, canonical_json(state))
@@ -354,13 +362,36 @@ def serve(config: ClientConfig, stop: threading.Event, ready: Callable[[str], No
         if stop.is_set():
             return
         probation = Probation(folder)
-        first = probation.chosen(Slots(folder))
-        with Predictor(
-            config.client.state_dir, threads=config.limits.threads, loading=probation.loading, first=first
-        ) as predictor:
+        with _predictor(config, probation, Slots(folder)) as predictor:
             endpoint = Endpoint(predictor, config.serve, threads=config.limits.threads)
             _run(endpoint, listener, stop, lambda: ready(address), probation, folder)
         probation.settled()
+
+
+def _predictor(config: ClientConfig, probation: Probation, slots: Slots) -> Predictor:
+    """With the release to serve loaded; the one before, if that cannot be."""
+
+    def loaded(first: str) -> Predictor:
+        return Predictor(
+            config.client.state_dir,
+            threads=config.limits.threads,
+            loading=probation.loading,
+            refused=probation.give_up,
+            first=first,
+        )
+
+    first = probation.chosen(slots)
+    try:
+        return loaded(first)
+    except ReleaseRefused as error:
+        if first != slots.record().current:
+            raise
+        probation.give_up(first, error)
+        other = probation.chosen(slots)
+        if other == first:
+            raise
+        log.error("release %s is in service and cannot be loaded, serving the one before: %s", first, error)
+        return loaded(other)
 
 
 def _run(

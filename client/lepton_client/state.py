@@ -22,7 +22,9 @@ from lepton_fl.files import canonical_json, make_private_folder, read_private, w
 
 FORMAT: Final = 1  # of the files in the folder
 MAX_FILE_BYTES: Final = 2**22  # none of ours is larger
-COUNTED: Final = "service.json"  # in the delivery folder: the serving process writes it, the agent reports it
+# In the delivery folder: the serving process writes them, the agent reports them.
+COUNTED: Final = "service.json"
+GIVEN_UP: Final = "given_up.json"  # a release that it cannot serve, until that is out of service
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,15 @@ class StateDir:
             return 0
         finally:
             os.close(descriptor)
+
+
+def given_up(folder: Path) -> dict[str, Any]:
+    """The ``release`` that the serving process cannot serve, its ``fault`` and ``detail``; {} = none."""
+    try:
+        found = json.loads((folder / GIVEN_UP).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _identity_from(raw: bytes, path: Path) -> Identity:

@@ -126,12 +126,13 @@ def deliver(device: Device, desired: str) -> Outcome:
     return Outcome("serving", wanted, wanted, tally=tally)
 
 
-def retreat(slots: Slots, name: str, detail: str, desired: str) -> bool:
-    """The release ``name`` ended its process in service: go back to the last known good one.
+def retreat(slots: Slots, name: str, fault: Fault, detail: str, desired: str) -> bool:
+    """The release ``name`` cannot be served: note that, and go back to the last known good one.
 
     Args:
         slots: What this device keeps.
         name: The release.
+        fault: Why.
         detail: What happened, in words.
         desired: The twin's desired state now: the same asking does not bring it back.
 
@@ -139,11 +140,14 @@ def retreat(slots: Slots, name: str, detail: str, desired: str) -> bool:
         Whether there was one to go back to, and ``name`` is in service no more.
     """
     record = slots.record()
-    if record.current != name or record.previous is None or not slots.has(record.previous):
+    if record.current != name:
         return False
     failure = Failure(
-        manifest=name, fault=Fault.CRASHED, detail=detail[:MAX_DETAIL], desired=sha256_hex(desired.encode())
+        manifest=name, fault=fault, detail=detail[:MAX_DETAIL], desired=sha256_hex(desired.encode())
     )
+    if record.previous is None or not slots.has(record.previous):
+        slots.save(record.give_up(failure))
+        return False
     place = _place(slots.manifest(record.previous))
     back = {"current": record.previous, "standing": place, "previous": None}
     slots.save(record.model_copy(update=back).give_up(failure))

@@ -17,9 +17,11 @@ Rules:
   before, and nobody chooses the canaries.
 * A stage is left for the next one when enough of its devices report the release in service, and it has been
   watched for so long, and nothing is wrong. Time alone promotes nothing.
-* What a device proves (its self-test failed, the release ended its process) breaches at once. What only looks
-  bad (errors, latency, answers of a trial) must still look bad after ``settle_s``. What waiting cannot change
-  need not wait: answers beyond doubt, or of all who will ever answer, and predictions that fail every time.
+* What a device proves (its self-test failed, the release ended its process) breaches at once; so does what
+  waiting cannot change: errors that are no chance, and answers, when the stage has as many as it needs or
+  all that will ever come, or when even fewer leave no doubt.
+* What only looks bad breaches when a second sample says the same: errors and latency after ``min_requests``
+  more predictions, which the next check-in may bring; without them, and for few answers, after ``settle_s``.
 * A rollback asks every device that was told, also those that are away: they hear of the good release first.
 """
 
@@ -41,6 +43,7 @@ from lepton_fl.delivery.trial import (
     doubt,
     needed,
     shares,
+    tail_bound,
 )
 from lepton_fl.plan import Frozen
 
@@ -54,6 +57,8 @@ Count = Annotated[int, Field(ge=0)]
 Phase = Literal["planned", "running", "paused", "rolling-back", "rolled-back", "aborted", "done"]
 OPEN: Final[tuple[Phase, ...]] = ("planned", "running", "paused", "rolling-back")
 TRIED: Final = "on their own rows"  # in words: what devices answer
+MOST_COUNTED: Final = 1000  # predictions of one device: a busy one does not outvote all others
+FEW: Final = 20  # predictions: of fewer, the 95th percentile is the slowest one
 PROOF: Final = frozenset(
     {"self-test", "crashed", "tampered", "foreign", "older"}
 )  # faults that time does not cure
@@ -90,10 +95,12 @@ class Health(Frozen):
         min_devices: So many of them in any case, or all where the stage has fewer.
         max_failed: Share of the stage's devices that may give the release up; rounded down, so a stage of few
             devices allows none.
-        max_errors: Share of predictions that may fail, over the whole stage.
-        min_requests: Predictions over the whole stage below which errors and latency say nothing.
+        max_errors: Share of predictions that may fail, over the whole stage; no device counts for more than
+            ``MOST_COUNTED`` of them.
+        min_requests: Predictions over the whole stage below which latency, and errors that may be chance,
+            say nothing; and after so many more, what looked bad and still does is bad.
         max_slowdown: Median over devices of p95 latency now over p95 of the release before.
-        settle_s: What looks bad must look bad for so long.
+        settle_s: What looks bad and has no second sample is bad when it has looked so for so long.
         trial: What devices are asked of the release's quality on their own rows; None = nothing.
     """
 
@@ -214,6 +221,7 @@ class Standing:
         told: The devices that were told, and not taken back.
         suspect: What looks bad; empty = nothing.
         suspect_since: Wall clock s.
+        suspect_requests: Predictions that had been counted then.
     """
 
     phase: Phase = "planned"
@@ -222,6 +230,7 @@ class Standing:
     told: Mapping[str, Told] = field(default_factory=dict)
     suspect: str = ""
     suspect_since: float = 0.0
+    suspect_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,12 +244,14 @@ class Act:
         devices: Of ``tell`` and ``revert``.
         cause: In words.
         until: Wall clock s until which nothing can change by itself; 0 = not known.
+        requests: Of ``suspect``: predictions counted so far.
     """
 
     kind: Literal["tell", "suspect", "breach", "promote", "finish", "revert", "wait"]
     devices: tuple[str, ...] = ()
     cause: str = ""
     until: float = 0.0
+    requests: int = 0
 
 
 def draw(rollout_id: str, device_id: str) -> float:
@@ -323,9 +334,10 @@ def _take_back(standing: Standing) -> Act:
 
 def _proof(plan: RolloutPlan, reached: Sequence[Known]) -> str:
     """What devices proved against the release, or say beyond doubt; empty = nothing."""
-    if tried := _tried_badly(plan, reached, LOOKS_BAD if _all_said(plan, reached) else IS_BAD):
+    enough = _all_said(plan, reached) or not _untried(plan, reached)
+    if tried := _tried_badly(plan, reached, LOOKS_BAD if enough else IS_BAD):
         return tried
-    if failed := _all_failed(plan, reached):
+    if failed := _errors_beyond_doubt(plan, reached):
         return failed
     bad = [d for d in reached if d.failed.get(plan.releases.get(d.profile, "")) in PROOF]
     if len(bad) <= int(plan.health.max_failed * len(reached)):
@@ -342,13 +354,24 @@ def _all_said(plan: RolloutPlan, reached: Sequence[Known]) -> bool:
     return all(d.answer and d.serving == plan.releases.get(d.profile) for d in reached if d.trials)
 
 
-def _all_failed(plan: RolloutPlan, reached: Sequence[Known]) -> str:
-    """Whether no prediction at all came, and that is no chance, however few were asked for; empty = no."""
-    served = _in_service(plan, reached)
-    requests, errors = sum(d.service.requests for d in served), sum(d.service.errors for d in served)
-    if not requests or errors < requests or plan.health.max_errors**requests >= IS_BAD:
+def _errors_beyond_doubt(plan: RolloutPlan, reached: Sequence[Known]) -> str:
+    """Whether more predictions fail than chance explains, however few were asked for; empty = no."""
+    requests, errors = _predictions(_in_service(plan, reached))
+    if tail_bound(requests, errors, plan.health.max_errors) >= IS_BAD:
         return ""
-    return f"all {requests} predictions failed, at most {100 * plan.health.max_errors:g} % may"
+    return f"{_failures(plan, requests, errors)}, and that is no chance"
+
+
+def _predictions(served: Sequence[Known]) -> tuple[float, float]:
+    """Predictions asked for and failed, over all devices; none counts for more than ``MOST_COUNTED``."""
+    weights = [min(1.0, MOST_COUNTED / max(1, d.service.requests)) for d in served]
+    counted = list(zip(weights, (d.service for d in served), strict=True))
+    return math.fsum(w * s.requests for w, s in counted), math.fsum(w * s.errors for w, s in counted)
+
+
+def _failures(plan: RolloutPlan, requests: float, errors: float) -> str:
+    allowed = 100 * plan.health.max_errors
+    return f"{errors:.0f} of {requests:.0f} predictions failed, at most {allowed:g} % may"
 
 
 def _doubt(plan: RolloutPlan, standing: Standing, reached: Sequence[Known], now: float) -> Act | None:
@@ -356,8 +379,13 @@ def _doubt(plan: RolloutPlan, standing: Standing, reached: Sequence[Known], now:
     looks = _looks_bad(plan, standing, reached)
     if not looks:
         return Act("suspect") if standing.suspect else None
+    requests = sum(d.service.requests for d in _in_service(plan, reached))
     if not standing.suspect:
-        return Act("suspect", cause=looks)
+        return Act("suspect", cause=looks, requests=min(requests, 2**53))
+    if TRIED not in looks + standing.suspect:
+        fresh = requests - standing.suspect_requests
+        if fresh >= max(1, plan.health.min_requests):
+            return Act("breach", cause=f"{looks}; {fresh} predictions later it is the same")
     passed = now - standing.suspect_since
     if 0 <= passed < plan.health.settle_s:
         until = standing.suspect_since + plan.health.settle_s
@@ -370,15 +398,15 @@ def _looks_bad(plan: RolloutPlan, standing: Standing, reached: Sequence[Known]) 
     level = CLEARED if TRIED in standing.suspect else LOOKS_BAD
     if tried := _tried_badly(plan, reached, level):
         return tried
-    requests, errors = sum(d.service.requests for d in served), sum(d.service.errors for d in served)
-    if not served or requests < health.min_requests:
+    if sum(d.service.requests for d in served) < max(1, health.min_requests):
         return ""
+    requests, errors = _predictions(served)
     if errors > health.max_errors * requests:
-        return f"{errors} of {requests} predictions failed, at most {100 * health.max_errors:g} % may"
+        return _failures(plan, requests, errors)
     ratios = sorted(
         d.service.p95_ms / standing.told[d.id].p95_ms
         for d in served
-        if d.service.p95_ms > 0 and standing.told[d.id].p95_ms > 0
+        if d.service.requests >= FEW and d.service.p95_ms > 0 and standing.told[d.id].p95_ms > 0
     )
     slow = ratios[len(ratios) // 2] if ratios else 0.0
     if slow > health.max_slowdown:

@@ -13,7 +13,8 @@ and says the same ever after, so asking again tells nothing new.
 
 The coordinator knows p and q, and counts. With a true share θ of devices that find it bad, a word other than
 ``fine`` is said with probability r(θ) = 2q + (p - q)·θ. It holds the count against r(max_bad), exactly
-(binomial tail): a release *looks bad* at 5 %, *is* bad at 0.1 %, and a suspicion is cleared only at 50 %.
+(binomial tail): a release *looks bad* at 5 %, which is enough when as many have answered as are needed; of
+fewer answers it *is* bad at 0.1 %. A suspicion is cleared only at 50 %.
 
 Pure; the device draws with its system's generator.
 """
@@ -21,6 +22,7 @@ Pure; the device draws with its system's generator.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from random import Random
 from typing import Annotated, Final, Literal
 
@@ -151,12 +153,23 @@ def upper_tail(n: int, k: int, r: float) -> float:
     return min(1.0, math.fsum(terms))
 
 
+def tail_bound(n: float, k: float, r: float) -> float:
+    """P(X >= k) of a binomial(n, r) is at most this, for any n at once (Hoeffding 1963, theorem 1)."""
+    if k <= n * r:
+        return 1.0
+    if r == 0:
+        return 0.0
+    good = (n - k) * math.log((1 - k / n) / (1 - r)) if k < n else 0.0
+    return math.exp(-k * math.log(k / n / r) - good)
+
+
 def _rate(epsilon: float, share: float) -> float:
     """r(θ) of the module's text."""
     p, q = probabilities(epsilon)
     return 2 * q + (p - q) * share
 
 
+@lru_cache(maxsize=64)  # it is asked at every look at a rollout
 def _least(epsilon: float, max_bad: float) -> int:
     fine, bad = _rate(epsilon, max_bad), _rate(epsilon, 1.0)
     low, high = 0, 1

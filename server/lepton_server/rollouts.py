@@ -93,6 +93,7 @@ def standing_of(store: "Store", row: "Rollout") -> Standing:
         told=told,
         suspect=row.suspect,
         suspect_since=row.suspect_since,
+        suspect_requests=row.suspect_requests,
     )
 
 
@@ -384,7 +385,7 @@ class RolloutKeeper:
             self._take_back(change, row, names)
             change.record("rollout.reverted", body | {"devices": list(names)})
         elif act.kind == "suspect":
-            change.record("rollout.suspected", body | {"cause": act.cause})
+            change.record("rollout.suspected", body | {"cause": act.cause, "requests": act.requests})
         else:
             ends = "aborted" if row.aborting else "rolled-back"
             phase = {

@@ -16,10 +16,11 @@ import pytest
 from safetensors.numpy import load, save
 
 from lepton_client.config import ClientConfig
-from lepton_client.courier import given_up, self_test
+from lepton_client.courier import _retreat_if_needed, self_test
 from lepton_client.predictor import Predictor
 from lepton_client.serve import STARTS, Probation, serve
-from lepton_fl.delivery.deliver import SelfTestCrashed, retreat
+from lepton_client.state import GIVEN_UP, given_up
+from lepton_fl.delivery.deliver import SelfTestCrashed
 from lepton_fl.delivery.manifest import describe
 from lepton_fl.delivery.slots import Record, Slots
 from lepton_fl.errors import (
@@ -365,11 +366,63 @@ def test_a_release_that_ends_the_process_twice_gives_way_to_the_one_before(place
     with Predictor(place.folder, follow=False, loading=probation.loading, first=first) as predictor:
         assert not predictor.refresh()
         assert predictor.release == first
-    assert given_up(folder) == bad
-    assert retreat(place.slots, bad, "it crashed", "")
-    assert place.slots.record().current == first
+    assert given_up(folder)["release"] == bad
+    _retreat_if_needed(place.slots, "")
+    record = place.slots.record()
+    assert (record.current, record.failures[0].fault) == (first, Fault.CRASHED)
+    assert "ended the serving process 2 times" in record.failures[0].detail
+    assert not given_up(folder)
+    place.switch(bad)  # asked for again: it has two starts again
+    for _ in range(STARTS):
+        probation = Probation(folder)
+        assert probation.chosen(place.slots) == bad
+        probation.loading(bad)
+    assert Probation(folder).chosen(place.slots) == first
+    _retreat_if_needed(place.slots, "")
     third = place.install()
     assert Probation(folder).chosen(place.slots) == third
+
+
+def test_a_release_that_the_endpoint_cannot_load_is_told_and_taken_out_of_service(place, serving):
+    """The self-test loads it, too; here its file is damaged after that."""
+    first = place.install()
+    connect = serving()
+    bad = place.install(switch=False)
+    (place.slots.path(bad) / "model.onnx").write_bytes(b"damaged")
+    place.switch(bad)
+    ends = time.monotonic() + 60
+    while not given_up(place.slots.folder):
+        assert time.monotonic() < ends, "it is noticed"
+        time.sleep(0.02)
+    assert given_up(place.slots.folder) | {"detail": ""} == {
+        "release": bad,
+        "fault": "tampered",
+        "detail": "",
+    }
+    assert ask(connect(), {"row": ROWS[0].tolist()})[1]["release"] == first
+    _retreat_if_needed(place.slots, "")
+    record = place.slots.record()
+    assert (record.current, record.failures[0].fault) == (first, Fault.TAMPERED)
+
+
+def test_an_endpoint_that_starts_with_a_release_that_does_not_load_serves_the_one_before(place, serving):
+    first, bad = place.install(), place.install(damage="model")
+    connect = serving()
+    assert ask(connect(), {"row": ROWS[0].tolist()})[1]["release"] == first
+    assert given_up(place.slots.folder)["fault"] == "self-test"
+    assert given_up(place.slots.folder)["release"] == bad
+
+
+def test_the_only_release_is_reported_too_when_it_cannot_be_served(place, serving):
+    """There is nothing to go back to: it stays, and is not loaded again and again."""
+    bad = place.install(damage="model")
+    for _ in range(2):
+        with pytest.raises(ReleaseRefused):
+            serving()
+        _retreat_if_needed(place.slots, "")
+    record = place.slots.record()
+    assert (record.current, record.failures[0].manifest, record.failures[0].fault) == (bad, bad, "self-test")
+    assert (place.slots.folder / GIVEN_UP).exists()
 
 
 def test_an_orderly_end_is_no_crash(place):

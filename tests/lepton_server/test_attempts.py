@@ -422,6 +422,7 @@ def before_v0007(store, folder, rows):
     old, last = BlobStore(folder / "spool" / HERE.run_id), GENESIS
     with store._engine.begin() as connection:
         connection.execute(text("ALTER TABLE attempt_record ADD COLUMN spooled TEXT NOT NULL DEFAULT '{}'"))
+        connection.execute(text("ALTER TABLE rollout DROP COLUMN suspect_requests"))
         connection.execute(text("UPDATE lepton_version SET version_num = 'v0006'"))
         for number, (body, spooled) in enumerate(rows, 1):
             blob = old.put(body) if len(body) > INLINE else ""

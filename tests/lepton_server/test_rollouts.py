@@ -27,12 +27,12 @@ class Fleet:
             self.says(device, OLD)
         self.fleet.flush(everything=True)
 
-    def says(self, device, release, failed=(), service=None, word=""):
-        given_up = tuple(Failed(f, "self-test", "", True) for f in failed)
+    def says(self, device, release, failed=(), service=None, word="", fault="self-test"):
+        given_up = tuple(Failed(f, fault, "", True) for f in failed)
         told = Serving("digits", "phone", release, given_up, trials=True)
         counted, report = service or Service(), Report((), "0.1", (), told)
         tried = Tried(release, TRIAL.question.digest(), word) if word else Tried()
-        self.fleet.check_in(device, report, serves=release, service=counted, tried=tried)
+        return self.fleet.check_in(device, report, serves=release, service=counted, tried=tried)
 
     def plan(self, name="r1", **fields):
         fields = {"stages": STAGES, "health": HEALTH} | fields
@@ -107,6 +107,45 @@ def test_errors_of_predictions_take_it_back(fleet):
     assert fleet.phase == "rolled-back"
     assert "50 of 100" in fleet.store.rollout("r1").cause
     assert set(fleet.wanted.values()) == {OLD}
+
+
+SLOW = (Service(100, 0, 9.0), Service(200, 0, 9.0))
+BAD = {
+    "it does not pass its self-test": [{"failed": [NEW]}],
+    "it ends the self-test": [{"failed": [NEW], "fault": "crashed"}],
+    "it ends the serving process": [{}, {"failed": [NEW], "fault": "crashed"}],
+    "every prediction fails": [{"service": Service(3, 3)}],
+    "many predictions fail": [{"service": Service(50, 6)}],
+    "some predictions fail": [{"service": Service(100, 2)}, {"service": Service(200, 4)}],
+    "predictions are slow": [{"service": service} for service in SLOW],
+    "it is worse on own rows": [{"word": "worse"}],
+    "it decides otherwise than the one before": [{"word": "drifts"}],
+}
+
+
+@pytest.mark.parametrize("says", BAD.values(), ids=BAD)
+def test_a_bad_release_is_taken_back_within_two_check_ins(fleet, works, says):
+    """Of each canary, whatever is wrong; no clock moves, so nothing but check-ins decides."""
+    canaries = list(works.register(3, groups=("canary",)))
+    assign(fleet.store, canaries, OLD)
+    for device in canaries:
+        fleet.says(device, OLD, service=Service(1000, 0, 3.0))
+    fleet.fleet.flush(everything=True)
+    health = Health(window_s=3600, settle_s=3600, trial=TRIAL if "word" in says[0] else None)
+    fleet.plan(stages=(Stage(groups=("canary",)), Stage(share=1.0)), health=health)
+    fleet.keeper.look()
+    assert sorted(fleet.told) == sorted(canaries)
+    assert len(says) <= 2
+    for said in says:
+        for device in canaries:
+            fleet.says(device, OLD if "failed" in said else NEW, **said)
+            fleet.keeper.look()
+    assert fleet.phase == "rolled-back"
+    assert set(fleet.wanted.values()) == {OLD}
+    fleet.fleet.follow()
+    for device in canaries:  # the next answer says so; a device that waits hears of it at once
+        assert OLD in fleet.says(device, OLD if "failed" in says[-1] else NEW).desired
+    assert fleet.store.rebuild().equal
 
 
 def test_counters_of_another_release_say_nothing(fleet):

@@ -451,6 +451,7 @@ class RolloutSuspected(_AboutRollout):
     """Something looks bad; an empty cause: no more."""
 
     cause: Text = ""
+    requests: Count = 0  # predictions that had been counted
 
 
 class RolloutMoved(_AboutRollout):

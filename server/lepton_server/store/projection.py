@@ -278,8 +278,8 @@ def _rollout_planned(connection: Connection, when: When, body: ev.RolloutPlanned
     if _one(connection, ROLLOUT, id=body.rollout_id):
         raise StateConflict(f"There is a rollout {body.rollout_id} already.", hint="Give it another id.")
     row = {"id": body.rollout_id, "task": body.task, "plan": _json(body.plan), "phase": "planned", "stage": 0}
-    row |= {"since": when.time, "cause": "", "suspect": "", "suspect_since": 0.0, "aborting": 0}
-    connection.execute(adding(ROLLOUT), row | {"planned_at": when.time})
+    row |= {"since": when.time, "cause": "", "suspect": "", "suspect_since": 0.0, "suspect_requests": 0}
+    connection.execute(adding(ROLLOUT), row | {"planned_at": when.time, "aborting": 0})
 
 
 def _rollout_moved(connection: Connection, when: When, body: ev.RolloutMoved) -> None:
@@ -296,7 +296,7 @@ def _rollout_moved(connection: Connection, when: When, body: ev.RolloutMoved) ->
         raise StateConflict(f"Devices still have releases of rollout {body.rollout_id}.")
     change: dict[str, object] = {"phase": body.phase, "stage": body.stage, "cause": body.cause}
     if body.phase == "running":
-        change |= {"since": when.time, "suspect": "", "suspect_since": 0.0}
+        change |= {"since": when.time, "suspect": "", "suspect_since": 0.0, "suspect_requests": 0}
     _change(
         connection, ROLLOUT, {"id": body.rollout_id}, **change, aborting=int(body.aborting or was["aborting"])
     )
@@ -343,7 +343,8 @@ def _rollout_suspected(connection: Connection, when: When, body: ev.RolloutSuspe
     was = _rollout(connection, body.rollout_id)
     if was["phase"] != "running":
         raise StateConflict(f"Rollout {body.rollout_id} is {was['phase']}.")
-    _change(connection, ROLLOUT, {"id": body.rollout_id}, suspect=body.cause, suspect_since=when.time)
+    change = {"suspect": body.cause, "suspect_since": when.time, "suspect_requests": body.requests}
+    _change(connection, ROLLOUT, {"id": body.rollout_id}, **change)
 
 
 # --------------------------------------------------------------------------------------------------- tasks

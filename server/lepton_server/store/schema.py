@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 VERSION_TABLE = "lepton_version"
-SCHEMA = "v0007"  # the newest revision in migrations/versions; a test compares
+SCHEMA = "v0008"  # the newest revision in migrations/versions; a test compares
 _VERSION = table(VERSION_TABLE, sql_column("version_num"))
 
 

@@ -288,6 +288,7 @@ class RolloutRow(_Base, table=True):
     cause: str = Field(sa_column=_text())
     suspect: str = Field(sa_column=_text())
     suspect_since: float = Field(sa_column=Column(Float(53), nullable=False))
+    suspect_requests: int = Field(sa_column=Column(BigInteger, nullable=False))
     aborting: int = Field(sa_column=Column(Integer, nullable=False))  # 1: an operator asked for the rollback
     planned_at: float = Field(sa_column=Column(Float(53), nullable=False))
 

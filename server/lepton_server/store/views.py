@@ -254,6 +254,7 @@ class Rollout:
     cause: str
     suspect: str
     suspect_since: float
+    suspect_requests: int
     aborting: bool
     planned_at: float
 

@@ -319,8 +319,8 @@ def test_a_release_that_crashes_in_service_gives_way_to_the_one_before(world, de
     world.deliver(first)
     world.deliver(bad)
     asked = desired(bad)
-    assert not retreat(world.slots, first, "it crashed", asked)
-    assert retreat(world.slots, bad, "it crashed", asked)
+    assert not retreat(world.slots, first, Fault.CRASHED, "it crashed", asked)
+    assert retreat(world.slots, bad, Fault.CRASHED, "it crashed", asked)
     record = world.slots.record()
     assert (record.current, record.previous, record.failures[0].fault) == (first, None, Fault.CRASHED)
     assert world.deliver(bad).state == "refused"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lepton_fl.delivery.rollout import (
+    MOST_COUNTED,
     Act,
     Health,
     Known,
@@ -54,7 +55,7 @@ class World:
                 self._want(name, self.plan.releases[self.devices[name].profile])
             self.standing = replace(was, told={**was.told, **told})
         elif act.kind == "suspect":
-            self.standing = replace(was, suspect=act.cause, suspect_since=now)
+            self.standing = replace(was, suspect=act.cause, suspect_since=now, suspect_requests=act.requests)
         elif act.kind == "breach":
             self.standing = replace(was, phase="rolling-back")
         elif act.kind == "promote":
@@ -169,26 +170,74 @@ def test_a_download_that_may_still_succeed_is_no_breach() -> None:
     assert world.standing.phase == "running"
 
 
-def test_errors_must_last_before_they_count() -> None:
-    bad = Service(requests=1000, errors=100)
-    world = World(PLAN, FLEET)
+def counting(world: World, service: Service) -> None:
+    """All that serve the new release count so much from now on."""
+    for name, device in world.devices.items():
+        if device.serving == NEW:
+            world.devices[name] = replace(device, service=service)
+
+
+FEW_ERRORS = Service(1000, 15)  # more than 1 %, and may be chance
+
+
+def test_errors_that_may_be_chance_must_last_before_they_count() -> None:
+    world = World(ONE, FLEET)
     world.settle()
-    world.check_in(list(world.devices), service=bad)
+    world.check_in(list(world.devices), service=FEW_ERRORS)
     assert world.settle().until == world.now + 30
-    good = {n: replace(d, service=Service(1000, 0)) for n, d in world.devices.items()}
-    held, world.devices = world.devices, good
+    counting(world, Service(1000, 0))
     assert world.settle().kind == "wait"
     assert world.standing.suspect == ""
-    world.devices = held
+    counting(world, FEW_ERRORS)
     world.settle()
     world.now += 31
     world.settle()
     assert world.standing.phase == "rolled-back"
 
 
+ONE = PLAN.model_copy(update={"stages": (Stage(share=0.0001), Stage(share=1.0))})  # one canary
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "phase"),
+    [
+        (FEW_ERRORS, Service(1099, 16), "running"),  # 99 more are no sample
+        (FEW_ERRORS, Service(1100, 17), "rolled-back"),
+        (FEW_ERRORS, Service(1100, 11), "running"),  # it was chance
+        (FEW_ERRORS, Service(10, 1), "running"),  # the endpoint was started anew and counts from zero
+        (Service(1000, 0, 4.1), Service(1100, 0, 4.1), "rolled-back"),
+        (Service(1000, 0, 4.1), Service(1100, 0, 3.9), "running"),
+        (Service(1000, 0, 4.1), Service(1100, 15, 0.0), "rolled-back"),
+    ],
+)
+def test_what_looks_bad_is_bad_when_a_second_sample_says_the_same(
+    first: Service, second: Service, phase: str
+) -> None:
+    world = World(ONE, [replace(d, service=Service(1000, 0, p95_ms=2.0)) for d in FLEET])
+    world.settle()
+    world.check_in(list(world.devices), service=first)
+    world.settle()
+    assert world.standing.phase == "running"
+    assert world.standing.suspect_requests == 1000
+    counting(world, second)
+    world.settle()
+    assert world.standing.phase == phase
+
+
+def test_a_busy_device_does_not_outvote_the_others() -> None:
+    plan = PLAN.model_copy(update={"stages": (Stage(share=1.0),)})
+    world = World(plan, FLEET[:20])
+    world.settle()
+    names = list(world.devices)
+    world.check_in(names[:1], service=Service(10**9, 0))
+    world.check_in(names[1:], service=Service(50, 5))
+    world.settle()
+    assert world.standing.phase == "rolled-back"
+    assert any(f"95 of {MOST_COUNTED + 19 * 50} predictions failed" in act.cause for act in world.acts)
+
+
 def test_slower_predictions_are_taken_back() -> None:
-    fleet = [replace(d, service=Service(1000, 0, p95_ms=2.0)) for d in FLEET]
-    world = World(PLAN, fleet)
+    world = World(PLAN, [replace(d, service=Service(1000, 0, p95_ms=2.0)) for d in FLEET])
     world.settle()
     world.check_in(list(world.devices), service=Service(1000, 0, p95_ms=4.1))
     world.settle()
@@ -198,8 +247,17 @@ def test_slower_predictions_are_taken_back() -> None:
     assert any("2.05 times" in act.cause for act in world.acts)
 
 
+def test_the_slowest_of_a_few_predictions_is_no_latency() -> None:
+    plan = PLAN.model_copy(update={"health": HEALTH.model_copy(update={"min_requests": 0})})
+    world = World(plan, [replace(d, service=Service(1000, 0, p95_ms=2.0)) for d in FLEET])
+    world.settle()
+    world.check_in(list(world.devices), service=Service(19, 0, p95_ms=400.0))
+    world.settle()
+    assert not world.standing.suspect
+
+
 def test_few_predictions_say_nothing() -> None:
-    world = World(PLAN, FLEET)
+    world = World(ONE, FLEET)
     world.settle()
     world.check_in(list(world.devices), service=Service(requests=2, errors=1))
     assert world.settle().kind == "wait"
@@ -215,6 +273,7 @@ def test_few_predictions_say_nothing() -> None:
         (9, 0.5, "running"),
         (10, 0.5, "rolled-back"),
         (0, 0.0, "running"),
+        (10**12, 1.0, "running"),
     ],
 )
 def test_predictions_that_fail_every_time_need_neither_number_nor_time(
@@ -232,22 +291,23 @@ def test_predictions_that_fail_every_time_need_neither_number_nor_time(
 TRIAL = Trial(epsilon=4.0, min_answers=2)  # it needs 4; nothing is beyond doubt below 5
 
 
-@pytest.mark.parametrize("silent", ["away", "fine", "nobody"])
-def test_answers_of_all_who_will_answer_need_no_time(silent: str) -> None:
+@pytest.mark.parametrize("silent", ["two", "one", "fine", "nobody"])
+def test_answers_that_are_enough_or_all_that_will_come_need_no_time(silent: str) -> None:
     health = HEALTH.model_copy(update={"trial": TRIAL})
     plan = PLAN.model_copy(update={"health": health, "stages": (Stage(share=1.0),)})
     world = World(plan, [replace(d, trials=n < 5) for n, d in enumerate(FLEET[:8])])
     world.settle()
     names = list(world.devices)
-    world.check_in(names[1:] if silent == "away" else names)
-    for name in names[1:5] if silent in ("away", "nobody") else names[:5]:
+    away = {"two": 2, "one": 1}.get(silent, 0)
+    world.check_in(names[away:])
+    for name in names[max(away, silent == "nobody") : 5]:
         world.devices[name] = replace(world.devices[name], answer="worse")
     if silent == "fine":
         world.devices[names[0]] = replace(world.devices[names[0]], answer="fine")
     if silent == "nobody":
         world.devices[names[0]] = replace(world.devices[names[0]], trials=False)
     act = world.settle()
-    if silent == "away":  # one may still say something else
+    if silent == "two":  # three answers are too few, and more may come
         assert (world.standing.phase, act.until) == ("running", world.now + 30)
         world.now += 31
         world.settle()

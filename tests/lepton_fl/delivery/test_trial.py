@@ -23,6 +23,7 @@ from lepton_fl.delivery.trial import (
     probabilities,
     said,
     shares,
+    tail_bound,
     truth,
     upper_tail,
 )
@@ -67,6 +68,24 @@ def test_the_tail_is_the_binomial_one(n, k, r):
 
     assert upper_tail(n, k, r) == pytest.approx(binom.sf(k - 1, n, r), rel=1e-9)
     assert upper_tail(n, k, r) != pytest.approx(binom.sf(k + 1, n, r), rel=1e-3)
+
+
+@pytest.mark.parametrize(("n", "r"), [(1, 0.01), (40, 0.2), (1000, 0.01), (1000, 0.999)])
+def test_the_quick_bound_is_one_and_not_far_from_the_tail(n, r):
+    from scipy.stats import binom
+
+    for k in range(math.ceil(n * r), n + 1):
+        exact = binom.sf(k - 1, n, r)
+        assert exact <= tail_bound(n, k, r) * (1 + 1e-9)
+        if exact > 1e-300:
+            assert math.log(tail_bound(n, k, r)) <= math.log(exact) + math.log(8 * n**0.5)
+    assert tail_bound(n, n, r) == pytest.approx(r**n)
+
+
+def test_the_quick_bound_at_its_edges():
+    assert [tail_bound(10, 1, 0.0), tail_bound(10, 0, 0.0), tail_bound(0, 0, 0.5)] == [0.0, 1.0, 1.0]
+    assert tail_bound(10, 10, 1.0) == 1.0
+    assert tail_bound(2.0**60, 2.0**59, 0.01) == 0.0
 
 
 @pytest.mark.parametrize("epsilon", EPSILONS[1:])
@@ -154,19 +173,26 @@ def test_a_stage_waits_for_answers():
 
 
 def test_what_looks_bad_may_settle_and_a_suspicion_does_not_flicker():
-    trial = Trial(epsilon=6.0, min_answers=4)
-    worse = ["worse"] * 3 + ["fine", ""]  # 2.7 % by chance; one has not said anything yet
+    trial = Trial(epsilon=3.0, min_answers=3)
+    worse = ["worse"] * 3 + [""]  # 1.8 % by chance; one has not said anything yet, and six must
     act = judge(worse, trial)
     assert act.kind == "suspect"
     assert judge(worse, trial, suspect=act.cause, suspect_since=90.0).kind == "wait"
     assert judge(worse, trial, suspect=act.cause, suspect_since=60.0).kind == "breach"
     assert judge(worse[:-1], trial).kind == "breach"  # all have answered: there is nothing to wait for
-    milder = ["worse"] * 3 + ["fine"] * 4  # 14 %: no reason for a suspicion, and none to drop one
+    milder = ["worse"] * 3 + ["fine"] * 4  # 27 %: no reason for a suspicion, and none to drop one
     assert judge(milder, trial).kind == "finish"
     assert judge(milder, trial, suspect=act.cause, suspect_since=60.0).kind == "breach"
     cleared = ["worse"] * 3 + ["fine"] * 20
     assert doubt(trial, counted(cleared)) > CLEARED
     assert judge(cleared, trial, suspect=act.cause, suspect_since=60.0).kind == "suspect"
+
+
+def test_as_many_answers_as_are_needed_decide_at_once():
+    trial, words = Trial(epsilon=3.0), ["worse"] * 5 + ["fine"]  # 0.6 %
+    assert needed(trial) == len(words)
+    assert judge([*words, ""], trial).kind == "breach"
+    assert judge([*words[1:], ""], trial).kind == "suspect"  # one less is no sample
 
 
 def test_beyond_doubt_needs_no_patience():
