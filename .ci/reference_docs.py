@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from lepton_fl.cli.app import build
+from lepton_fl.cli.schema import schema_of
 from lepton_fl.config import roles
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -85,18 +86,44 @@ def _parameter(parameter: click.Parameter) -> str:
 
 
 def _role(name: str, model: type[BaseModel]) -> str:
-    schema = model.model_json_schema()
+    schema = schema_of(model)
+    properties = schema["properties"]
     lines = [f"\n## {name}\n"]
-    own = {key: value for key, value in schema["properties"].items() if not _section(schema, value)}
-    if own:
-        lines.append(_table(schema, own, model, name))
-    for key, value in schema["properties"].items():
+    if own := {key: value for key, value in properties.items() if not _section(schema, value)}:
+        lines.append(_table(schema, own, model))
+    return "".join([*lines, *_sections(schema, properties, model, "", {})])
+
+
+def _sections(
+    schema: dict[str, Any],
+    properties: dict[str, Any],
+    model: type[BaseModel] | None,
+    where: str,
+    shown: dict[type[BaseModel], str],
+) -> Iterator[str]:
+    """One table for each key that is a table, and for those within it."""
+    for key, value in properties.items():
         if found := _section(schema, value):
-            brackets = f"[[{key}]]" if value.get("type") == "array" else f"[{key}]"
-            doc = found.get("description", "").split("\n")[0].partition(": ")[2]
-            lines.append(f"\n### {brackets}\n\n{doc[:1].upper() + doc[1:]}\n")
-            lines.append(_table(schema, found["properties"], _model(model, key), f"{name}.{key}"))
-    return "".join(lines)
+            inner = _model(model, key) if model else None
+            yield f"\n### {_brackets(where + key, value)}\n\n{_words(found)}\n"
+            if inner is not None and inner in shown:
+                yield f"\nThe keys of {shown[inner]}.\n"
+                continue
+            if inner is not None:
+                shown[inner] = _brackets(where + key, value)
+            yield _table(schema, found["properties"], inner)
+            yield from _sections(schema, found["properties"], inner, f"{where}{key}.", shown)
+
+
+def _brackets(key: str, value: dict[str, Any]) -> str:
+    return f"[[{key}]]" if value.get("type") == "array" else f"[{key}]"
+
+
+def _words(section: dict[str, Any]) -> str:
+    """The first sentence of a table's own text; that of a role's sections begins with their name."""
+    first = section.get("description", "").split("\n")[0]
+    text = (first.partition(": ")[2] if first.startswith("[") else first).replace("``", "`")
+    return text[:1].upper() + text[1:]
 
 
 def _section(schema: dict[str, Any], value: dict[str, Any]) -> dict[str, Any] | None:
@@ -114,14 +141,15 @@ def _model(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def _table(schema: dict[str, Any], keys: dict[str, Any], model: type[BaseModel] | None, where: str) -> str:
+def _table(schema: dict[str, Any], keys: dict[str, Any], model: type[BaseModel] | None) -> str:
     rows = ["\n| key | type | default | meaning |\n|--|--|--|--|\n"]
     for key, value in keys.items():
         text = " ".join(value.get("description", "").split()).replace("|", "\\|")
-        default = _default(model, key, value)
-        rows.append(f"| `{key}` | {_type(schema, value)} | {default} | {text} |\n")
-        if _section(schema, value):
-            rows[-1] = f"| `{key}` | table, see `lepton config schema {where.split('.')[0]}` | | {text} |\n"
+        if found := _section(schema, value):
+            rows.append(f"| `{key}` | table, see below | | {text or _words(found)} |\n")
+        else:
+            default = _default(model, key, value)
+            rows.append(f"| `{key}` | {_type(schema, value)} | {default} | {text} |\n")
     return "".join(rows)
 
 

@@ -54,19 +54,19 @@ class ExamplePrivacy(Frozen):
     clip_norm: Positive = 1.0  # of one row's gradient
     noise_multiplier: NonNegative = 0.0  # of a step, in clip norms; 0 = as epsilon asks
     epsilon: NonNegative = 0.0  # of all of one device's part in the run; 0 = as noise_multiplier gives
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # with epsilon
     participations: Annotated[int, Field(ge=1)] = 1  # rounds of the run in which one device may train
 
 
 class LocalPlan(Frozen):
     """How one device trains in one round."""
 
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    learning_rate: Positive = 0.1
+    optimizer: Literal["sgd", "adam"] = "sgd"  # of the device; it begins anew in every round
+    learning_rate: Positive = 0.1  # of the device; run.schedule multiplies it
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # sgd only
     weight_decay: NonNegative = 0.0  # L2
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32
-    epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32  # rows of a mini-batch
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 1  # passes over a device's rows in one round
     max_steps: Annotated[int, Field(ge=0)] = 0  # stop after so many mini-batches; 0 = no bound
     proximal_mu: NonNegative = 0.0  # FedProx (Li et al. 2020): + mu/2 * |w - w_global|^2
     clip_grad_norm: NonNegative = 0.0  # per step; 0 = off
@@ -98,7 +98,7 @@ class LocalPlan(Frozen):
 class Schedule(Frozen):
     """The learning rate of round r (first round: 1) as a multiple of the base rate."""
 
-    kind: Literal["constant", "exponential", "cosine", "step"] = "constant"
+    kind: Literal["constant", "exponential", "cosine", "step"] = "constant"  # how it falls over the rounds
     decay: Annotated[float, Field(gt=0, le=1)] = 0.99  # factor per round (exponential) or per step
     every: Annotated[int, Field(ge=1)] = 10  # rounds between steps (step)
     warmup: Annotated[int, Field(ge=0)] = 0  # rounds of linear warm-up
@@ -108,11 +108,11 @@ class Schedule(Frozen):
 class ServerOptimizerSpec(Frozen):
     """The server optimiser (Reddi et al. 2021, "Adaptive Federated Optimization")."""
 
-    name: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "fedavg"
-    learning_rate: Positive = 1.0
+    name: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "fedavg"  # Reddi et al. 2021
+    learning_rate: Positive = 1.0  # of the step along the mean update
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # beta_1; fedavg ignores it
-    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    tau: Positive = 1e-3  # adaptivity
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the adaptive ones
+    tau: Positive = 1e-3  # adaptivity: added to the adaptive ones' denominator
 
 
 class CohortSpec(Frozen):
@@ -121,7 +121,7 @@ class CohortSpec(Frozen):
     size: Annotated[int, Field(ge=1, le=20_000)] = 10  # reports wanted
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0  # devices asked = size * this, rounded up
     min_reports: Annotated[int, Field(ge=1)] = 1  # fewer than this and the round is abandoned
-    deadline_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
+    deadline_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0  # an attempt is closed then
     fill_wait_s: Annotated[float, Field(ge=0, le=86_400)] = (
         5.0  # for a full cohort before starting with fewer
     )
@@ -148,6 +148,7 @@ class CohortSpec(Frozen):
 class AggregationSpec(Frozen):
     """How the updates of a round become one; see ``lepton_fl.rounds.robust`` for the robust rules."""
 
+    # All but "mean" look at every update, and withstand some that are made to harm.
     name: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median"] = "mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # share cut off at either end (trimmed_mean)
     malicious: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # share of the reports to withstand (krum)
@@ -243,10 +244,10 @@ class Quantisation(Frozen):
 class EarlyStop(Frozen):
     """Stop when the watched metric has not improved for ``patience`` evaluations; 0 = never."""
 
-    metric: str = "loss"
-    mode: Literal["min", "max"] = "min"
-    patience: Annotated[int, Field(ge=0)] = 0
-    min_delta: NonNegative = 0.0
+    metric: str = "loss"  # of the evaluation, by its name
+    mode: Literal["min", "max"] = "min"  # whether less of it is better, or more
+    patience: Annotated[int, Field(ge=0)] = 0  # evaluations without a better one; 0 = it never stops so
+    min_delta: NonNegative = 0.0  # what is better by no more than this is not better
     target: float | None = None  # stop as soon as it is reached
 
 
@@ -266,7 +267,7 @@ class AdaptiveClipSpec(Frozen):
     """Let the clip norm follow a quantile of the devices' norms (Andrew et al. 2021)."""
 
     target: Annotated[float, Field(gt=0, lt=1)] = 0.5  # quantile
-    rate: Annotated[float, Field(gt=0, le=1)] = 0.2
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.2  # of a step of the norm's logarithm
     # On the count of devices within the clip; 0 = a twentieth of the cohort, or more where that is dear.
     bit_noise: NonNegative = 0.0
 
@@ -324,18 +325,20 @@ class PrivacySpec(Frozen):
     """One guarantee: on what unit, against whom, by which mechanism, and how strong."""
 
     preset: Literal["", "strong"] = ""  # "strong": what is not said follows, see ``STRONG``
-    unit: Literal["device", "example"] = "device"
+    unit: Literal["device", "example"] = "device"  # what is protected: all rows of a device, or each row
     trust: Literal["central", "distributed", "local"] = "central"  # who may see what is not yet private
-    mechanism: Mechanism = "blt"
+    mechanism: Mechanism = "blt"  # where the noise comes from; each has its unit and its trust
+    # Neighbours differ in one unit, which is left out, or is another one.
     adjacency: Literal["zero-out", "replace-one"] = "zero-out"
-    clip_norm: Positive = 1.0
+    clip_norm: Positive = 1.0  # L2 norm that no update, or no row's gradient, exceeds
     adaptive_clip: AdaptiveClipSpec | None = None
     noise_multiplier: NonNegative = 0.0  # of a round, in clip norms; 0 = as epsilon and delta ask
     epsilon: NonNegative = 0.0  # of the whole run; 0 = as noise_multiplier gives
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-6  # with epsilon; far below 1/population
     population: Annotated[int, Field(ge=0)] = 0  # devices that could ever take part; 0 = not known
     min_separation: Annotated[int, Field(ge=1)] = 1  # rounds between two participations of one device
     max_participations: Annotated[int, Field(ge=0)] = 0  # of one device; 0 = as min_separation allows
+    # "poisson": every device is drawn by itself, which amplifies the guarantee; needs always_reachable.
     sampling: Literal["none", "poisson"] = "none"
     always_reachable: bool = False  # every device of the population answers whenever it is drawn
     bands: Annotated[int, Field(ge=0)] = 0  # banded only; 0 = min_separation
@@ -450,20 +453,21 @@ class RunSpec(Frozen):
 
     task: str  # package.module:attribute
     task_version: str = ""  # empty = the version the coordinator has installed
-    name: str = ""
-    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
-    mode: Literal["synchronous", "buffered"] = "synchronous"
+    name: str = ""  # for people
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10  # to commit; buffered: steps of the server
+    mode: Literal["synchronous", "buffered"] = "synchronous"  # buffered: nobody waits for anybody
     cohort: CohortSpec = CohortSpec()
     buffer: BufferSpec = BufferSpec()  # buffered only; there, cohort.size is that of an evaluation
     local: LocalPlan = LocalPlan()
     schedule: Schedule = Schedule()
     server: ServerOptimizerSpec = ServerOptimizerSpec()
-    weighting: Literal["examples", "equal"] = "examples"
+    weighting: Literal["examples", "equal"] = "examples"  # what an update counts
     max_weight: Annotated[int, Field(ge=1, le=2**24)] = 2**20  # examples above this count as this
     grid_step: Positive = 2.0**-24  # a power of two; updates reach +-(2**31 - 1) * grid_step
     clip_norm: NonNegative = 0.0  # a device scales its update to this L2 norm if it is longer; 0 = off
     aggregation: AggregationSpec = AggregationSpec()
-    # Implies weighting = "equal" and, of device level, clip_norm. "strong" stands for { preset = "strong" }.
+    # None = no promise. Implies weighting = "equal" and, of device level, clip_norm. "strong" stands for
+    # { preset = "strong" }.
     privacy: Annotated[PrivacySpec | None, WrapValidator(_preset_by_name)] = None
     secure_aggregation: Literal["required", "off"] = "off"  # required: the coordinator learns sums only
     secure: SecureSpec = SecureSpec()  # how, where it is required; implies grid_step

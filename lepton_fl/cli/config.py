@@ -50,7 +50,9 @@ def show(
 @app.command()
 def schema(role: RoleArgument) -> None:
     """Print the JSON Schema of a role's configuration: every key, its type, bounds, default and meaning."""
-    print_data(role_model(role).model_json_schema(), format=Format.JSON)
+    from lepton_fl.cli.schema import schema_of
+
+    print_data(schema_of(role_model(role)), format=Format.JSON)
 
 
 def role_model(role: str) -> "type[BaseModel]":

@@ -19,7 +19,7 @@ _DRAWS = 100  # Dirichlet draws tried before min_rows is called impossible
 class PartitionSpec(Frozen):
     """How rows are split over devices."""
 
-    kind: Literal["natural", "iid", "dirichlet", "shards", "owned"] = "iid"
+    kind: Literal["natural", "iid", "dirichlet", "shards", "owned"] = "iid"  # natural: by user
     clients: Annotated[int, Field(ge=1, le=1_000_000)] = 10  # natural: the data decide
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5  # dirichlet: smaller is more skewed
     shards_per_client: Annotated[int, Field(ge=1)] = 2  # shards

@@ -37,7 +37,7 @@ class EngineConfig(Frozen):
     # Several machines: started by torchrun, or the cores of a Ray cluster.
     backend: Literal["local", "torchrun", "ray"] = "local"
     address: str = ""  # of the Ray cluster; empty = one on this machine, for the length of the run
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "cpu"  # what trains and evaluates
     # How devices are trained; "auto" takes the fastest that this model allows, and says which.
     tier: Tier = "auto"
     # Devices train one by one: slower, and no float is rounded by who trains with whom in a chunk. With it a

@@ -36,12 +36,12 @@ _TAKES = {"fixed": ("value",), "uniform": ("low", "high"), "lognormal": ("median
 class Spread(Frozen):
     """A non-negative quantity over the devices of a class; a plain number is the same for all of them."""
 
-    kind: Literal["fixed", "uniform", "lognormal"] = "fixed"
+    kind: Literal["fixed", "uniform", "lognormal"] = "fixed"  # its law
     value: NonNegative = 0.0  # fixed
     low: NonNegative = 0.0  # uniform: from low to high
-    high: NonNegative = 0.0
+    high: NonNegative = 0.0  # uniform
     median: NonNegative = 0.0  # lognormal: median * exp(sigma * z), z standard normal
-    sigma: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 0.0
+    sigma: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 0.0  # lognormal
 
     @model_validator(mode="before")
     @classmethod
@@ -63,14 +63,14 @@ class Spread(Frozen):
 class Availability(Frozen):
     """When a device can be reached, in virtual seconds; all times repeat with ``period_s``."""
 
-    kind: Literal["always", "daily", "charging", "trace"] = "always"
-    period_s: Positive = DAY_S
+    kind: Literal["always", "daily", "charging", "trace"] = "always"  # its pattern
+    period_s: Positive = DAY_S  # after which it repeats
     start_s: NonNegative = 0.0  # when the window of the earliest device opens (charging: may open)
     phase_spread: Fraction = 1.0  # devices are shifted by up to this part of the period, each by its own
     on_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5  # daily: part of the period that it is there
     jitter_s: NonNegative = 0.0  # charging: a window opens up to so much later, drawn anew each period
     shortest_s: NonNegative = 0.0  # charging: how long a window lasts, drawn anew each period
-    longest_s: NonNegative = 0.0
+    longest_s: NonNegative = 0.0  # charging
     trace: str = ""  # CSV file with the columns device, start_s, end_s
     repeat_s: NonNegative = 0.0  # the trace starts again after so long; 0 = never
 
@@ -104,7 +104,7 @@ class Availability(Frozen):
 class DeviceClass(Frozen):
     """Devices of one kind."""
 
-    name: str = ""
+    name: str = ""  # for people; the devices' labels have it
     share: Positive = 1.0  # of the fleet, relative to the other classes
     # Instead of a share: the devices from this part of the fleet to that, in their order, as in [0.7, 1.0].
     part: tuple[Fraction, Fraction] | None = None
@@ -112,7 +112,7 @@ class DeviceClass(Frozen):
     evaluation_factor: Positive = 3.0  # evaluation is so many times faster than training
     overhead_s: Spread = Spread()  # work per request besides the examples: to wake, unpack, encode
     down: Spread = Spread()  # bytes per second; 0 = takes no time
-    up: Spread = Spread()
+    up: Spread = Spread()  # bytes per second
     latency_s: Spread = Spread()  # of each message
     jitter: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = (
         0.0  # lognormal sigma of the working time, drawn anew for each request
@@ -147,32 +147,30 @@ class DevicesConfig(Frozen):
 class FaultsConfig(Frozen):
     """What goes wrong, and how often."""
 
-    # Probability per device and attempt that it falls silent: from the start, or in the midst of a stage.
-    drop_out: Fraction = 0.0
-    drop_download: Fraction = 0.0
-    drop_training: Fraction = 0.0
-    drop_upload: Fraction = 0.0
-    # The same at the stages of a secure aggregation; while it trains and sends its vector, it is the above.
-    drop_adverts: Fraction = 0.0
-    drop_shares: Fraction = 0.0
-    drop_consents: Fraction = 0.0
-    drop_reveals: Fraction = 0.0
-    silence_s: NonNegative = SILENCE_S  # then the coordinator gives it up; 0 = only at the deadline
+    drop_out: Fraction = 0.0  # probability per device and attempt that it falls silent from the start
+    drop_download: Fraction = 0.0  # the same, in the midst of its download
+    drop_training: Fraction = 0.0  # the same, of its training
+    drop_upload: Fraction = 0.0  # the same, of its upload, of a secure round's vector, too
+    drop_adverts: Fraction = 0.0  # the same, before its keys for a secure round
+    drop_shares: Fraction = 0.0  # the same, before its key shares
+    drop_consents: Fraction = 0.0  # the same, before its signature of who has survived
+    drop_reveals: Fraction = 0.0  # the same, before its shares that unmask the sum
+    silence_s: NonNegative = SILENCE_S  # who is silent for so long is given up; 0 = only at the deadline
     stragglers: Fraction = 0.0  # share of devices that work and transfer slowly, always
-    slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0  # so many times
+    slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0  # they take so many times as long
     corrupt: Fraction = 0.0  # share of devices whose replies arrive damaged, each in its own way
     corrupt_data: Fraction = 0.0  # share of devices whose rows break the data contract
     bad_shares: Fraction = 0.0  # share of devices that deal garbage in secure rounds; each is found out
     wrong_shares: Fraction = 0.0  # share of devices that reveal false shares in secure rounds; as well
     repeats: Fraction = 0.0  # probability that a message of a secure round comes twice
     malicious: Fraction = 0.0  # share of devices that attack in every round
-    attack: Attack = ""
+    attack: Attack = ""  # what the malicious ones do
     # scaled_update: times this. sign_flip: minus this. random_update: noise of so many times the norm.
     attack_factor: Positive = 1.0
     # Clocks are off by up to so much, each by its own: what a device reports of its time is wrong by it.
     clock_skew_s: NonNegative = 0.0
     crash_rounds: tuple[Annotated[int, Field(ge=1)], ...] = ()  # the coordinator dies in their first attempt
-    restart_s: NonNegative = 10.0  # until it is back
+    restart_s: NonNegative = 10.0  # until a coordinator that died is back
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
