@@ -14,11 +14,11 @@ exact, too, and does not depend on the order of arrival within a step.
 
 Rules. One plan per step is recorded before any of its devices is asked; it names those that may be started
 while its model is the newest, in that order. A device works on one thing at a time, and trains from one model
-at most once. What is under way at a stop or a crash is lost: whoever restarts passes the last committed
-state, and all devices begin anew from its model.
+at most once. The committed state names the devices at work; whoever restarts passes it, and they are started
+again for what they were at work on, as of the moment at which they had begun.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from lepton_fl.errors import ConfigError, Rejection, RunError, UpdateRejected
 from lepton_fl.plan import STALENESS_SCALE, RoundPlan, RunSpec
 from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
-from lepton_fl.rounds.campaign import Campaign, Committed, RunState, Verdict, advance
+from lepton_fl.rounds.campaign import AtWork, Campaign, Committed, RunState, Verdict, advance
 from lepton_fl.rounds.cohort import draw, eligible
 from lepton_fl.rounds.collect import ACCEPTED, TRAINING, Collected, Participation
 from lepton_fl.rounds.exchange import Answer
@@ -40,8 +40,17 @@ LOOK_S = 1.0  # how often a waiting run asks whether it should stop
 class Dispatcher(Protocol):
     """Carries requests to single devices, and answers back as they come."""
 
-    def start(self, plan: RoundPlan, request: Request, device_id: str) -> None:
-        """Send one device of ``plan.cohort`` the plan's request; does not wait."""
+    def start(
+        self, plan: RoundPlan, request: Request, device_id: str, started_s: float | None = None
+    ) -> None:
+        """Send one device of ``plan.cohort`` the plan's request; does not wait.
+
+        Args:
+            plan: what it trains for.
+            request: of the plan.
+            device_id: whom.
+            started_s: after a restart, when it had begun, by the campaign's clock; None = it begins now.
+        """
         ...
 
     def next(self, timeout_s: float) -> Answer | None:
@@ -125,7 +134,7 @@ class BufferedCampaign(Campaign):
     """One run's spec and seams; ``run`` may be called once. ``exchange`` serves evaluations only."""
 
     dispatcher: Dispatcher | None = None
-    _at_work: dict[str, RoundPlan] = field(default_factory=dict, init=False)  # device -> what it trains for
+    _at_work: dict[str, AtWork] = field(default_factory=dict, init=False)  # by device, as they were started
 
     def __post_init__(self) -> None:
         if self.spec.mode != "buffered" or self.dispatcher is None:
@@ -134,6 +143,7 @@ class BufferedCampaign(Campaign):
     def run(self, state: RunState, should_stop: Callable[[], bool] = lambda: False) -> Verdict:
         """Train until the last step, an early stop, a request to stop, or a failure."""
         try:
+            self._start_again(state.at_work)
             return super().run(state, should_stop)
         finally:
             self._carrier.withdraw()
@@ -156,7 +166,7 @@ class BufferedCampaign(Campaign):
             cohort = self._cohort(should_stop)
             if cohort is None:
                 return None
-            state = replace(state, attempt=state.attempt + 1)
+            state = state.on(attempt=state.attempt + 1)
             began, step = self.clock(), self._open(state, cohort)
             if not self._fill(step, should_stop):
                 self.book.abandoned(step.collected, f"Stopped on request: {step.collected.summary()}")
@@ -167,6 +177,7 @@ class BufferedCampaign(Campaign):
                 continue
             mean = step.buffer.finalize()
             after = advance(self.spec, self.work, step.plan, state, mean, step.buffer.reports)
+            after = after.on(at_work=tuple(self._at_work.values()))
             metrics, seconds = TRAINING.summarise(step.collected.sums), self.clock() - began
             bytes_down = 4 * step.plan.down_size * len(step.collected.participation)
             self.book.committed(Committed(after, step.collected, metrics, seconds, bytes_down))
@@ -213,17 +224,28 @@ class BufferedCampaign(Campaign):
             device_id = next(step.waiting, None)
             if device_id is None:
                 return
-            self._at_work[device_id] = step.plan
+            begun = AtWork(device_id, step.plan, step.request.model, self.clock())
             self._carrier.start(step.plan, step.request, device_id)
+            self._at_work[device_id] = begun
+
+    def _start_again(self, at_work: Sequence[AtWork]) -> None:
+        """Have devices go on that a restart has cut off."""
+        requests: dict[tuple[int, int], Request] = {}  # one for all devices of a plan
+        for one in at_work:
+            key = one.plan.round, one.plan.attempt
+            request = requests.setdefault(key, Request.of(one.plan, one.model))
+            self._carrier.start(one.plan, request, one.device_id, one.started_s)
+            self._at_work[one.device_id] = one
 
     def _take(self, step: _Step, answer: Answer) -> None:
         device_id, collected = answer.device_id, step.collected
-        plan = self._at_work.pop(device_id, None)
+        begun = self._at_work.pop(device_id, None)
         collected.bytes_up += answer.num_bytes
-        if plan is None:
+        if begun is None:
             late = UpdateRejected(Rejection.NOT_SELECTED, f"Device {device_id} was not at work.")
             self._carrier.tell(step.plan, device_id, late)
             return
+        plan = begun.plan
         entry = Participation(
             device_id, ACCEPTED, num_bytes=answer.num_bytes, arrived_s=collected.elapsed_s()
         )

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_fl.crashpoints import reached
-from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, Rejection, RunError
+from lepton_fl.errors import BudgetRefused, ConfigError, LeptonError, QuorumError, RunError
 from lepton_fl.plan import MAX_RETRIED, RoundPlan, RunSpec
 from lepton_fl.rounds.cohort import Candidate, Shortfall, draw, eligible
 from lepton_fl.rounds.collect import (
@@ -81,6 +81,16 @@ class Best:
     value: float
 
 
+@dataclass(frozen=True, eq=False)
+class AtWork:
+    """A device of a buffered run that trains across steps."""
+
+    device_id: str
+    plan: RoundPlan  # what it trains for
+    model: Vector  # (P,) that it trains from
+    started_s: float  # by the campaign's clock
+
+
 @dataclass(frozen=True)
 class RunState:
     """Everything the next round depends on."""
@@ -95,6 +105,7 @@ class RunState:
     retried: tuple[tuple[int, int], ...] = ()  # (round, attempt) of rounds whose first attempt did not count
     private: PrivateState | None = None  # of a private run, after its first round
     expected: float = 0.0  # of the next sum of quantised updates, see ``next_expected``; 0 = nothing
+    at_work: tuple[AtWork, ...] = ()  # of a buffered run, as they were started
 
     @cached_property
     def model_sha256(self) -> str:
@@ -199,7 +210,6 @@ class Campaign:
     history: History = field(default_factory=History)
     unfinished: RoundPlan | None = None  # an attempt that a restart cut off and the exchange can go on with
     moved: Moved = lambda plan, phase, counted: None  # records the phases of an attempt
-    _blamed: set[str] = field(default_factory=set, init=False)  # broke the protocol: not asked again
     _gathered: bool = field(default=False, init=False)  # a quorum has been seen once
     _void: int = field(default=0, init=False)  # rounds in a row that gave nothing and cannot be repeated
     _known: tuple[Sequence[Candidate], list[str]] = field(default=((), []), init=False)
@@ -283,7 +293,6 @@ class Campaign:
             collected, mean = self._collect(plan, state)
             collected.down = self.down(plan)
             self._remember(collected)
-            self._blamed |= {d for d, e in collected.participation.items() if e.outcome == Rejection.BLAMED}
             if mean is None:
                 stopped = should_stop()
                 if collected.wrapped:
@@ -371,8 +380,8 @@ class Campaign:
 
     def _candidates(self) -> Sequence[Candidate]:
         found = self.roster.candidates()
-        if self._blamed:
-            found = [c for c in found if c.device_id not in self._blamed]
+        if self.history.blamed:
+            found = [c for c in found if c.device_id not in self.history.blamed]
         return self.private.rested(found) if self.private else found
 
     def _quorum(self, should_stop: Callable[[], bool]) -> tuple[str, ...] | None:

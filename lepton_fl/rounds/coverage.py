@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lepton_fl.errors import Rejection
 from lepton_fl.plan import CORRECTION_SCALE
 
 PRIOR = 2.0  # askings that a device's own history is worth less than: it is drawn towards the fleet's rate
@@ -156,6 +157,7 @@ class History:
     answered: Counter[str] = field(default_factory=Counter)
     times: dict[str, deque[float]] = field(default_factory=dict)  # the latest
     causes: dict[str, str] = field(default_factory=dict)  # of the last answer that did not count
+    blamed: set[str] = field(default_factory=set)  # broke the protocol: not asked again
 
     def heard(self, device_id: str, counted: bool, seconds: float, cause: str = "") -> None:
         """Note what became of one asking; ``seconds`` is 0 where no time is known."""
@@ -165,6 +167,8 @@ class History:
             self.times.setdefault(device_id, deque(maxlen=KEEP_TIMES)).append(seconds)
         if not counted:
             self.causes[device_id] = cause or "failed"
+        if cause == Rejection.BLAMED:
+            self.blamed.add(device_id)
 
     def seconds(self) -> dict[str, float]:
         """Device -> the median of its times; inf of one that was asked and never came."""

@@ -9,8 +9,9 @@
 Everything above the messages is the code of a real fleet: the same plans, codec, checks, sums and optimisers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
@@ -71,6 +72,9 @@ class Result:
     journal_sha256: str = ""  # the hash of the last event: equal exactly when the same happened
     simulated: tuple[str, ...] = ()  # what is simulated, in words
     tallies: Mapping[str, Tally] = field(default_factory=dict)  # what became of each device
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # device -> the class that it is of
+    usual_s: Mapping[str, float] = field(default_factory=dict)  # device -> virtual seconds for an attempt
+    coverage_floor: float = 0.0  # as asked for
     engine_note: str = ""  # why not the fastest engine trained, in one sentence; '' = it did, or as asked for
 
     @cached_property
@@ -114,14 +118,19 @@ class Result:
 
     @property
     def coverage(self) -> Coverage:
-        """Whom the model was made of, and why the others are not in it; speeds are not told here."""
+        """Whom the model was made of, by class and by speed, and why the others are not in it."""
         counted = [d for d, tally in self.tallies.items() if tally.accepted]
         causes = {
             d: max(tally.outcomes, key=lambda outcome: tally.outcomes[outcome])
             for d, tally in self.tallies.items()
             if tally.asked and not tally.accepted
         }
-        return coverage(dict.fromkeys(self.tallies, ()), counted, {}, causes)
+        return coverage({d: self.groups.get(d, ()) for d in self.tallies}, counted, self.usual_s, causes)
+
+    @property
+    def flags(self) -> list[str]:
+        """Every part of the fleet of which less than ``cohort.coverage_floor`` contributed."""
+        return self.coverage.flags(self.coverage_floor)
 
     @property
     def title(self) -> str:
@@ -176,8 +185,7 @@ def simulate(
         resume: continue the run in ``folder`` at its last committed round.
         on_round: called after each round, and again after its evaluation.
         on_progress: called within a round with the devices dealt with so far, and all of them.
-        should_stop: asked between client steps; what a resumed run then repeats comes out the same, except
-            in a buffered run, whose devices at work begin anew.
+        should_stop: asked between client steps; what a resumed run then repeats comes out the same.
         **run: further settings of the run, as in the [run] section of a scenario: ``local``, ``server``,
             ``schedule``, ``weighting``, ``early_stop``, ... They win over the strategy's.
 
@@ -316,10 +324,13 @@ def _run(
             journal_sha256=book.journal_sha256,
             simulated=labels,
             tallies=dict(book.tallies),
+            groups=fleet.world.groups(),
+            usual_s=fleet.usual_seconds(),
+            coverage_floor=config.run.cohort.coverage_floor,
             engine_note=fleet.engine_note,
         )
         if isinstance(book, FolderBook):
-            book.finish(final.model)
+            book.finish(final.model, {**result.coverage.to_json(), "flags": result.flags})
             _publish(config, result)
         return result
 
@@ -348,7 +359,7 @@ def _campaign(
     guard = Guard(config, fleet.trainer.layout.moving)
     while True:
         if config.run.mode == "buffered":
-            dispatcher = VirtualDispatcher(fleet, backend)
+            dispatcher = VirtualDispatcher(fleet, backend, should_stop)
             campaign: Campaign = BufferedCampaign(*seams, clock=clock, look_s=inf, dispatcher=dispatcher)
         else:
             campaign = Campaign(
@@ -358,11 +369,12 @@ def _campaign(
                 private=guard.start(state),
                 secure=secure_rounds(config, fleet.world),
                 measure=exchange.measure,
+                history=deepcopy(book.history),
             )
         try:
             return campaign.run(state, should_stop)
         except CoordinatorCrash as crash:
-            state = (book.state or state).on(attempt=crash.plan.attempt)
+            state = (book.state or state).on(attempt=crash.plan.attempt, at_work=())
         except Interrupted:
             done = book.state or state
             return Verdict("stopped", f"Stopped on request in round {done.round + 1}.")

@@ -6,6 +6,7 @@
         metrics.jsonl          one row a round, and again once it is evaluated
         metrics.csv, .parquet  the same as tables
         participation.parquet  one line a device
+        coverage.json          who contributed: of the fleet, by class, by tenth of speed
         state.json             the commit point: what the next round depends on; its size does not grow
         checkpoints/           models and optimiser states (safetensors), named by SHA-256; of a private run,
                                the sealed noise and who took part when
@@ -13,9 +14,9 @@
         model.safetensors      the final model, by tensor names
 
 ``state.json`` is replaced atomically and says how long the journal and the rows were, so whatever a crash
-left behind them is cut off, and a resumed run continues bit for bit as if nothing had happened. Only a
-buffered run does not: devices that were at work are not in it and begin anew. Wall-clock seconds are in the
-rows and nowhere else.
+left behind them is cut off, and a resumed run continues bit for bit as if nothing had happened. Of a buffered
+run it names the devices at work, when they began and for which plan of the journal; the models that they
+train from stay among the checkpoints. Wall-clock seconds are in the rows and nowhere else.
 """
 
 import fcntl
@@ -23,7 +24,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,8 +36,9 @@ from pydantic import ValidationError
 from lepton_fl.errors import StateCorrupt, StateError, StateLocked
 from lepton_fl.files import BlobStore, canonical_json, make_private_folder, write_atomic
 from lepton_fl.plan import RoundPlan
-from lepton_fl.rounds.campaign import Best, Committed, Evaluated, RunState
-from lepton_fl.rounds.collect import Collected
+from lepton_fl.rounds.campaign import AtWork, Best, Committed, Evaluated, RunState
+from lepton_fl.rounds.collect import ACCEPTED, Collected
+from lepton_fl.rounds.coverage import History
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.rounds.private import PrivateState
 from lepton_fl.vector import Layout, Vector
@@ -56,6 +58,7 @@ from lepton_simulations.rows import Row, Tally, device_columns, row_columns, wri
 from lepton_simulations.sinks import EventFile
 
 MODEL = "model"
+COVERAGE = "coverage.json"
 SIMULATED = "simulated"  # in scenario.json, beside the configuration: what is simulated, for people
 CSV_EVERY_S = 2.0  # metrics.csv is rewritten whole: not more often than this, ...
 CSV_SHARE = 0.05  # ... and not for more than this share of the time
@@ -88,6 +91,7 @@ class MemoryBook:
         """
         self.rows: list[Row] = []
         self.tallies: defaultdict[str, Tally] = defaultdict(Tally)  # by device
+        self.history = History()  # as a campaign that begins now is to know it
         self.state: RunState | None = None
         self.best_model: Vector | None = None
         self.time_s = 0.0  # virtual, at the commit point; where the clock of a resumed run goes on
@@ -202,8 +206,9 @@ class MemoryBook:
             self._count_entry(entry)
 
     def _count_entry(self, entry: Mapping[str, Any]) -> None:
-        tally = self.tallies[entry["device_id"]]
-        tally.add(outcome_of(entry), entry["examples"], entry["bytes_up"], entry["bytes_down"])
+        device_id, outcome = entry["device_id"], outcome_of(entry)
+        self.tallies[device_id].add(outcome, entry["examples"], entry["bytes_up"], entry["bytes_down"])
+        self.history.heard(device_id, outcome == ACCEPTED, 0.0, outcome)
 
     def _participation(self, collected: Collected) -> list[dict[str, Any]]:
         return participation(collected, seconds=self._device_seconds)
@@ -256,6 +261,7 @@ class FolderBook(MemoryBook):
         self._journal = AppendedFile(self.folder / "journal.jsonl")
         self._metrics = AppendedFile(self.folder / "metrics.jsonl")
         self._checkpoint = self._best_checkpoint = self._private = ""
+        self._models: dict[str, str] = {}  # SHA-256 of a model that devices at work train from -> checkpoint
         self._csv_due = 0.0
         self._board: EventFile | None = None
 
@@ -315,7 +321,8 @@ class FolderBook(MemoryBook):
         try:
             version, numbers, gauss = saved["random"]
             self._rng.setstate((version, tuple(numbers), gauss))
-            state = self._load(saved["state"])
+            state, at_work = self._load(saved["state"]), saved["state"].get("at_work", [])
+            wanted = {_key(one) for one in at_work}
             self.time_s = float(saved["time"])
             self._journal.cut(saved["journal"]["bytes"])
             self._metrics.cut(saved["metrics_bytes"])
@@ -323,18 +330,19 @@ class FolderBook(MemoryBook):
         except (KeyError, TypeError, ValueError) as error:
             raise StateCorrupt(f"{self.folder / 'state.json'} is not a saved state ({error}).") from error
         self._run_id = scenario.run_id
-        self._take_up(head)
+        plans = self._take_up(head, wanted)
         self.rows = read_rows(self.folder)
-        self.state = state
+        state = self.state = state.on(at_work=self._at_work(at_work, plans))
         self._open_board(scenario)
         return state
 
     def committed(self, round_: Committed) -> None:
         """Journal a round and make it durable."""
-        tensors = {MODEL: round_.state.model, **round_.state.server.slots}
-        self._checkpoint = self._blobs.put(_encode(tensors))
-        if round_.state.private:
-            self._private = self._blobs.put(round_.state.private.to_bytes())
+        state, before = round_.state, self._checkpoint
+        self._checkpoint = self._blobs.put(_encode({MODEL: state.model, **state.server.slots}))
+        if state.private:
+            self._private = self._blobs.put(state.private.to_bytes())
+        self._keep_models(state.at_work, before)
         super().committed(round_)
 
     def evaluated(self, evaluation: Evaluated) -> None:
@@ -343,13 +351,14 @@ class FolderBook(MemoryBook):
             self._best_checkpoint = self._checkpoint
         super().evaluated(evaluation)
 
-    def finish(self, model: Vector) -> None:
-        """Write the final model by tensor names, and the tables."""
+    def finish(self, model: Vector, coverage: Mapping[str, Any]) -> None:
+        """Write the final model by tensor names, the tables, and whom the model was made of."""
         write_atomic(self.folder / "model.safetensors", _encode(self._layout.unflatten(model)))
         self._journal.flush()
         self._write_csv()
         write_parquet(row_columns(self.rows), self.folder / "metrics.parquet")
         write_parquet(device_columns(self.tallies), self.folder / "participation.parquet")
+        write_atomic(self.folder / COVERAGE, canonical_json(coverage) + b"\n")
 
     # --- writing ------------------------------------------------------------------------------------
 
@@ -383,6 +392,8 @@ class FolderBook(MemoryBook):
                 "expected": state.expected,
                 "private": self._private,
                 "best": asdict(state.best) if state.best else None,
+                "models": self._models,
+                "at_work": [_started(one) for one in state.at_work],
             },
             "random": self._rng.getstate(),
             "time": self.time_s,
@@ -390,7 +401,22 @@ class FolderBook(MemoryBook):
             "metrics_bytes": self._metrics.sync(),
         }
         write_atomic(self.folder / "state.json", canonical_json(body))
-        self._forget({self._checkpoint, self._best_checkpoint, self._private})
+        self._forget({self._checkpoint, self._best_checkpoint, self._private, *self._models.values()})
+
+    def _keep_models(self, at_work: Sequence[AtWork], before: str) -> None:
+        """Keep what devices at work train from: checkpoints of earlier rounds, and the first model.
+
+        Args:
+            at_work: the devices.
+            before: the checkpoint of the round before.
+        """
+        there, self._models = self._models, {}
+        if at_work and self.state:
+            there[self.state.model_sha256] = before
+        for one in at_work:
+            sha256 = one.plan.model_sha256
+            if sha256 not in self._models:
+                self._models[sha256] = there.get(sha256) or self._blobs.put(_encode({MODEL: one.model}))
 
     def _forget(self, keep: set[str]) -> None:
         """Remove checkpoints that nothing needs any more."""
@@ -423,16 +449,40 @@ class FolderBook(MemoryBook):
                 hint="Continue it with the scenario it was started with, or name another folder.",
             )
 
-    def _take_up(self, head: Head) -> None:
-        """Check the journal up to the commit point, count its devices anew, and go on after it."""
-        path, last = self._journal.path, EMPTY
+    def _take_up(self, head: Head, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], RoundPlan]:
+        """Check the journal up to the commit point, count its devices anew, and go on after it.
+
+        Returns:
+            The plans of these rounds and attempts.
+        """
+        path, last, plans = self._journal.path, EMPTY, dict[tuple[int, int], RoundPlan]()
         for event, now in checked(path):
             last = now
             if event.kind in ("round.committed", "round.abandoned"):
                 for entry in event.body["participation"]:
                     self._count_entry(entry)
+            elif event.kind == "round.planned" and (key := _key(event.body)) in wanted:
+                plan = RoundPlan.from_json(event.body["plan"])
+                if plan.kind == "train":
+                    plans[key] = plan
         require(path, last, head)
         self._chain = Chain(head)
+        return plans
+
+    def _at_work(
+        self, saved: Sequence[Mapping[str, Any]], plans: Mapping[tuple[int, int], RoundPlan]
+    ) -> tuple[AtWork, ...]:
+        """The devices that were at work at the commit point."""
+        models = {sha256: self._tensors(digest)[MODEL] for sha256, digest in self._models.items()}
+        found = []
+        try:
+            for one in saved:
+                plan = plans[_key(one)]
+                model, began = models[plan.model_sha256], float(one["started_s"])
+                found.append(AtWork(one["device_id"], plan, model, began))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateCorrupt(f"{self.folder / 'state.json'} does not fit the journal ({error}).") from error
+        return tuple(found)
 
     def _load(self, saved: Mapping[str, Any]) -> RunState:
         tensors = self._tensors(saved["checkpoint"])
@@ -445,7 +495,7 @@ class FolderBook(MemoryBook):
         self._checkpoint, self._best_checkpoint = saved["checkpoint"], saved["best_checkpoint"]
         if self._best_checkpoint:
             self.best_model = self._tensors(self._best_checkpoint)[MODEL]
-        self._private = saved.get("private", "")
+        self._private, self._models = saved.get("private", ""), saved.get("models", {})
         private = PrivateState.from_bytes(self._blobs.read(self._private)) if self._private else None
         best = Best(**saved["best"]) if saved["best"] else None
         return RunState(
@@ -505,6 +555,15 @@ def read_rows(folder: Path, length: int | None = None) -> list[Row]:
     except (OSError, ValueError, TypeError) as error:
         raise StateCorrupt(f"{path} cannot be read: {error}.", hint="Restore it from a copy.") from error
     return list(rows.values())
+
+
+def _started(one: AtWork) -> dict[str, Any]:
+    about = {"round": one.plan.round, "attempt": one.plan.attempt}
+    return {"device_id": one.device_id, **about, "started_s": one.started_s}
+
+
+def _key(body: Mapping[str, Any]) -> tuple[int, int]:
+    return body["round"], body["attempt"]
 
 
 def _attempt(plan: RoundPlan) -> dict[str, Any]:

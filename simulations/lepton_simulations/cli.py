@@ -57,8 +57,7 @@ def simulate(
 ) -> None:
     """Train on virtual devices, on this machine, with the code of a real fleet.
 
-    Ctrl-C stops after the client step in hand, and --resume goes on to the same bits; only a buffered
-    run goes on to others, since the devices that were at work begin anew.
+    Ctrl-C stops after the client step in hand, and --resume goes on to the same bits.
     """
     seeds = dict.fromkeys(("run.seed", "data.seed", "engine.seed"), seed)
     options: dict[str, Any] = {
@@ -294,8 +293,8 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
         verdict = {"outcome": result.verdict.outcome, "reason": result.verdict.reason}
         hashes = {"weights_sha256": result.weights_sha256, "journal_sha256": result.journal_sha256}
         words = {"simulated": result.simulated, "engine_note": result.engine_note}
-        coverage = result.coverage.to_json()
-        places = {"folder": result.folder, "plot": plot, **words, "coverage": coverage}
+        coverage = {"coverage": result.coverage.to_json(), "flags": result.flags}
+        places = {"folder": result.folder, "plot": plot, **words, **coverage}
         body = {"task": result.task, **verdict, **places, **hashes, "best": result.best, "rounds": rows}
         print_data(body, format=format)
     if isinstance(result.verdict.error, StateError):  # the disk is full, and the like
@@ -306,10 +305,22 @@ def _finish(result: "Result", format: Format, *, hint: str = "", plot: Path | No
         raise BudgetRefused(result.verdict.reason)
     if format == Format.TEXT:
         say(f"{result.verdict.reason} {result.coverage.sentence()}.")
+        _say_who(result)
     if result.verdict.outcome == "stopped":
         if hint:
             say(hint)
         raise typer.Exit(INTERRUPTED)
+
+
+def _say_who(result: "Result") -> None:
+    """Shares of classes and of tenths of speed, where they differ; then what is below the floor."""
+    found = result.coverage
+    if found.groups:
+        say("By class: " + ", ".join(f"{name} {share}" for name, share in found.groups.items()) + ".")
+    if len({share.value for share in found.deciles}) > 1:
+        say("By tenths, the fastest first: " + ", ".join(map(str, found.deciles)) + ".")
+    for flag in result.flags:
+        say(f"FLAGGED: {flag}")
 
 
 def _print_comparison(comparison: "Comparison", plot: Path) -> None:

@@ -9,6 +9,7 @@ device is trained when somebody wants its answer, together with all others that 
 """
 
 import heapq
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from math import inf
@@ -19,7 +20,7 @@ from lepton_fl.rounds.exchange import Answer
 from lepton_fl.wire.messages import Request
 from lepton_fl.wire.records import Records
 from lepton_simulations.backend import Backend, Outcome
-from lepton_simulations.exchange import ENVELOPE, CoordinatorCrash
+from lepton_simulations.exchange import ENVELOPE, CoordinatorCrash, Interrupted
 from lepton_simulations.fleet import VirtualFleet
 from lepton_simulations.world import Fate
 
@@ -38,20 +39,25 @@ class _Work:
 class VirtualDispatcher:
     """Implements ``rounds.buffered.Dispatcher``."""
 
-    def __init__(self, fleet: VirtualFleet, backend: Backend) -> None:
+    def __init__(
+        self, fleet: VirtualFleet, backend: Backend, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
         """Nobody is at work.
 
         Args:
             fleet: the devices.
             backend: computes; whoever made it closes it.
+            should_stop: asked after each device; True ends the run with ``Interrupted``.
         """
-        self._fleet, self._backend = fleet, backend
+        self._fleet, self._backend, self._should_stop = fleet, backend, should_stop
         self._queue: list[_Work] = []
         self._outcomes: dict[int, Outcome] = {}  # trained, and not yet arrived
         self._started = 0
 
-    def start(self, plan: RoundPlan, request: Request, device_id: str) -> None:
-        """Let a device begin now.
+    def start(
+        self, plan: RoundPlan, request: Request, device_id: str, started_s: float | None = None
+    ) -> None:
+        """Let a device begin now, or have begun at ``started_s``.
 
         Raises:
             CoordinatorCrash: as the scenario says; everything under way is lost.
@@ -61,15 +67,17 @@ class VirtualDispatcher:
             self.withdraw()
             clock.advance(world.downtime_s(plan))
             raise CoordinatorCrash(plan)
+        began = clock() if started_s is None else started_s
         (fate,) = world.fates(
             plan.model_copy(update={"cohort": (device_id,)}),
             lambda device: self._fleet.examples(plan, device),
             4 * plan.down_size + ENVELOPE,
             4 * plan.update_size + ENVELOPE,
+            began,
         )
         self._started += 1
         late = fate.arrives_s > plan.deadline_s
-        arrives_s = clock() + (plan.deadline_s if late else fate.arrives_s)
+        arrives_s = began + (plan.deadline_s if late else fate.arrives_s)
         if late:  # nothing comes in time: it is given up at the deadline
             silent = f"Device {device_id} did not answer within {plan.deadline_s:g} s."
             fate = Fate(device_id, inf, stage="offline", refusal=Rejection.OFFLINE.value, detail=silent)
@@ -116,3 +124,5 @@ class VirtualDispatcher:
         with closing(self._backend.answer([w.fate.device_id for w in batch])) as answers:
             for work, (_, outcome) in zip(batch, answers, strict=True):
                 self._outcomes[work.number] = outcome
+                if self._should_stop():
+                    raise Interrupted

@@ -183,8 +183,15 @@ class VirtualFleet:
         if plan.kind == EVALUATE:
             found = self._rows.get((device_id, EVALUATE))
             return len(found) if found else 0
-        rows, local = len(self.data.train_rows[device_id]), plan.local
-        examples = rows * local.epochs
+        return self._trained(plan.local, device_id)
+
+    def usual_seconds(self) -> dict[str, float]:
+        """How long an attempt at a round usually takes each device; see ``World.usual_seconds``."""
+        down, up = 4 * (self.size + self.auxiliary), 4 * self.update_size
+        return self.world.usual_seconds(partial(self._trained, self.local), down, up)
+
+    def _trained(self, local: LocalPlan, device_id: str) -> int:
+        examples = len(self.data.train_rows[device_id]) * local.epochs
         return min(examples, local.max_steps * local.batch_size) if local.max_steps else examples
 
     def respond(self, device_id: str, request: Records, should_stop: Callable[[], bool]) -> Outcome:

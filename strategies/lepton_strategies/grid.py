@@ -162,8 +162,10 @@ class GridDispatcher:
         self._waiting: dict[str, tuple[str, float]] = {}  # message id -> node, and when it is given up
         self._come: deque[Answer] = deque()
 
-    def start(self, plan: RoundPlan, request: Request, device_id: str) -> None:
-        """Push one message."""
+    def start(
+        self, plan: RoundPlan, request: Request, device_id: str, started_s: float | None = None
+    ) -> None:
+        """Push one message; after a restart once more, and all of its time begins anew."""
         alone = plan.model_copy(update={"cohort": (device_id,)})
         sent: Sequence[str | None] = list(self._grid.push_messages(to_messages(alone, request)))
         if sent and (message_id := sent[0]):

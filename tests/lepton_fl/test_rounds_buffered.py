@@ -50,7 +50,7 @@ class Fleet:
     told: list = field(default_factory=list)
     withdrawn: int = 0
 
-    def start(self, plan, request, device_id):
+    def start(self, plan, request, device_id, started_s=None):
         assert device_id in plan.cohort
         self.number += 1
         took = min(self.delays[device_id], plan.deadline_s)
@@ -60,14 +60,16 @@ class Fleet:
             if late
             else self.script(device_id, plan, request.model)
         )
-        heapq.heappush(self.queue, (self.now + took, self.number, Answer(device_id, records, 10)))
+        began = self.now if started_s is None else started_s
+        heapq.heappush(self.queue, (began + took, self.number, Answer(device_id, records, 10)))
         self.started.append((device_id, plan.round - 1))
         self.most = max(self.most, len(self.queue))
 
     def next(self, timeout_s):
         if not self.queue:
             return None
-        self.now, _, answer = heapq.heappop(self.queue)
+        arrives, _, answer = heapq.heappop(self.queue)
+        self.now = max(self.now, arrives)
         return answer
 
     def tell(self, plan, device_id, refusal):

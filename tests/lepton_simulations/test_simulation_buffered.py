@@ -3,6 +3,10 @@
 import contextlib
 import json
 import re
+import signal
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,9 @@ import torch
 from numpy.testing import assert_array_equal
 
 from lepton_fl.config import load
-from lepton_fl.errors import ConfigError
+from lepton_fl.errors import ConfigError, StateCorrupt
+from lepton_fl.files import BlobStore
+from lepton_simulations import appended, book
 from lepton_simulations.api import run_scenario, simulate
 from lepton_simulations.config import SimulationConfig
 from lepton_strategies import FedBuff
@@ -32,7 +38,8 @@ def scenario(**changes) -> SimulationConfig:
         "weighting": "equal",
         **changes.pop("run", {}),
     }
-    devices = {"classes": [{"speed": {"kind": "lognormal", "median": 50.0, "sigma": 0.5}, "latency_s": 0.1}]}
+    speed = {"kind": "lognormal", "median": 50.0, "sigma": 0.5}
+    devices = changes.pop("devices", {"classes": [{"speed": speed, "latency_s": 0.1}]})
     faults = {"stragglers": 0.25, "slowdown": 20.0, **changes.pop("faults", {})}
     body = {
         "run": run,
@@ -89,14 +96,145 @@ def test_silence_without_word_lasts_until_the_deadline():
     assert sum(row.outcomes.get("offline", 0) for row in result.rows) > 0
 
 
-def test_a_run_goes_on_from_its_last_step(tmp_path):
-    looks = iter([False] * 5 + [True] * 1000)
-    config = scenario(run={**BUFFERED, "rounds": 8}, output={"folder": str(tmp_path / "run"), "plots": False})
-    stopped = run_scenario(config, should_stop=lambda: next(looks))
+FAULTS = {"drop_training": 0.2, "silence_s": 5.0, "corrupt": 0.2, "crash_rounds": [3]}
+AWAY = {"kind": "daily", "period_s": 40.0, "on_fraction": 0.8}
+HARD = {
+    "run": {**BUFFERED, "rounds": 6, "server": {"name": "fedadam", "learning_rate": 0.01}},
+    "faults": FAULTS,
+    "devices": {"classes": [{"speed": {"kind": "lognormal", "median": 50.0}, "availability": AWAY}]},
+}
+
+
+def hard(folder=None, **changes) -> SimulationConfig:
+    """All that can happen at once: old models, drop-outs, a coordinator that crashes, devices that leave."""
+    output = {"output": {"folder": str(folder), "plots": False}} if folder else {}
+    return scenario(**{**HARD, **output, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return run_scenario(hard())
+
+
+def the_same(result, whole):
+    assert result.verdict.outcome == "completed"
+    assert (result.weights_sha256, result.journal_sha256) == (whole.weights_sha256, whole.journal_sha256)
+    assert result.tallies == whole.tallies
+    assert [row.metrics for row in result.rows] == [row.metrics for row in whole.rows]
+    assert [row.time_s for row in result.rows] == [row.time_s for row in whole.rows]
+
+
+def test_the_scenario_is_as_hard_as_it_claims(undisturbed, tmp_path):
+    outcomes = Counter()
+    for row in undisturbed.rows:
+        outcomes.update(row.outcomes)
+    assert outcomes["offline"] > 0
+    assert len(outcomes) > 2
+    seen = []
+    run_scenario(hard(tmp_path / "run"), on_round=seen.append, should_stop=lambda: len(seen) >= 9)
+    saved = json.loads((tmp_path / "run/state.json").read_text())["state"]
+    assert len(saved["at_work"]) > 4
+    assert len(saved["models"]) > 1  # old ones, too
+
+
+@pytest.mark.parametrize("looks", [0, 1, 7, 14, 20, 33, 40])
+def test_stopped_and_resumed_it_ends_with_the_same_hashes(tmp_path, undisturbed, looks):
+    left = iter([False] * looks)
+    stopped = run_scenario(hard(tmp_path / "run"), should_stop=lambda: next(left, True))
     assert stopped.verdict.outcome == "stopped"
-    rest = run_scenario(config, resume=True)
-    assert rest.verdict.outcome == "completed"
-    assert [row.round for row in rest.rows] == list(range(1, 9))
+    the_same(run_scenario(hard(tmp_path / "run"), resume=True), undisturbed)
+
+
+def test_stopped_again_and_again_and_with_other_workers(tmp_path, undisturbed):
+    config, resume, outcome = hard(tmp_path / "run"), False, "stopped"
+    while outcome == "stopped":
+        seen = []
+        result = run_scenario(
+            config, resume=resume, on_round=seen.append, should_stop=lambda seen=seen: len(seen) > 1
+        )
+        outcome, resume = result.verdict.outcome, True
+    the_same(result, undisturbed)
+    stopped = iter([False] * 20)
+    run_scenario(hard(tmp_path / "two"), should_stop=lambda: next(stopped, True))
+    config = hard(tmp_path / "two", engine={"workers": 2})
+    the_same(run_scenario(config, resume=True), undisturbed)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing after it runs, not even what tidies up."""
+
+
+@pytest.mark.parametrize("at", [3, 9, 15, 21, 26, 27, 28, 29, 30, 31, 32, 33, 34, 40, 47])
+def test_killed_at_a_write_and_resumed_it_ends_with_the_same_hashes(tmp_path, monkeypatch, undisturbed, at):
+    count = 0
+
+    def dying(function):
+        def wrapped(*arguments):
+            nonlocal count
+            count += 1
+            if count == at:
+                raise Killed
+            return function(*arguments)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(book, "write_atomic", dying(book.write_atomic))
+        patch.setattr(BlobStore, "put", dying(BlobStore.put))
+        patch.setattr(appended.AppendedFile, "append", dying(appended.AppendedFile.append))
+        patch.setattr(appended.AppendedFile, "sync", dying(appended.AppendedFile.sync))
+        with pytest.raises(Killed):
+            run_scenario(hard(tmp_path / "run"))
+    the_same(run_scenario(hard(tmp_path / "run"), resume=True), undisturbed)
+
+
+def test_old_models_are_kept_only_as_long_as_somebody_trains_from_them(tmp_path):
+    run_scenario(hard(tmp_path / "run"))
+    saved = json.loads((tmp_path / "run/state.json").read_text())["state"]
+    kept = {saved["checkpoint"], saved["best_checkpoint"], *saved["models"].values()} - {""}
+    found = {p.parent.name + p.name for p in (tmp_path / "run/checkpoints").glob("??/*")}
+    assert found == kept
+    assert {one["device_id"] for one in saved["at_work"]} <= {str(n) for n in range(CLIENTS)}
+
+
+@pytest.mark.parametrize("change", ["plan", "model"])
+def test_a_state_that_does_not_fit_the_journal_is_refused(tmp_path, change):
+    seen = []
+    run_scenario(hard(tmp_path / "run"), on_round=seen.append, should_stop=lambda: len(seen) >= 4)
+    path = tmp_path / "run/state.json"
+    saved = json.loads(path.read_text())
+    if change == "plan":
+        saved["state"]["at_work"][0]["round"] = 99
+    else:
+        saved["state"]["models"] = {}
+    path.write_text(json.dumps(saved))
+    with pytest.raises(StateCorrupt, match="does not fit the journal"):
+        run_scenario(hard(tmp_path / "run"), resume=True)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_twice_continues_bit_for_bit(tmp_path, undisturbed):
+    path, folder = tmp_path / "scenario.json", tmp_path / "run"
+    path.write_text(json.dumps(hard(folder).to_json()))
+    for last in (2, 5):
+        child = subprocess.run([sys.executable, "-c", CHILD, str(path), str(last)], timeout=300, check=False)
+        assert child.returncode == -signal.SIGKILL
+        assert json.loads((folder / "state.json").read_text())["state"]["round"] == last
+    the_same(run_scenario(hard(folder), resume=True), undisturbed)
+
+
+CHILD = """
+import os, signal, sys
+from lepton_simulations.api import run_scenario
+from lepton_simulations.config import SimulationConfig
+
+def commit(row):
+    if row.round == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = SimulationConfig.model_validate_json(open(sys.argv[1]).read())
+run_scenario(config, resume=sys.argv[2] != "2", on_round=commit)
+"""
 
 
 def test_a_strategy_object_says_it_all():

@@ -53,6 +53,18 @@ def test_a_scenario_becomes_lines_plots_and_a_folder(scenario, tmp_path, capsys)
     assert (tmp_path / "runs/tiny/plots/participation.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_end_says_whom_the_model_was_made_of(scenario, capsys):
+    cohort = "size = 4\nmin_reports = 1\ndeadline_s = 60\ncoverage_floor = 0.5"
+    quick, slow = (
+        f'[[devices.classes]]\nname = "{n}"\nspeed = {s}\n' for n, s in (("quick", 1e6), ("slow", 1))
+    )
+    scenario.write_text(SCENARIO.replace("\nsize = 2", f"\n{cohort}") + quick + slow)
+    assert run(["simulate", str(scenario)]) == 0
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "By class: quick 2 of 2, slow 0 of 2." in said
+    assert "FLAGGED: coverage of group slow: 0 of 2, below the floor of 0.5" in said
+
+
 def test_json_is_one_document(scenario, capsys):
     assert run(["simulate", str(scenario), "--rounds", "3", "--output", "out", "--format", "json"]) == 0
     document = json.loads(capsys.readouterr().out)

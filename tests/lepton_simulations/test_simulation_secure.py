@@ -17,6 +17,7 @@ def run(
     folder="",
     engine=None,
     devices=None,
+    options=None,
     **more,
 ):
     config = SimulationConfig.model_validate(
@@ -39,7 +40,7 @@ def run(
             "output": {"folder": str(folder), "plots": False},
         }
     )
-    return run_scenario(config)
+    return run_scenario(config, **(options or {}))
 
 
 def test_off_ideal_and_full_are_the_same_bits():
@@ -136,6 +137,17 @@ def test_who_breaks_the_protocol_is_named_and_the_round_goes_on(tmp_path, caplog
     assert "round 1" not in caplog.text  # one attempt was enough
     with pytest.raises(ConfigError, match="full"):
         run(faults=faults)
+
+
+def test_who_was_blamed_is_not_asked_again_after_a_restart(tmp_path):
+    settings = {"how": "full", "faults": {"bad_shares": 0.05, "wrong_shares": 0.05}, "cohort": {"size": 20}}
+    whole, seen = run(**settings), []
+    stop = {"on_round": seen.append, "should_stop": lambda: bool(seen)}
+    stopped = run(**settings, folder=tmp_path / "run", options=stop)
+    assert (stopped.verdict.outcome, len(stopped.rows)) == ("stopped", 1)
+    result = run(**settings, folder=tmp_path / "run", options={"resume": True})
+    assert [row.asked for row in result.rows] == [20, 19]
+    assert (result.weights_sha256, result.journal_sha256) == (whole.weights_sha256, whole.journal_sha256)
 
 
 def test_attackers_are_not_shown_where_nobody_could_see_them():

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
@@ -207,7 +208,14 @@ class RecordedWorld(World):
             found[self._row[device_id]] = Candidate(device_id, "data-contract", broken)
         return found
 
-    def fates(self, plan: RoundPlan, examples: Examples, bytes_down: int, bytes_up: int) -> list[Fate]:
+    def fates(
+        self,
+        plan: RoundPlan,
+        examples: Examples,
+        bytes_down: int,
+        bytes_up: int,
+        asked_s: float | None = None,
+    ) -> list[Fate]:
         """See ``World.fates``: the recorded order of arrival.
 
         Raises:
@@ -219,6 +227,15 @@ class RecordedWorld(World):
         order = {device_id: place for place, device_id in enumerate(found)}
         known = sorted((d for d in plan.cohort if d in found), key=order.__getitem__)
         return [found[d] for d in known] + [Fate(d, inf) for d in plan.cohort if d not in found]
+
+    def usual_seconds(self, examples: Examples, bytes_down: int, bytes_up: int) -> dict[str, float]:
+        """The mean of what each device reported; infinite of one that was asked and never did."""
+        reported = dict[str, list[float]]()
+        for attempt in self._attempts:
+            for part in attempt.parts if attempt.kind == "train" else ():
+                times = reported.setdefault(self._name[part.device_id], [])
+                times += [part.seconds] * (part.seconds > 0)
+        return {d: fmean(times) if times else inf for d, times in reported.items()}
 
     def crashes(self, plan: RoundPlan) -> bool:
         """Whether the coordinator died in this attempt."""

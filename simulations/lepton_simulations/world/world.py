@@ -171,16 +171,45 @@ class World:
             there[at], until[at] = table.at(now, place[at])
         return there, until
 
+    # --- what is declared -------------------------------------------------------------------------
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Every device with the name of its class, if that has one."""
+        names = [(c.name,) if c.name else () for c in self.config.devices.classes] or [()]
+        kinds = self._devices.kind.tolist()
+        return {d: names[kind] for d, kind in zip(self._devices.ids, kinds, strict=True)}
+
+    def usual_seconds(self, examples: Examples, bytes_down: int, bytes_up: int) -> dict[str, float]:
+        """How long an attempt takes each device that has a core of its own; empty where nothing takes time.
+
+        Args:
+            examples: as in ``fates``.
+            bytes_down: of the request, for each device.
+            bytes_up: of a reply.
+        """
+        d = self._devices
+        took = d.overhead_s + _counts(d.ids, examples) * d.speed_s
+        took += 2 * d.latency_s + bytes_down * d.down_s + bytes_up * d.up_s
+        return dict(zip(d.ids, took.tolist(), strict=True)) if took.any() else {}
+
     # --- one attempt --------------------------------------------------------------------------------
 
-    def fates(self, plan: RoundPlan, examples: Examples, bytes_down: int, bytes_up: int) -> list[Fate]:
-        """What becomes of every device of ``plan.cohort`` when it is asked now.
+    def fates(
+        self,
+        plan: RoundPlan,
+        examples: Examples,
+        bytes_down: int,
+        bytes_up: int,
+        asked_s: float | None = None,
+    ) -> list[Fate]:
+        """What becomes of every device of ``plan.cohort``.
 
         Args:
             plan: the attempt.
             examples: how many examples a device works on: rows * epochs, or steps * batch size.
             bytes_down: of the request, for each device.
             bytes_up: of a reply.
+            asked_s: when it is asked, in virtual seconds; None = now.
 
         Returns:
             In the order of arrival, devices of the same moment in that of the cohort; those of which nothing
@@ -194,7 +223,8 @@ class World:
             return [self._ideal[device_id] for device_id in plan.cohort]
         about = (plan.kind, plan.round, plan.attempt)
         count = _counts(plan.cohort, examples)
-        course = self._course(rows, about, count, bytes_down, bytes_up, self._gone(plan))
+        now = self.clock.now_s if asked_s is None else asked_s
+        course = self._course(rows, about, now, count, bytes_down, bytes_up, self._gone(plan))
         arrives = np.where(course.stage > 0, self._given_up(course.drops_s), course.arrives_s)
         order = np.argsort(arrives, kind="stable").tolist()
         arrives_s, seconds, stages = arrives.tolist(), course.seconds.tolist(), course.stage.tolist()
@@ -265,6 +295,7 @@ class World:
         self,
         rows: Rows,
         about: tuple[object, ...],
+        now: float,
         count: Floats,
         bytes_down: int,
         bytes_up: int,
@@ -276,7 +307,7 @@ class World:
         up = d.latency_s[rows] + bytes_up * d.up_s[rows]
         vary = np.exp(d.jitter[rows] * normal(d.keys[rows], "jitter", *about)) if d.jitter.any() else 1.0
         overhead, work = d.overhead_s[rows] * vary, count * per_example * vary
-        there, until = self._state(self.clock.now_s, rows)
+        there, until = self._state(now, rows)
         stage = np.where(there & ~gone, self._drop_stage(d.keys[rows], about), _OFFLINE)
         part = uniform(d.keys[rows], "moment", *about)  # of the stage in which it drops out
         runs = np.where(stage == _TRAINING, part, stage != _OFFLINE) * (stage != _DOWNLOAD)
@@ -287,7 +318,7 @@ class World:
             [stage == _DOWNLOAD, stage == _TRAINING, stage == _UPLOAD],
             [part * down, trained, trained + part * up],
         )
-        left = until - self.clock.now_s  # its window ends in mid-round
+        left = until - now  # its window ends in mid-round
         leaves = there & (left < np.where(stage > 0, drops, arrives))
         then = np.select([left < down, left < trained], [_DOWNLOAD, _TRAINING], _UPLOAD)
         stage, drops = np.where(leaves, then, stage), np.where(leaves, left, drops)
