@@ -260,28 +260,37 @@ def draw(rollout_id: str, device_id: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def members(plan: RolloutPlan, stage: int, devices: Iterable[Known]) -> list[Known]:
-    """The devices of a stage: those of a profile that the plan has a release for, by hash or by label.
+def stages_of(plan: RolloutPlan, devices: Iterable[Known]) -> dict[str, int]:
+    """The first stage of each device that is of one: by hash or by label, and of a profile with a release.
 
     Args:
         plan: The plan.
-        stage: Index into its stages; the stages before are part of it.
         devices: All that could take part: enrolled, of the plan's task, and in no other rollout.
 
     Returns:
-        In order of ids. A stage with a share has at least one device, if there is any: the first by hash.
+        Id -> index of the stage. The first stage with a share has at least one device, if there is any and
+        none is reached before: the first by hash.
     """
     fleet = sorted((d for d in devices if d.profile in plan.releases), key=lambda d: d.id)
-    chosen: set[str] = set()
-    for reached in plan.stages[: stage + 1]:
-        if reached.share is None:
-            chosen |= {d.id for d in fleet if set(d.groups) & set(reached.groups)}
-            continue
-        places = {d.id: draw(plan.id, d.id) for d in fleet}
-        chosen |= {name for name, place in places.items() if place < reached.share}
-        if fleet and not chosen:
-            chosen.add(min(places, key=lambda name: (places[name], name)))
-    return [d for d in fleet if d.id in chosen]
+    places = {d.id: draw(plan.id, d.id) for d in fleet}
+    found: dict[str, int] = {}
+    for index, stage in enumerate(plan.stages):
+        if stage.share is None:
+            mine = [d.id for d in fleet if set(d.groups) & set(stage.groups)]
+        else:
+            mine = [name for name, place in places.items() if place < stage.share]
+            if fleet and not mine and not found:
+                mine = [min(places, key=lambda name: (places[name], name))]
+        for name in mine:
+            found.setdefault(name, index)
+    return found
+
+
+def members(plan: RolloutPlan, stage: int, devices: Iterable[Known]) -> list[Known]:
+    """The devices of a stage and of those before it, in order of ids; see :func:`stages_of`."""
+    fleet = sorted(devices, key=lambda d: d.id)
+    index = stages_of(plan, fleet)
+    return [d for d in fleet if index.get(d.id, len(plan.stages)) <= stage]
 
 
 def reaches(plan: RolloutPlan, device: Known) -> bool:

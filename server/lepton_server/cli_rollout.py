@@ -33,13 +33,13 @@ def plan(
     from lepton_fl.config import load as read
     from lepton_fl.delivery.rollout import Wish
     from lepton_server.releases import shelf_of
-    from lepton_server.rollouts import create, progress
+    from lepton_server.rollouts import create, view
 
     settings = load(config, {"server.state_dir": state_dir})
     wish = read(Wish, file, env={}).value
     with opened(settings) as store:
         made = create(store, shelf_of(settings), wish)
-        stages = progress(store, store.rollout(made.id))
+        stages = view(store, store.rollout(made.id), time.time()).stages
     print_data({"rollout": made.id, "task": made.task, "stages": stages}, format=format)
     if format == Format.TEXT:
         say(f"Begin with: lepton rollout start {made.id}")
@@ -110,12 +110,12 @@ def status(
     state_dir: StateOption = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Where a rollout is, and what it waits for."""
+    """Where a rollout is, what it waits for, and as of when that is known."""
     from lepton_server.rollouts import find
 
     settings = load(config, {"server.state_dir": state_dir})
     with opened(settings) as store:
-        found, stages = _status(store, find(store, rollout))
+        found, stages = _status(settings.server.state_dir, store, find(store, rollout))
     if format == Format.JSON:
         print_data(found | {"stages": stages}, format=format)
         return
@@ -136,7 +136,7 @@ def watch(rollout: IdArgument = "", config: ConfigOption = None, state_dir: Stat
         row = find(store, rollout)
         while True:
             row = store.rollout(row.id)
-            live.update(_picture(*_status(store, row)), refresh=True)
+            live.update(_picture(*_status(settings.server.state_dir, store, row)), refresh=True)
             if row.phase in ("rolled-back", "aborted", "done"):
                 return
             time.sleep(LOOK_S)
@@ -184,22 +184,33 @@ def _line(row: "Rollout") -> dict[str, Any]:
     }
 
 
-def _status(store: "Store", row: "Rollout") -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from lepton_server.rollouts import look_at, progress
+def _status(state_dir: Path, store: "Store", row: "Rollout") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A rollout as its coordinator sees it at this moment; without one, as the journal has it."""
+    from lepton_server.fleet import REPORT_GAP_S
+    from lepton_server.rollouts import View, view
+    from lepton_server.watchdog import read_board
 
-    found = _line(row)
+    found, active = _line(row), row.phase in ("running", "rolling-back")
+    told = read_board(state_dir, about="rollouts").get(row.id) if active else None
+    seen = View(**told) if told else view(store, row, time.time())
     if row.suspect:
         found["suspect"] = row.suspect
-    if row.phase in ("running", "rolling-back"):
-        # The newest reports are in the coordinator's memory; here the journal's are told.
-        act, _ = look_at(store, row.id, time.time())
-        if act.kind == "wait":
-            found["waiting"] = act.cause
-            if act.until:
-                found["until"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(act.until))
-        elif act.kind != "suspect":
-            found["next"] = f"{act.kind}: {act.cause}" if act.cause else act.kind
-    return found, progress(store, row)
+    if active and seen.act == "wait":
+        found["waiting"] = seen.cause
+        if seen.until:
+            found["until"] = _clock(seen.until)
+    elif active and seen.act != "suspect":
+        found["next"] = f"{seen.act}: {seen.cause}" if seen.cause else seen.act
+    found["as of"] = (
+        f"{_clock(seen.at)}, {max(0.0, time.time() - seen.at):.0f} s ago"
+        if seen.at
+        else f"the journal: reports may be {REPORT_GAP_S:g} s old, and what devices counted is not in it"
+    )
+    return found, seen.stages
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def _picture(found: dict[str, Any], stages: list[dict[str, Any]]) -> "Group":

@@ -159,7 +159,7 @@ class Coordinator:
         rollouts = RolloutKeeper(store, fleet.heard, said=fleet.said)
         rollouts.start()
         stack.callback(rollouts.close)
-        watch = Watchdog(fleet, self.meters, folder)
+        watch = Watchdog(fleet, self.meters, folder, rollouts=rollouts.views)
         watch.start()
         stack.callback(watch.close)
         self._driver = RunDriver(

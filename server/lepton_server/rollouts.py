@@ -9,8 +9,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lepton_fl.delivery.rollout import (
@@ -25,6 +26,7 @@ from lepton_fl.delivery.rollout import (
     decide,
     members,
     reaches,
+    stages_of,
 )
 from lepton_fl.delivery.trial import needed
 from lepton_fl.errors import ConfigError, LeptonError, NotFound, StateConflict
@@ -185,34 +187,58 @@ def move(store: "Store", rollout_id: str, phase: str, cause: str = "", *, aborti
     store.record("rollout.moved", body | {"aborting": aborting})
 
 
-def look_at(
-    store: "Store", rollout_id: str, now: float, hearing: Hearing = _from_the_journal
-) -> tuple[Act, list[Known]]:
-    """What a rollout would do now, and the devices it is decided by."""
-    row = store.rollout(rollout_id)
-    standing = standing_of(store, row)
-    devices = candidates(store, row, standing.told, hearing)
-    return decide(plan_of(row), standing, devices, now), devices
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a rollout does now, by what is known of its devices; JSON types but for ``at``.
+
+    Attributes:
+        act: The kind of the next act; ``wait`` most of the time.
+        cause: Why, in words.
+        until: Wall clock s until which nothing can change by itself; 0 = not known.
+        stages: A line for each: how many devices it has, how many were told, serve, and gave up.
+        at: Wall clock s as of which that is known; 0 = as the journal has devices' reports, which is up to
+            ``REPORT_GAP_S`` behind, without what they counted and answered.
+    """
+
+    act: str
+    cause: str
+    until: float
+    stages: list[dict[str, Any]]
+    at: float = 0.0
 
 
-def progress(store: "Store", row: "Rollout", hearing: Hearing = _from_the_journal) -> list[dict[str, Any]]:
-    """A line for each stage: how many devices it has, how many were told, serve, and gave up."""
-    plan, told = plan_of(row), {t.device_id: t for t in store.told(row.id)}
-    devices = candidates(store, row, {name: Told(0, "") for name in told}, hearing)
-    lines, before = [], set[str]()
-    for index, stage in enumerate(plan.stages):
-        stage_ids = {d.id for d in members(plan, index, devices)}
-        mine = [d for d in devices if d.id in stage_ids - before]
-        before |= stage_ids
-        lines.append(
-            {
-                "stage": str(stage),
-                "devices": len(mine),
-                "told": sum(d.id in told for d in mine),
-                "serving": sum(d.serving == plan.releases.get(d.profile) for d in mine),
-                "gave up": sum(plan.releases.get(d.profile, "") in d.failed for d in mine),
-            }
-        )
+def view(store: "Store", row: "Rollout", now: float) -> View:
+    """A rollout by the journal alone."""
+    standing, plan = standing_of(store, row), plan_of(row)
+    devices = candidates(store, row, standing.told, _from_the_journal)
+    act = decide(plan, standing, devices, now)
+    stages = progress(plan, stages_of(plan, devices), standing.told, devices)
+    return View(act.kind, act.cause, act.until, stages)
+
+
+def progress(
+    plan: RolloutPlan, stage_of: Mapping[str, int], told: Collection[str], devices: Iterable[Known]
+) -> list[dict[str, Any]]:
+    """A line for each stage.
+
+    Args:
+        plan: The plan.
+        stage_of: See :func:`lepton_fl.delivery.rollout.stages_of`.
+        told: Whom the rollout has told.
+        devices: Of which something is known; those that were told at least.
+    """
+    names = ("told", "serving", "gave up")
+    sizes = Counter(stage_of.values())
+    lines: list[dict[str, Any]] = [
+        {"stage": str(stage), "devices": sizes[index]} | dict.fromkeys(names, 0)
+        for index, stage in enumerate(plan.stages)
+    ]
+    for device in devices:
+        if (index := stage_of.get(device.id)) is not None:
+            release = plan.releases.get(device.profile, "")
+            found = (device.id in told, device.serving == release, release in device.failed)
+            for name, counts in zip(names, found, strict=True):
+                lines[index][name] += counts
     return lines
 
 
@@ -282,6 +308,9 @@ class RolloutKeeper:
         self._store, self._hearing, self._clock, self._said = store, hearing, clock, said
         self._followed = _Followed(store)
         self._all_told: dict[str, tuple[int, int]] = {}  # rollout -> stage, version at which nobody was left
+        self._stages: dict[str, dict[str, int]] = {}  # of that version
+        self._views: dict[str, View] = {}  # as of the last look at which something was decided
+        self._looked = 0.0
         self._heard = -1, -1  # news of the journal, and what devices had said, at the last look
         self._quiet = 0.0, 0.0  # from when and until when nothing can change by itself
         self._stop = threading.Event()
@@ -295,6 +324,10 @@ class RolloutKeeper:
         """End; rollouts stay where they are."""
         self._stop.set()
         self._thread.join()
+
+    def views(self) -> dict[str, dict[str, Any]]:
+        """What each running rollout does, as of the last look; plain JSON types."""
+        return {name: asdict(found) | {"at": self._looked} for name, found in self._views.copy().items()}
 
     def _run(self) -> None:
         while not self._stop.wait(LOOK_S):
@@ -311,13 +344,17 @@ class RolloutKeeper:
         self._followed.refresh()
         heard, (begins, ends) = (self._followed.news, said), self._quiet
         if self._said is not None and heard == self._heard and begins <= now < ends:
+            self._looked = now  # nothing has changed
             return
         self._quiet = 0.0, 0.0  # should this look be cut short, the next one looks again
         self._welcome()
-        until = now + IDLE_S
-        for row in self._store.rollouts(phases=("running", "rolling-back")):
+        until, rows = now + IDLE_S, self._store.rollouts(phases=("running", "rolling-back"))
+        for name in self._views.keys() - {row.id for row in rows}:  # it is over, or paused
+            for kept in (self._views, self._stages, self._all_told):
+                kept.pop(name, None)
+        for row in rows:
             until = min(until, self._carry_on(row.id))
-        self._heard, self._quiet = heard, (now, until)
+        self._heard, self._quiet, self._looked = heard, (now, until), now
 
     def _carry_on(self, rollout_id: str) -> float:
         """All that one rollout can do now; wall clock s at which it is to be looked at again."""
@@ -340,10 +377,13 @@ class RolloutKeeper:
         some = self._all_told.get(row.id) == place
         chosen = [here.devices[name] for name in standing.told] if some else here.devices.values()
         devices = candidates(self._store, row, standing.told, self._hearing, chosen)
-        act = decide(plan_of(row), standing, devices, self._clock())
-        if act.kind != "tell":
-            self._all_told[row.id] = place
+        plan = plan_of(row)
+        act = decide(plan, standing, devices, self._clock())
+        if act.kind != "tell" and not some:
+            self._all_told[row.id], self._stages[row.id] = place, stages_of(plan, devices)
         if act.kind == "wait":
+            stages = progress(plan, self._stages[row.id], standing.told, devices)
+            self._views[row.id] = View(act.kind, act.cause, act.until, stages)
             return act
         try:
             with self._store.transaction() as change:

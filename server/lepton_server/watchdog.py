@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from lepton_fl.errors import Cause, ConnectionFailed, DiskFull, LeptonError, Rejection, StateLocked
 from lepton_fl.rounds.cohort import Candidate, Standing
@@ -293,9 +293,18 @@ class Watchdog:
         state_dir: Path | None = None,
         *,
         wall: Callable[[], float] = time.time,
+        rollouts: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        """Nothing is watched before :meth:`start`; ``state_dir`` None = there is no board."""
-        self._fleet, self._meters, self._wall = fleet, meters, wall
+        """Nothing is watched before :meth:`start`.
+
+        Args:
+            fleet: The devices.
+            meters: For /metrics.
+            state_dir: Where the board is; None = there is none.
+            wall: UTC seconds.
+            rollouts: What the board says of each rollout, as JSON types.
+        """
+        self._fleet, self._meters, self._wall, self._rollouts = fleet, meters, wall, rollouts
         self._folder = state_dir
         self._board = Board(state_dir / BOARD_FILE) if state_dir else None
         self._runs: dict[str, _Watched] = {}
@@ -375,7 +384,7 @@ class Watchdog:
         whole = self._ticks % STANDINGS_EVERY == 0
         self._ticks += 1
         told = {run_id: self._told(run_id, run, whole) for run_id, run in runs.items()}
-        body = {"time": self._wall(), "pid": os.getpid(), "runs": told}
+        body = {"time": self._wall(), "pid": os.getpid(), "runs": told, "rollouts": self._rollouts()}
         if self._board is not None:
             self._board.write(body)
         return body
@@ -523,8 +532,10 @@ class Board:
             log.warning("the board cannot be written: %s", error.strerror)
 
 
-def read_board(state_dir: Path, *, wall: Callable[[], float] = time.time) -> dict[str, Any]:
-    """What the board says of each run; empty when it says nothing that can be believed."""
+def read_board(
+    state_dir: Path, *, about: Literal["runs", "rollouts"] = "runs", wall: Callable[[], float] = time.time
+) -> dict[str, Any]:
+    """What the board says of each run, or rollout; empty when it says nothing that can be believed."""
     for _ in range(5):  # it may be in the midst of a change
         try:
             head, _, rest = (state_dir / BOARD_FILE).read_bytes().partition(b"\n")
@@ -535,6 +546,6 @@ def read_board(state_dir: Path, *, wall: Callable[[], float] = time.time) -> dic
         if hashlib.sha256(text).hexdigest().encode() == digest:
             body = json.loads(text)
             fresh = abs(wall() - float(body["time"])) <= STALE_S
-            return dict(body["runs"]) if fresh else {}
+            return dict(body[about]) if fresh else {}
         time.sleep(0.01)
     return {}

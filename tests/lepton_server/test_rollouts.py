@@ -6,9 +6,12 @@ from lepton_fl.delivery.rollout import Health, RolloutPlan, Service, Stage
 from lepton_fl.delivery.trial import Question, Trial
 from lepton_fl.errors import ConfigError, StateConflict
 from lepton_server import rollouts
+from lepton_server.cli_rollout import _status
 from lepton_server.fleet import Failed, Report, Serving, Tried
+from lepton_server.ops import Meters
 from lepton_server.releases import assign, assigned_release
-from lepton_server.rollouts import RolloutKeeper, check_free, check_trial, find, move, progress
+from lepton_server.rollouts import RolloutKeeper, View, check_free, check_trial, find, move, view
+from lepton_server.watchdog import Watchdog
 
 OLD, NEW = "a" * 64, "b" * 64
 HEALTH = Health(window_s=0, min_devices=1, min_share=1.0, settle_s=0, min_requests=10)
@@ -211,14 +214,60 @@ def test_a_second_rollout_for_the_same_devices_waits(fleet):
         fleet.plan("r2")
 
 
-def test_progress_counts_each_device_once(fleet):
+def counts(lines):
+    return [tuple(line.values()) for line in lines]
+
+
+def test_the_journal_and_the_keeper_count_each_device_once(fleet):
+    """The journal is behind: what devices say is written once a minute."""
     fleet.plan()
     fleet.keeper.look()
-    lines = progress(fleet.store, fleet.store.rollout("r1"))
-    assert [(line["stage"], line["devices"], line["told"]) for line in lines] == [
-        ("0.1 %", 1, 1),
-        ("100 %", 2, 0),
-    ]
+    row, (canary,) = fleet.store.rollout("r1"), fleet.told
+    alone = [("0.1 %", 1, 1, 0, 0), ("100 %", 2, 0, 0, 0)]
+    assert counts(view(fleet.store, row, 0.0).stages) == alone
+    found = View(**fleet.keeper.views()["r1"])
+    assert (found.act, counts(found.stages)) == ("wait", alone)
+    assert "0 of 1 devices serve it" in found.cause
+    fleet.says(canary, NEW)
+    fleet.keeper.look()
+    found = View(**fleet.keeper.views()["r1"])
+    assert counts(found.stages) == [("0.1 %", 1, 1, 1, 0), ("100 %", 2, 2, 0, 0)]
+    late = view(fleet.store, row, 0.0)
+    assert counts(late.stages) == [("0.1 %", 1, 1, 0, 0), ("100 %", 2, 2, 0, 0)]
+    assert late.at == 0
+    for device in fleet.told:
+        fleet.says(device, NEW)
+    fleet.keeper.look()
+    fleet.keeper.look()
+    assert (fleet.phase, fleet.keeper.views()) == ("done", {})
+
+
+def test_what_the_keeper_sees_is_as_of_its_last_look(fleet):
+    now = [1000.0]
+    fleet.keeper = RolloutKeeper(fleet.store, fleet.fleet.heard, lambda: now[0], said=fleet.fleet.said)
+    fleet.plan()
+    for _ in range(3):
+        fleet.keeper.look()
+        assert fleet.keeper.views()["r1"]["at"] == now[0]
+        now[0] += 2
+
+
+def test_status_says_as_of_when_it_is_known(fleet, tmp_path):
+    fleet.plan()
+    fleet.keeper.look()
+    row = fleet.store.rollout("r1")
+    found, _ = _status(tmp_path, fleet.store, row)
+    assert found["as of"].startswith("the journal: ")
+    watch = Watchdog(fleet.fleet, Meters(), tmp_path, rollouts=fleet.keeper.views)
+    watch._board.open()
+    watch.look()
+    fleet.says(fleet.told[0], OLD, service=Service(1, 0))  # the journal knows nothing of it
+    found, stages = _status(tmp_path, fleet.store, row)
+    assert found["as of"].endswith(" s ago")
+    assert (found["waiting"], counts(stages)[0]) == ("0 of 1 devices serve it, 1 must", ("0.1 %", 1, 1, 0, 0))
+    watch._board.close()
+    move(fleet.store, "r1", "paused")
+    assert _status(tmp_path, fleet.store, fleet.store.rollout("r1"))[0]["as of"].startswith("the journal: ")
 
 
 # --- trials on devices' own rows ----------------------------------------------------------------------
