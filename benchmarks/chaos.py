@@ -410,14 +410,14 @@ def make_token(folder: Path, ports: Sequence[int]) -> str:
     return crypto.make_join_token(f"{HERE}:{ports[0]}", authority.ca_der, secret, certifier)
 
 
-def queue_run(folder: Path, mode: str) -> str:
+def queue_run(folder: Path, mode: str, rounds: int = ROUNDS) -> str:
     """Ask for the run."""
     from lepton_fl.plan import RunSpec
     from lepton_server.store import open_store
 
     fields: dict[str, Any] = {
         "task": "digits",
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "clip_norm": 1.0,
         "weighting": "equal",
         "evaluate_every": 1 if mode == "plain" else 0,

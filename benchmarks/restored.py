@@ -1,17 +1,22 @@
 """Back up a running coordinator in mid-round, lose all of it, restore, and compare the final model's bits.
 
-    python benchmarks/restored.py                    # plain, secure, central; 3 seeds: some minutes
+    python benchmarks/restored.py                    # all modes, 3 seeds: some minutes
     python benchmarks/restored.py --modes plain --seeds 1 --json result.json
 
 The fleet is that of ``chaos.py``: four real devices, pinned batches and noise. One run is left alone. In
 another, as soon as an update of round 2 has come, a backup is made, checked, the coordinator gets SIGKILL,
 its folder is deleted, the backup is restored there, and the coordinator is started again. What devices had
-done since is done again. With central privacy the coordinator is killed first, so that nobody has seen more
-than the backup has; then a run goes on after its backup, and the older ledger must be refused: by ``restore``
-with the published head, and by devices without it.
+done since is done again. What cannot be done again is told apart: with secure aggregation or privacy the
+coordinator is killed first, so that nobody has seen more than the backup has.
+
+Then a run goes on after its backup, to its end. With privacy the older ledger must be refused: by ``restore``
+with the published head, and by devices without it ("older"). With secure aggregation alone devices sign no
+second sum of a round: the restored run passes over the rounds that were lost, and does the rest ("passed").
 
 Checked: the run completed, and the model of every round has the SHA-256 of the undisturbed run; all devices
-count in every round; the journal's chain holds and all tables are what it says. Exit code 1 if any fails.
+count in every round; the journal's chain holds and all tables are what it says. Of a run that passed over
+rounds: these and no others, each after one attempt and for this reason; all devices count in the rest; no
+device has signed two sums of a round. Exit code 1 if any fails.
 """
 
 import argparse
@@ -26,6 +31,7 @@ from pathlib import Path
 from chaos import DEVICES as COUNT
 from chaos import (
     PATIENCE_S,
+    ROUNDS,
     Case,
     Device,
     Result,
@@ -46,7 +52,9 @@ from lepton_server.privacy import PrivacyKeys, set_budget
 from lepton_server.restore import restore
 from lepton_server.store import Attempt, Store, open_store
 
-MODES = ("plain", "secure", "central")
+MODES = ("plain", "secure", "central", "distributed")
+LONG = 6  # rounds of a run of which some are lost, ...
+LOST = 4  # ... these from the second on: so many are done when the coordinator is lost
 
 
 class Restored:
@@ -61,7 +69,7 @@ class Restored:
         self.charges = 0  # in it
         self.create_s = 0.0
 
-    def begin(self) -> str:
+    def begin(self, rounds: int = ROUNDS) -> str:
         """Start everything; the run's id."""
         make_authority(self.case.folder / "authority.key")
         self.case.start()
@@ -69,7 +77,7 @@ class Restored:
         self.case.devices = [
             Device(self.case.folder, i, self.case.seed, token, self.case.secure) for i in range(COUNT)
         ]
-        return queue_run(self.case.folder, self.case.mode)
+        return queue_run(self.case.folder, self.case.mode, rounds)
 
     def until(self, met: Callable[[], bool], what: str) -> None:
         """Wait."""
@@ -136,7 +144,7 @@ def same_bits(mode: str, seed: int, calm: Result) -> tuple[list[str], str]:
     with case(mode, seed) as made:
         lost = Restored(made)
         run_id = lost.begin()
-        lost.copy(run_id, kill_first=mode == "central")
+        lost.copy(run_id, kill_first=mode != "plain")
         lost.go_on()
         result = lost.finish(run_id)
     wrong = {
@@ -151,9 +159,43 @@ def same_bits(mode: str, seed: int, calm: Result) -> tuple[list[str], str]:
     return [words for words, is_so in wrong.items() if is_so], told
 
 
-def older_is_refused(seed: int) -> tuple[list[str], str]:
+def lost_rounds_are_passed_over(seed: int) -> tuple[list[str], str]:
+    """A secure run that has gone on since its backup, whose devices sign no second sum of a round."""
+    with case("secure", seed) as made:
+        lost = Restored(made)
+        run_id = lost.begin(LONG)
+        lost.copy(run_id, kill_first=False)
+        with open_store(lost.state / "lepton.db") as store:
+            lost.until(lambda: store.run(run_id).committed >= LOST, f"round {LOST} is done")
+        lost.kill()
+        signed = [rounds_signed(device) for device in made.devices]
+        began = time.monotonic()
+        lost.go_on()
+        result = lost.finish(run_id)
+        seconds = time.monotonic() - began
+        again = [rounds_signed(device) for device in made.devices]
+    passed = [number for number, _, state in result.rounds if state == "abandoned"]
+    wrong = {
+        f"the run is {result.state}": result.state != "completed",
+        f"rounds {result.rounds}": [n for n, _, _ in result.rounds] != list(range(1, LONG + 1)),
+        f"{passed} were passed over, {signed} were signed": passed != sorted(set[int]().union(*signed) - {1}),
+        f"{result.counted} devices counted": result.counted != [COUNT] * (LONG - len(passed)),
+        f"signed twice: {again}": any(len(found) > len(set(found)) for found in again),
+        f"{result.left} files are left": result.left > 0,
+    }
+    told = f"passed over {passed}; to its end in {seconds:.1f} s"
+    return [words for words, is_so in wrong.items() if is_so], told
+
+
+def rounds_signed(device: Device) -> list[int]:
+    """The rounds of which a device has signed a sum, once for each signature."""
+    lines = map(json.loads, device.agent._state.signed.read_text().splitlines())
+    return [json.loads(key)[2] for key, _ in lines if not key.endswith(" given")]
+
+
+def older_is_refused(mode: str, seed: int) -> tuple[list[str], str]:
     """A private run that has gone on since its backup."""
-    with case("central", seed) as made:
+    with case(mode, seed) as made:
         lost, wrong = Restored(made), []
         run_id = lost.begin()
         lost.copy(run_id, kill_first=False)
@@ -209,8 +251,10 @@ def main() -> int:
             with case(mode, seed) as quiet:
                 calm = quiet.run()
             tell(report, mode, seed, *same_bits(mode, seed, calm))
-            if mode == "central":
-                tell(report, "older", seed, *older_is_refused(seed))
+            if mode in ("central", "distributed"):
+                tell(report, f"{mode}, older", seed, *older_is_refused(mode, seed))
+            if mode == "secure":
+                tell(report, "secure, passed", seed, *lost_rounds_are_passed_over(seed))
     if chosen.json:
         chosen.json.write_text(json.dumps(report))
     return int(any(found["good"] < found["cases"] for found in report.values()))

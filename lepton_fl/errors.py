@@ -215,6 +215,7 @@ class Rejection(StrEnum):
     DISK_FULL = "disk-full"  # the device could not write down what it must before it works
     INTERRUPTED = "interrupted"  # the device's process ended in the midst of the work; it works once only
     BUDGET = "budget"  # the device's own privacy budget, or its owner, does not allow it
+    SIGNED_BEFORE = "signed-before"  # the device has signed in this round, which the coordinator has lost
     BLAMED = "blamed"  # its messages of a secure aggregation were provably wrong
     OFFLINE = "offline"  # no answer by the deadline
     REVOKED = "revoked"  # the device lost its enrolment
@@ -241,6 +242,7 @@ class Cause(StrEnum):
     NOT_ELIGIBLE = "not-eligible"  # a rule of its owner
     NOT_CERTIFIED = "not-certified"
     FAILED = "failed"
+    SIGNED_BEFORE = "signed-before"  # in this round, for a coordinator that was restored from an older state
     SLOW = "slow"  # it was still at work at the deadline
     QUARANTINED = "quarantined"
     OFFLINE = "offline"  # has not called since the coordinator started, or for long

@@ -16,7 +16,7 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -44,7 +44,7 @@ from lepton_client.secure import Seat
 from lepton_client.spending import Spending, policies_of
 from lepton_client.state import Identity, StateDir
 from lepton_client.witness import Witness
-from lepton_client.worker import Answerer, Node, Selection, Worker
+from lepton_client.worker import Answerer, Key, Node, Selection, Worker
 from lepton_fl.errors import Cause, LeptonError, Rejection, StateError, TrustError
 from lepton_fl.files import read_private
 from lepton_fl.privacy.head import LedgerHead
@@ -67,6 +67,7 @@ GIVE_BACK_S: Final = 5.0  # that the message of a round that was cut off is look
 BUSY_SLICE_S: Final = 2.0  # longest nap while something trains: its steps are looked at
 LINK_S: Final = 15.0  # a message that is on its way for longer has a slow link
 SCAR_S: Final = 120.0  # how long the coordinator is told of the work that a kill has cut off
+MAX_ENGAGED: Final = 8  # attempts in one check-in
 SUSPECT_AFTER: Final = 3  # times in a row that the coordinator hung up: our certificate may be why
 
 NodeFactory = Callable[[str, bytes, "PrivateKey"], Node]
@@ -264,9 +265,10 @@ class Agent:
             log.warning("this machine's clock was moved by %+.0f s", jump)
         self._inspector.refresh()
         self._courier.refresh()
+        failures = self._worker.failures
         try:
             self._renew_if_due()
-            answer = self._dial().check_in(self._report())
+            answer = self._dial().check_in(self._report(failures))
         except Cancelled:
             return 0.0
         except Refused:
@@ -278,9 +280,10 @@ class Agent:
             return wait_s
         except LeptonError as error:
             return self._offline(error)
+        self._worker.heard(failures)
         return self._online(answer)
 
-    def _report(self) -> pb.CheckInRequest:
+    def _report(self, failures: Mapping[Key, str]) -> pb.CheckInRequest:
         status, reason = self._status()
         findings = self._inspector.findings
         self._diary.note(
@@ -313,6 +316,7 @@ class Agent:
             service=self._courier.service(),
             trial=self._courier.trial(),
             ledger=_shown(self._witness.seen),
+            engaged=_engaged(self._worker.open, failures),
         )
 
     def _held_up(self) -> Cause | None:
@@ -600,6 +604,16 @@ class Agent:
             "coordinator": identity.device_service,
             "certificate_ends": identity.ends,
         }
+
+
+def _engaged(taking_part: Iterable[Key], failures: Mapping[Key, str]) -> list[pb.Engaged]:
+    """What the coordinator is told of attempts; the newest ones, for it takes no more."""
+    told = dict.fromkeys(taking_part, "") | dict(failures)
+    found = [
+        pb.Engaged(run_id=run_id, round=number, nonce=nonce, failure=why)
+        for (run_id, number, nonce), why in told.items()
+    ]
+    return found[-MAX_ENGAGED:]
 
 
 def _shown(head: LedgerHead | None) -> pb.LedgerHead | None:

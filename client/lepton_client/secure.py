@@ -186,6 +186,10 @@ class Seat:
         """Whether this process takes part in an attempt."""
         return name in self._works
 
+    def refuse_if_signed(self, asked: "StageRequest") -> None:
+        """Raise UpdateRejected (SIGNED_BEFORE) if this device has signed in the round that is offered."""
+        self._seated().refuse_if_signed(asked.offer)
+
     def answer(self, asked: "StageRequest", name: str) -> "StageAnswer":
         """Answer one stage; the same again for the same again.
 

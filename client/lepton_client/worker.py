@@ -14,7 +14,7 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -158,6 +158,7 @@ class Worker:
         self._finished: OrderedDict[Key, int] = OrderedDict()  # and the number that our node had
         self._number = 0  # that our node has, or had last
         self._answers: dict[Key, _Trained] = {}
+        self._failures: dict[Key, str] = {}  # what it has given up, until the coordinator knows
         self._stay_until = 0.0
         self._beat: float | None = None  # clock seconds of the last step of the work in hand; None = none is
         self._stepped = False  # whether anything was ever trained by this process
@@ -173,6 +174,24 @@ class Worker:
         """Whether a selection is open."""
         with self._lock:
             return bool(self._open)
+
+    @property
+    def open(self) -> list[Key]:
+        """The attempts that this device takes part in."""
+        with self._lock:
+            return list(self._open)
+
+    @property
+    def failures(self) -> dict[Key, str]:
+        """The attempts that this device has given up without an answer, and why."""
+        with self._lock:
+            return dict(self._failures)
+
+    def heard(self, failures: Iterable[Key]) -> None:
+        """The coordinator knows of these."""
+        with self._lock:
+            for key in failures:
+                self._failures.pop(key, None)
 
     @property
     def stalled_s(self) -> float:
@@ -271,11 +290,12 @@ class Worker:
         try:
             while self._wanted():
                 self._engage()
-        except BaseException:
+        except BaseException as error:
             log.exception("the worker failed; the agent goes on without this round")
             with self._lock:
                 for key, selection in self._open.items():
                     self._over_with(key, selection.node)  # it would fail again at the next check-in
+                    self._failures[key] = f"The device failed with {type(error).__name__}."
                 self._open.clear()
                 self._thread = None
         finally:
@@ -472,10 +492,11 @@ class Worker:
             return
         ticket = asked.ticket
         key = (ticket.run_id, ticket.round, ticket.nonce)
-        answer, why, is_out = self._answer_stage(asked, key)
-        if answer is None:
+        answer, is_out = self._answer_stage(asked, key)
+        if isinstance(answer, UpdateRejected):
+            reason, why = answer.reason, str(answer)
             log.warning("round %d of run %s, %s: %s", key[1], key[0], asked.stage.name.lower(), why)
-            self._push(lambda: node.push_error(handle, Rejection.FAILED, why), node, key)
+            self._push(lambda: node.push_error(handle, reason, why), node, key)
             if is_out:
                 self._give_up(ticket, key)
             self._pause(self._poll_s)  # the same message may come again until the round is over
@@ -500,39 +521,44 @@ class Worker:
         finally:
             self._beat = None
 
-    def _answer_stage(self, asked: "StageRequest", key: Key) -> "tuple[Records | None, str, bool]":
+    def _answer_stage(self, asked: "StageRequest", key: Key) -> "tuple[Records | UpdateRejected, bool]":
         """The answer; or why there is none, and whether this device is out of the round."""
         from lepton_fl.secagg.server import Stage
 
-        refusal = "This device cannot aggregate securely." if self._seat is None else ""
-        if self._seat is not None and not self._seat.knows(_name(key)):
-            refusal = self._stage_refusal(asked, key)
-        if refusal or self._seat is None:
-            return None, refusal, True
+        name = _name(key)
         try:
-            late = self._seat.untrained(_name(key)) if asked.stage is Stage.UPLOADS else None
+            if self._seat is None:
+                raise TrustError("This device cannot aggregate securely.")
+            if not self._seat.knows(name):
+                self._begin_stage(self._seat, asked, key)
+            late = self._seat.untrained(name) if asked.stage is Stage.UPLOADS else None
             if late is not None:  # a restarted coordinator has the key shares, and we were never told
                 self._train_seat(self._seat, late, key)
-            return self._seat.answer(asked, _name(key)).to_records(), "", False
-        except (TrustError, UpdateRejected) as error:
-            return None, str(error), True
+            return self._seat.answer(asked, name).to_records(), False
+        except UpdateRejected as refusal:
+            return refusal, True
+        except TrustError as error:
+            return UpdateRejected(Rejection.FAILED, str(error)), True
         except StateError as error:
             self._trouble(error)
-            return None, str(error), False
+            return UpdateRejected(Rejection.FAILED, str(error)), False
         except Exception as error:  # whatever is wrong with this machine, the round must hear of it
             log.exception("round %d of run %s could not be worked on", key[1], key[0])
-            return None, f"The device failed with {type(error).__name__}.", True
+            return UpdateRejected(Rejection.FAILED, f"The device failed with {type(error).__name__}."), True
 
-    def _stage_refusal(self, asked: "StageRequest", key: Key) -> str:
-        """Why this device must not begin; '' after the ledger has it as begun, which the roster is for."""
+    def _begin_stage(self, seat: Seat, asked: "StageRequest", key: Key) -> None:
+        """Raise UpdateRejected where this device must not begin; from the roster on it counts as begun."""
         from lepton_fl.secagg.server import Stage
 
         if asked.stage is Stage.SHARES:
+            seat.refuse_if_signed(asked)
             refused = self._refusal(asked.ticket, key)
-            return "" if refused is None else refused[1]
-        with self._lock:
-            selection = self._open.get(key)
-        return selection.refusal if selection is not None else ""
+        else:
+            with self._lock:
+                selection = self._open.get(key)
+            refused = None if selection is None else (selection.reason, selection.refusal)
+        if refused is not None and refused[1]:
+            raise UpdateRejected(*refused)
 
     def _give_up(self, ticket: "Ticket", key: Key) -> None:
         if self._seat is not None:

@@ -302,7 +302,7 @@ class Campaign:
                 if stopped:
                     return None
                 if collected.burnt:
-                    return self._skip(state, cause)
+                    return self._skip(state, cause, counts=not collected.forgotten)
                 continue
             measured = self.measure(collected, mean)
             after = advance(self.spec, self.work, plan, state, mean, collected.reports)
@@ -326,13 +326,14 @@ class Campaign:
             counted = entry.outcome == ACCEPTED
             self.history.heard(device_id, counted, entry.arrived_s or 0.0 if counted else 0.0, cause)
 
-    def _skip(self, state: RunState, cause: str) -> RunState:
+    def _skip(self, state: RunState, cause: str, *, counts: bool) -> RunState:
         """Go on after a round of which a survivor set went out for signing, and no sum came.
 
         Devices sign no other set in this round: two sums of the same updates would tell their difference. So
-        the next attempt is one at the next round, from the same model.
+        the next attempt is one at the next round, from the same model. Rounds that a coordinator had done
+        before it was restored from an older state are passed over so, and do not count as failures.
         """
-        number, self._void = state.round + 1, self._void + 1
+        number, self._void = state.round + 1, self._void + counts
         if self._void >= self.spec.cohort.max_attempts:
             raise RunError(
                 f"{self._void} rounds in a row gave no sum; the last one, round {number}: {cause}.",

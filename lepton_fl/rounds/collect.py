@@ -55,7 +55,7 @@ class Collected:
     sums: Sums = field(default_factory=dict)
     reports: int = 0
     bytes_up: int = 0
-    burnt: bool = False  # a survivor set went out for signing: nobody signs another one in this round
+    burnt: bool = False  # a survivor set went out for signing, now or before: nobody signs another one
     elapsed_s: Callable[[], float] = lambda: 0.0  # since the attempt began
     few_bits: FewBits | None = None  # of a sum of quantised updates
     down: Mapping[str, int] | None = None  # bytes that were sent to each device, where it is known
@@ -73,6 +73,11 @@ class Collected:
         """Note what a sum tells of itself; its mean, unless it has left its ring."""
         self.few_bits = found
         return None if found.wrapped else mean
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether devices have signed in this round, which the coordinator has lost: it was restored."""
+        return any(e.outcome == Rejection.SIGNED_BEFORE for e in self.participation.values())
 
     @property
     def wrapped(self) -> bool:

@@ -315,7 +315,7 @@ def collect_secure(
     heard.settle(parties)
     totals = [party.outcome.total for party in parties if party.outcome and party.outcome.total is not None]
     if not totals or not collected.enough:
-        collected.burnt = any(party.session.stage > Stage.UPLOADS for party in parties)
+        collected.burnt = collected.forgotten or any(p.session.stage > Stage.UPLOADS for p in parties)
         return collected, None
     mean = decode_total(plan, encoding, totals, collected, finish)
     collected.burnt = mean is None

@@ -21,7 +21,7 @@ from typing import Any, Final, NoReturn, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lepton_fl.errors import ConfigError, TrustError
+from lepton_fl.errors import ConfigError, Rejection, TrustError, UpdateRejected
 from lepton_fl.rounds.secure_sum import SumEncoding
 from lepton_fl.secagg.client import ClientSession, Ledger, Policy, Prekey
 from lepton_fl.secagg.context import COMPLETE, RoundContext, Rules
@@ -229,6 +229,17 @@ class SecureMember:
                 self.leave(key)
                 self._enter(key, prekey)
                 return
+
+    def refuse_if_signed(self, offer: str) -> None:
+        """Hold an offer against what this device has signed: no new attempt at that round can have it.
+
+        Raises:
+            UpdateRejected: SIGNED_BEFORE; or the offer does not decode.
+            StateError: the ledger cannot be read.
+        """
+        if self._ledger.signed(Offer.from_json(offer).context(self.deployment).round_key):
+            words = "This device has signed in this round already; nobody gets a second sum of it."
+            raise UpdateRejected(Rejection.SIGNED_BEFORE, words)
 
     def shares(self, key: str, offer: str, roster: bytes) -> bytes:
         """Message 3, the answer to an offer and the roster.

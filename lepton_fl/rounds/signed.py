@@ -49,6 +49,11 @@ class FileLedger:
                 self._write(file, key, value)
             return True
 
+    def signed(self, round_key: str) -> bool:
+        """See ``Ledger``; raises like ``claim``."""
+        with self._locked() as file:
+            return round_key in self._read(file)
+
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
         try:

@@ -82,6 +82,10 @@ class Ledger(Protocol):
         """Store ``digest`` under ``round_key`` durably if there is none yet; return what is stored."""
         ...
 
+    def signed(self, round_key: str) -> bool:
+        """Whether a survivor set was signed in a round: no further attempt at it can have this device."""
+        ...
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -101,21 +105,25 @@ class MemoryLedger:
     """A ledger for simulations and tests: it forgets when the process ends."""
 
     def __init__(self) -> None:
-        self.signed: dict[str, bytes] = {}
+        self._signed: dict[str, bytes] = {}
         self._given: dict[str, tuple[int, bytes]] = {}
 
     def give(self, round_key: str, attempt: int, roster: bytes) -> bool:
         """See :class:`Ledger`."""
         last = self._given.get(round_key, (-1, b""))
         if last != (attempt, roster):
-            if round_key in self.signed or last[0] >= attempt:
+            if round_key in self._signed or last[0] >= attempt:
                 return False
             self._given[round_key] = attempt, roster
         return True
 
     def claim(self, round_key: str, digest: bytes) -> bytes:
         """See :class:`Ledger`."""
-        return self.signed.setdefault(round_key, digest)
+        return self._signed.setdefault(round_key, digest)
+
+    def signed(self, round_key: str) -> bool:
+        """See :class:`Ledger`."""
+        return round_key in self._signed
 
 
 class _Secret:

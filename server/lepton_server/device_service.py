@@ -60,6 +60,7 @@ from lepton_server.fleet import (
     BUSY,
     IDLE,
     NOT_ELIGIBLE,
+    Engaged,
     Failed,
     Fleet,
     Report,
@@ -113,9 +114,11 @@ _Passing = Literal[
     "advert_session",
     "ledger",
     "troubles",
+    "engaged",
 ]
 _PASSING: tuple[_Passing, ...] = get_args(_Passing)  # what a check-in says of this moment only
 _MOST_TROUBLES = 8  # in one check-in
+_MOST_ENGAGED, _MAX_NAME = 8, 200  # attempts in one check-in, and characters of a run's name or a nonce
 _MOST_ADVERTS, _MAX_ADVERT = 8, 1024  # keys made ahead in one check-in, and bytes of one
 _RENEWED = {  # why a device came for a new certificate, where something was wrong
     Cause.EXPIRED_CERTIFICATE.value: "its certificate had expired; it was given a new one",
@@ -536,6 +539,7 @@ class DeviceService:
         troubles = _troubles(request)
         serves, service = _service(request.service)
         tried = _tried(request.trial)
+        engaged = _engaged(request)
         seen = _seen_head(request)
         if self._heads is not None and seen is not None and not self._heads.fits(seen):
             work = partial(self._heads.judge, identity.device_id, seen)
@@ -552,6 +556,7 @@ class DeviceService:
             serves=serves,
             service=service,
             tried=tried,
+            engaged=engaged,
         )
         wall = self._wall()
         return pb.CheckInResponse(
@@ -1040,6 +1045,21 @@ def _troubles(request: pb.CheckInRequest) -> list[tuple[Cause, str]]:
         raise ConfigError(f"Expected at most {_MOST_TROUBLES} troubles, got {len(request.troubles)}.")
     known = [t for t in request.troubles if t.cause in set(Cause)]
     return [(Cause(t.cause), _words("a trouble's detail", t.detail, 500)) for t in known]
+
+
+def _engaged(request: pb.CheckInRequest) -> list[Engaged]:
+    """What a device takes part in; unknown attempts are no error."""
+    if len(request.engaged) > _MOST_ENGAGED:
+        raise ConfigError(f"Expected at most {_MOST_ENGAGED} attempts, got {len(request.engaged)}.")
+    return [
+        Engaged(
+            _label("engaged.run_id", each.run_id, 1, _MAX_NAME),
+            each.round,
+            _label("engaged.nonce", each.nonce, 0, _MAX_NAME),
+            _words("engaged.failure", each.failure, 500),
+        )
+        for each in request.engaged
+    ]
 
 
 def _service(told: pb.Service) -> tuple[str, Service]:

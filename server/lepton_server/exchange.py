@@ -128,6 +128,7 @@ class FleetExchange:
         again = self._unfinished is not None and self._unfinished.nonce == plan.nonce
         attempt = _Attempt(plan, time.monotonic() + plan.deadline_s, resumed=again)
         waits, box = list(plan.cohort) if again else [], self._mailbox(plan)
+        self._fleet.open_attempt(plan.run_id, plan.nonce)
         try:
             for kept in self._known(attempt, durable=True):
                 waits.remove(kept.device_id)
@@ -148,7 +149,7 @@ class FleetExchange:
             self._close(attempt, box)
             # At a shutdown the devices go on working: the attempt goes on after the restart.
             going_on = self._attempts is not None and plan.kind == "train" and self._closing()
-            self._release(attempt, set() if going_on else {*waits, *attempt.devices.values()})
+            self._release(attempt, {*waits, *attempt.devices.values()}, going_on=going_on)
 
     def _known(self, attempt: _Attempt, durable: bool) -> list[Update]:
         """What an attempt had been sent before a restart."""
@@ -178,6 +179,7 @@ class FleetExchange:
             resumed: devices that have taken part before a restart do so again.
         """
         leaves = time.monotonic() + seconds
+        self._fleet.open_attempt(plan.run_id, plan.nonce)
         return Stages(self, _Attempt(plan, leaves, leaves, resumed), self._mailbox(plan))
 
     def ask_stage(
@@ -210,7 +212,7 @@ class FleetExchange:
         """See ``Stages.close``."""
         self._close(attempt, box)
         # At a shutdown the devices keep what they have: the attempt goes on after the restart.
-        self._release(attempt, set() if self._closing() else set(attempt.plan.cohort))
+        self._release(attempt, set(attempt.plan.cohort), going_on=self._closing())
 
     def _answers(
         self, attempt: _Attempt, box: Mailbox, *, idle: bool = False
@@ -376,9 +378,14 @@ class FleetExchange:
         return max(0.0, attempt.ends - now)
 
     def _vanished(self, attempt: _Attempt, box: Mailbox) -> Generator[Answer, None, None]:
-        """Give up devices that show no sign of life, however alive their waiting stream looks."""
-        now = time.monotonic()
+        """Give up devices that say so, or show no sign of life, however alive their stream looks."""
+        now, nonce = time.monotonic(), attempt.plan.nonce
         for message_id, device_id in list(attempt.devices.items()):
+            if why := self._fleet.gave_up(device_id, nonce):
+                box.withdraw([message_id])
+                del attempt.devices[message_id]
+                yield Answer(device_id, UpdateRejected(Rejection.FAILED, why))
+                continue
             if self._is_there(attempt, device_id):
                 attempt.missing_since.pop(device_id, None)
             else:
@@ -428,8 +435,11 @@ class FleetExchange:
             return True
         return device_id not in attempt.streamed and self._fleet.is_online(device_id)
 
-    def _release(self, attempt: _Attempt, leaving: set[str]) -> None:
+    def _release(self, attempt: _Attempt, leaving: set[str], *, going_on: bool) -> None:
+        """Let the cohort go; unless the attempt goes on after a restart, those at work on it leave it."""
         plan = attempt.plan
+        if not going_on:
+            self._fleet.close_attempt(plan.run_id, plan.nonce)
         leave = pb.Instruction(
             leave=pb.Leave(
                 run_id=plan.run_id,
@@ -441,7 +451,7 @@ class FleetExchange:
         )
         for device_id in plan.cohort:
             self._fleet.mark_idle(device_id, plan.run_id)
-            if device_id in leaving:
+            if device_id in leaving and not going_on:
                 self._instruct(device_id, leave)
 
 

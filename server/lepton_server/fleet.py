@@ -7,6 +7,9 @@ Rules:
 * Presence is soft: after a restart every device is offline until it calls again. It is written to the store
   in batches, for people to look at; an idle check-in writes nothing else, and the journal does not grow.
 * What a device says of itself is journalled when it has changed, at most once per ``REPORT_GAP_S``.
+* A device says at each check-in which attempts it takes part in, and is told to leave those that are not
+  open. So neither a ``Leave`` that is lost with its connection nor a coordinator that was restored from an
+  older state keeps it busy until a deadline.
 * Nothing here waits: every method takes one lock for microseconds. ``candidates`` reads without it.
 
 Example::
@@ -23,7 +26,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple, Protocol
@@ -114,6 +117,15 @@ class Tried:
     release: str = ""
     question: str = ""  # SHA-256 (hex)
     word: str = ""
+
+
+class Engaged(NamedTuple):
+    """An attempt at a round that a device takes part in, by its own word."""
+
+    run_id: str
+    round: int
+    nonce: str
+    failure: str = ""  # why it has given the attempt up
 
 
 class Heard(NamedTuple):
@@ -319,6 +331,8 @@ class Fleet:
         self._run_active = False
         self._secure_active = False
         self._spent: dict[bytes, None] = {}  # keys that rosters have named, oldest first
+        self._attempts: dict[str, str] = {}  # run -> the nonce of its open attempt
+        self._given_up: dict[tuple[str, str], str] = {}  # (device, nonce of an open attempt) -> why
         self._renew_s: float | None = None  # None: there is no enrolment authority
         self.store_error: LeptonError | None = None  # why the store cannot be used, now
         self._batch = _Batch()
@@ -391,12 +405,19 @@ class Fleet:
                 if row.quarantined_until:
                     self._rest(device, row.quarantined_until, row.quarantine_cause)
                 devices[row.id] = device
+            attempts = self._open_attempts()
             with self._lock:
-                self._devices = devices
+                self._devices, self._attempts = devices, attempts
                 self._registered = len(devices)
                 self._changed()
             self._read(0, seq, _SIGNING)
             self._seq = seq
+
+    def _open_attempts(self) -> dict[str, str]:
+        """Attempts that a coordinator before this one has begun, and that may go on."""
+        runs = [run.id for run in self._store.runs() if not run.finished]
+        last = [row for run_id in runs for row in self._store.rounds(run_id)[-1:]]
+        return {row.run_id: str(row.plan.get("nonce", "")) for row in last if row.state == "planned"}
 
     # -- the journal --------------------------------------------------------------------------------
 
@@ -530,6 +551,7 @@ class Fleet:
         serves: str = "",
         service: Service = _NO_SERVICE,
         tried: Tried = _NO_TRIAL,
+        engaged: Sequence[Engaged] = (),
     ) -> Answer:
         """Note that a device is there, and say what it should do.
 
@@ -545,6 +567,7 @@ class Fleet:
             serves: The release that ``service`` is about; empty = none.
             service: What it counted of its predictions.
             tried: What it says of a release on its own rows.
+            engaged: What it takes part in.
 
         Raises:
             TrustError: It is not enrolled, or revoked.
@@ -566,6 +589,8 @@ class Fleet:
             self._batch.presence[device_id] = (wall, status)
             # A device that is at work has its offer; one that is not has lost it, or was started again.
             instructions = self._take(device, now, unsent=status == BUSY) if device.pending else ()
+            if engaged:
+                instructions = (*instructions, *self._sort_out(device_id, engaged))
             desired = device.desired if device.desired_digest != desired_digest else ""
             # A fleet that fits waits always, so that a run starts at once; a larger one only during a run.
             wanted = self._run_active or self._registered <= self._config.max_waiting
@@ -573,6 +598,15 @@ class Fleet:
             has_key = device.credential_ends > wall
             adverts = STOCK - len(device.adverts) if self._secure_active and has_key else 0
         return Answer(next_s, wanted and room, instructions, desired, certify, max(0, adverts))
+
+    def _sort_out(self, device_id: str, engaged: Sequence[Engaged]) -> Iterator[pb.Instruction]:
+        """Hear what has become of attempts; the device leaves those that are not open. The lock is held."""
+        for each in engaged:
+            if self._attempts.get(each.run_id) != each.nonce:
+                leave = pb.Leave(run_id=each.run_id, round=each.round, nonce=each.nonce)
+                yield pb.Instruction(leave=leave)
+            elif each.failure:
+                self._given_up[device_id, each.nonce] = each.failure
 
     def _note_secrecy(self, device: _Device, secrecy: Secrecy, wall: float) -> bool:
         """Take in keys made ahead; returns whether the device has become fit for secure rounds, or unfit."""
@@ -859,6 +893,22 @@ class Fleet:
                 if device is not None and not device.revoked:
                     device.run = run_id
             return True
+
+    def open_attempt(self, run_id: str, nonce: str) -> None:
+        """From now on devices of a run work on this attempt; they leave any other."""
+        with self._lock:
+            self._attempts[run_id] = nonce
+
+    def close_attempt(self, run_id: str, nonce: str = "") -> None:
+        """An attempt is over, or with no nonce the run is: whoever still works on it is told to leave."""
+        with self._lock:
+            if nonce in ("", self._attempts.get(run_id)):
+                over = self._attempts.pop(run_id, "")
+                self._given_up = {key: why for key, why in self._given_up.items() if key[1] != over}
+
+    def gave_up(self, device_id: str, nonce: str) -> str:
+        """Why a device has given up an open attempt, by its own word; '' = it has not."""
+        return self._given_up.get((device_id, nonce), "")
 
     def release(self, run_id: str) -> None:
         """Let go of every device that a run still claims."""

@@ -538,6 +538,7 @@ class RunDriver:
             self._attempts.forget(run_id)
         self._meters.waiting.labels(run_id).set(0)
         self._watch_dog.ends(run_id)
+        self._fleet.close_attempt(run_id)
         log.info(
             "run %s %s: %s %s",
             run_id,

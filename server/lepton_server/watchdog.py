@@ -70,6 +70,8 @@ ADVICE: Final[Mapping[Cause, str]] = {
     Cause.NOT_ELIGIBLE: "Wait: a rule of the device's owner says not now.",
     Cause.NOT_CERTIFIED: "Sign its request: `lepton authority requests|sign|install`.",
     Cause.FAILED: "The device's log has the whole error.",
+    Cause.SIGNED_BEFORE: "Nothing: the coordinator was restored from an older state, and the run passes over "
+    "this round.",
     Cause.SLOW: "Raise cohort.deadline_s, or weigh by cohort.correction = 'inverse-probability'.",
     Cause.QUARANTINED: "Wait, or `lepton devices readmit NAME` once it is mended.",
     Cause.OFFLINE: "See whether the device is on and reaches this machine.",
@@ -101,6 +103,7 @@ _OF_REJECTION: Final[Mapping[str, Cause]] = {
     Rejection.REVOKED: Cause.REVOKED,
     Rejection.OFFLINE: Cause.OFFLINE,
     Rejection.FAILED: Cause.FAILED,
+    Rejection.SIGNED_BEFORE: Cause.SIGNED_BEFORE,
 }
 # Named for a while, though the device is fit again.
 _HEALED: Final = (Cause.WRONG_CERTIFICATE, Cause.EXPIRED_CERTIFICATE, Cause.EVICTED)

@@ -87,7 +87,7 @@ class TaskReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., layout_digest: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving", "credential_ends", "adverts", "advert_session", "service", "ledger", "trial", "troubles")
+    __slots__ = ("protocol", "status", "reason", "tasks", "client_version", "capabilities", "device_time", "desired_digest", "serving", "credential_ends", "adverts", "advert_session", "service", "ledger", "trial", "troubles", "engaged")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,7 @@ class CheckInRequest(_message.Message):
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     TRIAL_FIELD_NUMBER: _ClassVar[int]
     TROUBLES_FIELD_NUMBER: _ClassVar[int]
+    ENGAGED_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     status: Status
     reason: str
@@ -120,7 +121,20 @@ class CheckInRequest(_message.Message):
     ledger: LedgerHead
     trial: Trial
     troubles: _containers.RepeatedCompositeFieldContainer[Trouble]
-    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., credential_ends: _Optional[int] = ..., adverts: _Optional[_Iterable[bytes]] = ..., advert_session: _Optional[bytes] = ..., service: _Optional[_Union[Service, _Mapping]] = ..., ledger: _Optional[_Union[LedgerHead, _Mapping]] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ..., troubles: _Optional[_Iterable[_Union[Trouble, _Mapping]]] = ...) -> None: ...
+    engaged: _containers.RepeatedCompositeFieldContainer[Engaged]
+    def __init__(self, protocol: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskReport, _Mapping]]] = ..., client_version: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., device_time: _Optional[float] = ..., desired_digest: _Optional[str] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., credential_ends: _Optional[int] = ..., adverts: _Optional[_Iterable[bytes]] = ..., advert_session: _Optional[bytes] = ..., service: _Optional[_Union[Service, _Mapping]] = ..., ledger: _Optional[_Union[LedgerHead, _Mapping]] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ..., troubles: _Optional[_Iterable[_Union[Trouble, _Mapping]]] = ..., engaged: _Optional[_Iterable[_Union[Engaged, _Mapping]]] = ...) -> None: ...
+
+class Engaged(_message.Message):
+    __slots__ = ("run_id", "round", "nonce", "failure")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    round: int
+    nonce: str
+    failure: str
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., nonce: _Optional[str] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class Trial(_message.Message):
     __slots__ = ("release", "question", "word")

@@ -53,6 +53,7 @@ DEVICE_REASONS: Final = frozenset(
         Rejection.OUT_OF_MEMORY,
         Rejection.DISK_FULL,
         Rejection.INTERRUPTED,
+        Rejection.SIGNED_BEFORE,
     }
 )
 

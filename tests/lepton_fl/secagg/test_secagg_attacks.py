@@ -42,12 +42,12 @@ NOW = 1_800_000_000.0
 
 def refused(cohort, call, match="", device=VICTIM):
     """The call is refused, nothing was signed, and the device is silent from now on."""
-    ledger = dict(cohort.ledgers[device].signed)
+    ledger = dict(cohort.ledgers[device]._signed)
     with pytest.raises(TrustError, match=match):
         call()
     session = cohort.sessions[device]
     assert session.refused
-    assert cohort.ledgers[device].signed == ledger
+    assert cohort.ledgers[device]._signed == ledger
     assert session._b == bytes(len(session._b))
     assert session._held == {}
     for again in (
@@ -739,7 +739,7 @@ def test_garbled_shares_for_too_many_end_the_attempt_before_anybody_signs(make):
             cohort.close()
         assert [(b.device, b.fault) for b in cohort.server.blames] == [("d002", Fault.BAD_SHARES)]
     assert cohort.server.stage is Stage.UPLOADS
-    assert not any(ledger.signed for ledger in cohort.ledgers.values())
+    assert not any(ledger._signed for ledger in cohort.ledgers.values())
     again = make(n=6, attempt=2, name="again", ledgers=cohort.ledgers)
     assert again.run().total is not None
 
