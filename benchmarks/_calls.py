@@ -17,10 +17,11 @@ from typing import Self
 
 import hpack
 
-from lepton_fl.wire.status import PATIENCE_KEY, RETRY_KEY
+from lepton_fl.wire.status import CODE_KEY, PATIENCE_KEY, RETRY_KEY
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
+UNKNOWN = 2  # gRPC's status
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _WINDOW = 2**30  # bytes that the server may send: more than all answers
 _SETTINGS = {1: 0, 2: 0, 4: _WINDOW}  # no header table, no push, window of a stream
@@ -34,10 +35,24 @@ class Answer:
     detail: str = ""
     retry_s: float = 0.0  # when to come again, if that was said
     dropped: bool = False  # the server reset the stream without a word
+    ours: bool = False  # it has our code of an error
 
 
-def _frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
+def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
+    """One frame of HTTP/2."""
     return b"%b%c%c%b%b" % (len(body).to_bytes(3, "big"), kind, flags, stream.to_bytes(4, "big"), body)
+
+
+def head_of(path: str, patience_s: float, **changes: str) -> bytes:
+    """The encoded headers of a call; ``changes`` by their names, with _ for -."""
+    names = {
+        ":method": "POST", ":scheme": "https", ":path": path, ":authority": "127.0.0.1",
+        "te": "trailers", "content-type": "application/grpc", "user-agent": "lepton-bench",
+        "grpc-timeout": f"{patience_s * 1000:.0f}m", PATIENCE_KEY: str(patience_s),
+    } | {name.replace("_", "-"): value for name, value in changes.items()}  # fmt: skip
+    encoder = hpack.Encoder()
+    encoder.header_table_size = 0
+    return encoder.encode([hpack.NeverIndexedHeaderTuple(*name) for name in names.items()])
 
 
 class Line:
@@ -48,6 +63,7 @@ class Line:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._next, self._unread, self._unsent = 1, b"", b""
+        self.is_open = True
         self.most = 1  # calls under way that the server wants at most, once it has said so
         self._decoder = hpack.Decoder()
         self._decoder.header_table_size = 0
@@ -55,8 +71,8 @@ class Line:
         settings = b"".join(
             key.to_bytes(2, "big") + value.to_bytes(4, "big") for key, value in _SETTINGS.items()
         )
-        window = _frame(8, 0, 0, _WINDOW.to_bytes(4, "big"))
-        self._send(_HELLO + _frame(SETTINGS, 0, 0, settings) + window)
+        window = frame(8, 0, 0, _WINDOW.to_bytes(4, "big"))
+        self._send(_HELLO + frame(SETTINGS, 0, 0, settings) + window)
 
     @classmethod
     async def dial(cls, port: int, context: ssl.SSLContext, path: str, patience_s: float) -> Self:
@@ -75,33 +91,43 @@ class Line:
         except BaseException:
             plain.close()
             raise
-        names = [
-            (":method", "POST"), (":scheme", "https"), (":path", path), (":authority", f"127.0.0.1:{port}"),
-            ("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "lepton-bench"),
-            ("grpc-timeout", f"{patience_s * 1000:.0f}m"), (PATIENCE_KEY, str(patience_s)),
-        ]  # fmt: skip
-        encoder = hpack.Encoder()
-        encoder.header_table_size = 0
-        return cls(connection, encoder.encode([hpack.NeverIndexedHeaderTuple(*name) for name in names]))
+        return cls(connection, head_of(path, patience_s))
 
     @property
     def under_way(self) -> int:
         """Calls that have no answer yet."""
         return len(self._waiting)
 
-    async def call(self, message: bytes) -> Answer:
-        """Make the call and wait for the server, which knows the patience; OSError if the connection ends."""
+    async def call(self, message: bytes, head: bytes = b"", body: bytes | None = None) -> Answer:
+        """Make the call and wait for the server, which knows the patience; OSError if the connection ends.
+
+        Args:
+            message: of the call.
+            head: its encoded headers; empty = those of the line.
+            body: what is sent instead of the message in gRPC's own frame.
+        """
+        if not self.is_open:
+            raise ConnectionResetError("the connection has ended")
         stream, self._next = self._next, self._next + 2
         answer = self._waiting[stream] = self._loop.create_future()
-        body = b"\0" + len(message).to_bytes(4, "big") + message
-        self._send(_frame(HEADERS, END_HEADERS, stream, self._head) + _frame(DATA, END_STREAM, stream, body))
+        if body is None:
+            body = b"\0" + len(message).to_bytes(4, "big") + message
+        head = frame(HEADERS, END_HEADERS, stream, head or self._head)
+        self._send(head + frame(DATA, END_STREAM, stream, body))
         return await answer
+
+    def send(self, data: bytes) -> None:
+        """Send bytes that are no call."""
+        self._send(data)
 
     def close(self) -> None:
         """Hang up."""
         self._end(ConnectionAbortedError("hung up"))
 
     def _end(self, error: OSError) -> None:
+        if not self.is_open:
+            return
+        self.is_open = False
         self._loop.remove_reader(self._connection)
         self._loop.remove_writer(self._connection)
         self._connection.close()
@@ -113,6 +139,8 @@ class Line:
     # -- bytes ----------------------------------------------------------------------------------------------
 
     def _send(self, data: bytes) -> None:
+        if not self.is_open:
+            return
         if not self._unsent:
             self._loop.add_writer(self._connection, self._writable)
         self._unsent += data
@@ -132,6 +160,8 @@ class Line:
         try:
             while data := self._connection.recv(65_536):
                 self._read(data)
+                if not self.is_open:
+                    return
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return
         except OSError as error:
@@ -140,7 +170,7 @@ class Line:
 
     def _read(self, data: bytes) -> None:
         data, at = self._unread + data, 0
-        while len(data) - at >= 9:
+        while len(data) - at >= 9 and self.is_open:
             end = at + 9 + int.from_bytes(data[at : at + 3], "big")
             if end > len(data):
                 break
@@ -158,15 +188,16 @@ class Line:
             if kind == SETTINGS:
                 found = {body[at : at + 2]: body[at + 2 : at + 6] for at in range(0, len(body), 6)}
                 self.most = int.from_bytes(found.get(b"\0\3", b"\x7f\xff\xff\xff"), "big")
-            self._send(_frame(kind, ACK, 0, body if kind == PING else b""))
+            self._send(frame(kind, ACK, 0, body if kind == PING else b""))
         elif kind == GOAWAY:
             self._end(ConnectionResetError("the server takes no more calls of this connection"))
 
     def _trailers(self, flags: int, body: bytes) -> Answer:
         assert flags & END_HEADERS, "gRPC's trailers fit a frame"
         found = {str(key): str(value) for key, value in self._decoder.decode(body)}
+        status = int(found.get("grpc-status", UNKNOWN))  # the stack refuses some calls in HTTP's words
         return Answer(
-            int(found["grpc-status"]), found.get("grpc-message", ""), float(found.get(RETRY_KEY, 0))
+            status, found.get("grpc-message", ""), float(found.get(RETRY_KEY, 0)), ours=CODE_KEY in found
         )
 
     def _answered(self, stream: int, answer: Answer) -> None:

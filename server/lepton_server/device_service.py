@@ -124,7 +124,10 @@ _RENEWED = {  # why a device came for a new certificate, where something was wro
     Cause.EXPIRED_CERTIFICATE.value: "its certificate had expired; it was given a new one",
     Cause.WRONG_CERTIFICATE.value: "the certificate that it showed was not accepted; it was given a new one",
 }
-_MAX_CACHED = 100_000  # certificates (about 250 bytes each) and reports whose check need not be repeated
+_MAX_CACHED = 100_000  # certificates (about 250 bytes each) whose check need not be repeated
+_MAX_REPORTS = (
+    8 << 20
+)  # bytes of reports whose check need not be repeated; checked, they take some times that
 
 
 class _Refusal(Exception):
@@ -188,6 +191,7 @@ class DeviceService:
             (1 - config.tls.renew_at) * config.tls.device_certificate_days * 86_400
         )
         self._reports: dict[bytes, Report] = {}
+        self._reports_size = 0  # bytes of its keys
         limits = config.limits
         self._limiter = FailureLimiter(limits.enrolment_failures, limits.enrolment_window_s)
         self._pace = Pace(limits.calls_per_s, limits.call_burst)
@@ -593,9 +597,10 @@ class DeviceService:
         key = request.SerializeToString(deterministic=True)
         report = self._reports.get(key)
         if report is None:
-            if len(self._reports) >= _MAX_CACHED:
-                self._reports.clear()
-            report = self._reports[key] = _checked_report(request)
+            report = _checked_report(request)
+            if self._reports_size + len(key) > _MAX_REPORTS:  # one device could send ever new ones
+                self._reports, self._reports_size = {}, 0
+            self._reports[key], self._reports_size = report, self._reports_size + len(key)
         return report
 
     async def _wait(self, data: bytes, context: Context, identity: _Identity) -> None:
