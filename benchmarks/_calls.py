@@ -194,7 +194,8 @@ class Line:
 
     def _trailers(self, flags: int, body: bytes) -> Answer:
         assert flags & END_HEADERS, "gRPC's trailers fit a frame"
-        found = {str(key): str(value) for key, value in self._decoder.decode(body)}
+        raw = self._decoder.decode(body, raw=True)  # the stack may repeat what it was sent
+        found = {bytes(key).decode(): bytes(value).decode(errors="replace") for key, value in raw}
         status = int(found.get("grpc-status", UNKNOWN))  # the stack refuses some calls in HTTP's words
         return Answer(
             status, found.get("grpc-message", ""), float(found.get(RETRY_KEY, 0)), ours=CODE_KEY in found

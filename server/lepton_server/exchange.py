@@ -208,11 +208,11 @@ class FleetExchange:
             box.withdraw(list(attempt.devices))
             attempt.devices.clear()
 
-    def end_stages(self, attempt: _Attempt, box: Mailbox) -> None:
+    def end_stages(self, attempt: _Attempt, box: Mailbox, *, going_on: bool) -> None:
         """See ``Stages.close``."""
         self._close(attempt, box)
         # At a shutdown the devices keep what they have: the attempt goes on after the restart.
-        self._release(attempt, set(attempt.plan.cohort), going_on=self._closing())
+        self._release(attempt, set(attempt.plan.cohort), going_on=going_on or self._closing())
 
     def _answers(
         self, attempt: _Attempt, box: Mailbox, *, idle: bool = False
@@ -493,6 +493,6 @@ class Stages:
         """
         yield from self._exchange.ask_stage(self._attempt, self._box, messages, seconds, durable)
 
-    def close(self) -> None:
-        """End the attempt: devices are told to leave, unless the coordinator shuts down."""
-        self._exchange.end_stages(self._attempt, self._box)
+    def close(self, *, going_on: bool = False) -> None:
+        """End the attempt: devices are told to leave, unless it goes on or the coordinator shuts down."""
+        self._exchange.end_stages(self._attempt, self._box, going_on=going_on)

@@ -600,7 +600,7 @@ class Fleet:
         return Answer(next_s, wanted and room, instructions, desired, certify, max(0, adverts))
 
     def _sort_out(self, device_id: str, engaged: Sequence[Engaged]) -> Iterator[pb.Instruction]:
-        """Hear what has become of attempts; the device leaves those that are not open. The lock is held."""
+        """Hear what has become of attempts; the device leaves those that are not open (the lock is held)."""
         for each in engaged:
             if self._attempts.get(each.run_id) != each.nonce:
                 leave = pb.Leave(run_id=each.run_id, round=each.round, nonce=each.nonce)

@@ -32,6 +32,7 @@ from lepton_fl.wire.records import Records
 from lepton_server.attempts import AttemptLog, Attempts, Vectors
 from lepton_server.exchange import FleetExchange, Stages
 from lepton_server.fleet import Fleet
+from lepton_server.patience import PASSING
 from lepton_server.signing import Signing
 from lepton_server.store import Attempt
 
@@ -121,6 +122,7 @@ class SecureFleet:
         devices: "_Devices",
         kept: AttemptLog,
     ) -> Brought:
+        going_on = False
         try:
             return collect_secure(
                 plan,
@@ -135,8 +137,11 @@ class SecureFleet:
                 tell=lambda device, refusal: self._exchange.tell(plan, device, refusal),
                 finish=finish,
             )
+        except PASSING:  # it goes on where it was, and devices must have their secrets then
+            going_on = True
+            raise
         finally:
-            devices.close()
+            devices.close(going_on=going_on)
 
     def _vector(self, plan: RoundPlan, device: str) -> bytes | memoryview:
         """A masked vector out of its device's update."""
@@ -203,9 +208,9 @@ class _Devices:
         self._shown_at = float("-inf")
         self.stage = ""  # the last one that was asked for
 
-    def close(self) -> None:
-        """End the attempt."""
-        self._stages.close()
+    def close(self, *, going_on: bool) -> None:
+        """End the attempt, or leave it for a moment."""
+        self._stages.close(going_on=going_on)
         if self._shown_at > 0:
             self._rounds.moved()
 

@@ -76,6 +76,7 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
         self.refused_at = []  # monotonic seconds
         self.lose_enrolment_answer = False
         self.wait = False
+        self.tells = []  # instructions of the next answer to a check-in
         self.renew = False
         self.ledger = None  # the head that it shows
         self.interval = 0.05
@@ -159,7 +160,9 @@ class Coordinator(device_pb2_grpc.DeviceServiceServicer):
         if self.refusal:
             self._abort(context, self.refusal)
         self.check_ins.put(request)
+        tells, self.tells = self.tells, []
         return pb.CheckInResponse(
+            instructions=tells,
             next_check_in_s=self.interval,
             wait=self.wait,
             server_time=time.time() + self.time_offset,

@@ -330,6 +330,54 @@ def test_leave_stops_the_training_and_nothing_is_sent(coordinator, agent, runnin
     assert post.answers == []
 
 
+def test_it_says_what_it_takes_part_in_and_leaves_what_a_check_in_tells_it_to(
+    coordinator, agent, running, post, work
+):
+    """The coordinator's word on the stream was lost, or it knows nothing of the attempt any more."""
+    coordinator.wait = True
+    running(agent)
+    assert not coordinator.heard(is_idle).engaged
+    post.send()
+    coordinator.instructions.put(participate())
+    assert work.began.wait(PATIENCE)
+    (engaged,) = coordinator.heard(lambda r: r.engaged).engaged
+    assert (engaged.run_id, engaged.round, engaged.nonce, engaged.failure) == ("run", 1, "00", "")
+    coordinator.tells = [pb.Instruction(leave=pb.Leave(run_id="run", round=1, nonce="00"))]
+    assert work.stopped.wait(PATIENCE)
+    coordinator.heard(lambda r: is_idle(r) and not r.engaged)
+    assert post.answers == []
+
+
+def test_a_worker_that_fails_is_told_until_the_coordinator_has_heard_it(
+    coordinator, agent, running, post, work, monkeypatch
+):
+    pulling, fail = threading.Event(), threading.Event()
+
+    def broken(node):
+        pulling.set()
+        fail.wait(PATIENCE)
+        raise MemoryError
+
+    coordinator.wait = True
+    running(agent)
+    coordinator.heard(is_idle)
+    monkeypatch.setattr(PostNode, "pull", broken)
+    coordinator.instructions.put(participate())
+    assert pulling.wait(PATIENCE)
+    coordinator.refusal = ConnectionFailed("The coordinator is busy.")
+    until(lambda: coordinator.refused_at)
+    fail.set()
+    until(lambda: agent._worker.failures)
+    calls = len(coordinator.refused_at)
+    until(lambda: len(coordinator.refused_at) > calls + 2)
+    coordinator.refusal = None
+    request = coordinator.heard(lambda r: r.engaged and r.engaged[0].failure)
+    assert request.status == pb.STATUS_IDLE
+    assert "MemoryError" in request.engaged[0].failure
+    assert not coordinator.heard().engaged
+    assert agent._worker.failures == {}
+
+
 def test_an_answerer_that_breaks_is_reported_and_the_agent_goes_on(
     coordinator, config, enrolled, running, post, good_data
 ):

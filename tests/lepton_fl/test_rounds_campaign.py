@@ -13,7 +13,13 @@ from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import CohortSpec, EarlyStop, RoundPlan, RunSpec, ServerOptimizerSpec
 from lepton_fl.rounds.campaign import Campaign, RunState, Verdict, Work
 from lepton_fl.rounds.cohort import Candidate
-from lepton_fl.rounds.collect import ACCEPTED, SURPLUS, collect_evaluation, collect_training
+from lepton_fl.rounds.collect import (
+    ACCEPTED,
+    SURPLUS,
+    Participation,
+    collect_evaluation,
+    collect_training,
+)
 from lepton_fl.rounds.exchange import Answer
 from lepton_fl.rounds.optimizers import ServerState
 from lepton_fl.tasks.metrics import TrainingLoss
@@ -597,6 +603,7 @@ class Hides:
     """Secure rounds of which some give no sum after signatures were asked for."""
 
     burnt: set[int]
+    word: Rejection = Rejection.OFFLINE  # of the devices that bring nothing
     plans: list[RoundPlan] = field(default_factory=list)
 
     def collect(self, plan, request, exchange, clock, finish=None):
@@ -604,6 +611,8 @@ class Hides:
         collected, mean = collect_training(plan, request.model, exchange)
         if plan.round in self.burnt:
             collected.burnt = True
+            first = plan.cohort[0]
+            collected.participation[first] = Participation(first, self.word.value)
             return collected, None
         return collected, mean
 
@@ -632,6 +641,14 @@ def test_rounds_that_keep_giving_nothing_end_the_run():
     assert verdict.outcome == "failed"
     assert "rounds in a row gave no sum" in verdict.reason
     assert len(run.secure.plans) == run.spec.cohort.max_attempts
+
+
+def test_a_restored_run_passes_over_any_number_of_rounds_that_it_has_lost():
+    run = campaign(secret_spec(rounds=20))
+    run.secure = Hides(set(range(2, 20)), Rejection.SIGNED_BEFORE)
+    assert run.run(start(run.spec)).outcome == "completed"
+    assert [(p.round, p.attempt) for p in run.secure.plans] == [(n, 1) for n in range(1, 21)]
+    assert len({p.model_sha256 for p in run.secure.plans}) == 2
 
 
 def test_an_attempt_that_a_restart_cut_off_is_gone_on_with_and_not_planned_again():

@@ -21,6 +21,17 @@ def test_the_first_digest_of_a_round_stays(tmp_path):
     assert len(path.read_bytes().splitlines()) == 2
 
 
+def test_what_was_signed_is_known_and_asking_writes_nothing(tmp_path):
+    path = tmp_path / "signed"
+    assert not FileLedger(path).signed("r1")
+    FileLedger(path).give("r1", 1, A)
+    before = path.read_bytes()
+    assert not FileLedger(path).signed("r1")
+    assert path.read_bytes() == before
+    FileLedger(path).claim("r1", A)
+    assert FileLedger(path).signed("r1")
+
+
 def test_a_line_that_a_crash_cut_short_was_never_signed(tmp_path):
     path = tmp_path / "signed"
     FileLedger(path).claim("r1", A)

@@ -868,6 +868,25 @@ class TestNoise:
         device.check_in()
 
 
+def test_a_device_leaves_what_is_not_open_and_its_report_stays_the_same(world, device):
+    world.fleet.open_attempt("r1", "aa")
+    engaged = [pb.Engaged(run_id="r1", round=3, nonce="aa"), pb.Engaged(run_id="r1", round=2, nonce="bb")]
+    answer = device.check_in(engaged=engaged)
+    assert [i.leave.nonce for i in answer.instructions] == ["bb"]
+    assert (answer.instructions[0].leave.run_id, answer.instructions[0].leave.round) == ("r1", 2)
+    world.fleet.close_attempt("r1", "aa")
+    assert len(device.check_in(engaged=engaged).instructions) == 2
+    assert len(world.service._reports) == 1
+
+
+def test_reports_that_were_checked_are_remembered_up_to_a_size(world, device, monkeypatch):
+    monkeypatch.setattr("lepton_server.device_service._MAX_REPORTS", 2000)
+    for number in range(20):
+        device.check_in(client_version=f"0.{number}")
+        kept = sum(map(len, world.service._reports))
+        assert 0 < kept == world.service._reports_size <= 2000
+
+
 @pytest.mark.parametrize("protocol", [0, 2])
 def test_another_protocol_version_names_both(world, device, protocol):
     with pytest.raises(ConfigError, match=f"speaks protocol {protocol}, the coordinator 1") as caught:
@@ -895,6 +914,10 @@ BAD_CHECK_INS = {
     "device_time in seconds since 1970, got inf": {"device_time": float("inf")},
     "device_time": {"device_time": -1.0},
     "desired_digest": {"desired_digest": "abc"},
+    "at most 8 attempts": {"engaged": [pb.Engaged(run_id="r", round=i) for i in range(9)]},
+    "engaged.run_id": {"engaged": [pb.Engaged(run_id="")]},
+    "engaged.nonce": {"engaged": [pb.Engaged(run_id="r", nonce="x" * 201)]},
+    "engaged.failure": {"engaged": [pb.Engaged(run_id="r", failure="x" * 501)]},
 }
 
 

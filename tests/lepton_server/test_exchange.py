@@ -14,6 +14,7 @@ from lepton_fl.tasks.metrics import TrainingLoss
 from lepton_fl.wire.messages import Request
 from lepton_server import exchange as module
 from lepton_server.exchange import FleetExchange
+from lepton_server.fleet import Engaged, Report
 from lepton_server.patience import Interrupted
 
 SIZE = 4
@@ -146,3 +147,41 @@ def test_a_database_that_is_held_does_not_make_a_device_a_revoked_one(works, ask
 
     exchange, plan, request = asking(keys=held)
     assert set(outcomes(works, exchange, plan, request).values()) == {Rejection.OFFLINE}
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_who_says_that_it_has_failed_is_not_waited_for_and_whoever_stays_busy_is_told_to_leave(
+    works, asking, secure
+):
+    exchange, plan, request = asking()
+    stages = exchange.stages(plan, 60.0) if secure else None
+    messages = dict.fromkeys(plan.cohort, request.to_records())
+    answers = stages.ask(messages, 30.0) if stages else exchange.ask(plan, request)
+    here = Engaged("r1", 1, plan.nonce)
+    report, broken = Report((), "", ()), here._replace(failure="The device failed with MemoryError.")
+
+    def checks_in(device_id, told):
+        found = works.fleet.check_in(device_id, report, engaged=[told]).instructions
+        return {i.leave.nonce for i in found if i.HasField("leave")}
+
+    for _ in range(1 if secure else 0):
+        assert next(answers) is None  # all are asked
+    threading.Timer(0.05, checks_in, (works.ids[1], broken)).start()
+    answer = next(a for a in answers if a is not None)
+    assert (answer.device_id, answer.records.reason) == (works.ids[1], Rejection.FAILED)
+    assert "MemoryError" in str(answer.records)
+    assert checks_in(works.ids[0], here) == set()
+    answers.close()
+    if stages:
+        assert checks_in(works.ids[0], here) == set()  # one stage is over, not the attempt
+        stages.close()
+    for _ in range(2):  # as long as it says that it takes part
+        assert checks_in(works.ids[0], here) == {plan.nonce}
+
+
+def test_at_a_shutdown_devices_keep_what_they_work_on(works, asking):
+    exchange, plan, _ = asking(closing=lambda: True)
+    stages = exchange.stages(plan, 60.0)
+    stages.close()
+    told = works.fleet.check_in(works.ids[0], Report((), "", ()), engaged=[Engaged("r1", 1, plan.nonce)])
+    assert not told.instructions

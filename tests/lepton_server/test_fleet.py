@@ -14,7 +14,17 @@ from lepton_fl.errors import DiskFull, LeptonError, NotFound, TrustError
 from lepton_fl.rounds.cohort import Shortfall
 from lepton_fl.wire.v1 import device_pb2 as pb
 from lepton_server.config import CheckInSection
-from lepton_server.fleet import BUSY, IDLE, MAX_PENDING, NOT_ELIGIBLE, REPORT_GAP_S, Fleet, Report, TaskState
+from lepton_server.fleet import (
+    BUSY,
+    IDLE,
+    MAX_PENDING,
+    NOT_ELIGIBLE,
+    REPORT_GAP_S,
+    Engaged,
+    Fleet,
+    Report,
+    TaskState,
+)
 from lepton_server.store import Store, open_store
 
 TASK, VERSION = "pkg.tasks:digits", "1"
@@ -476,3 +486,52 @@ def test_a_device_costs_less_than_a_kilobyte(fleet, ids):
     device = fleet._devices[ids[0]]
     own = [device, device.device_id, device.due, device.journalled_at, device.clock_offset, device.renewed_at]
     assert sum(map(sys.getsizeof, own)) + 200 < 1000  # 200: its places in dictionaries
+
+
+# -- attempts that devices take part in ---------------------------------------------------------------
+
+
+def engaged(nonce="aa", run="r1", failure=""):
+    return Engaged(run, 3, nonce, failure)
+
+
+def left(answer):
+    return [i.leave.nonce for i in answer.instructions if i.HasField("leave")]
+
+
+def test_a_device_is_told_to_leave_what_is_not_open(fleet, ids):
+    """A Leave that was lost with its connection, another attempt of the run, a run that nobody knows."""
+    fleet.open_attempt("r1", "aa")
+    told = [engaged(), engaged("bb"), engaged("aa", run="r2")]
+    answer = fleet.check_in(ids[0], READY, BUSY, engaged=told)
+    assert [(i.leave.run_id, i.leave.nonce) for i in answer.instructions] == [("r1", "bb"), ("r2", "aa")]
+    fleet.open_attempt("r1", "bb")
+    assert left(fleet.check_in(ids[0], READY, BUSY, engaged=told[:2])) == ["aa"]
+    fleet.close_attempt("r1", "aa")  # the one before: late
+    assert left(fleet.check_in(ids[0], READY, BUSY, engaged=told[:2])) == ["aa"]
+    fleet.close_attempt("r1")
+    for _ in range(2):  # until it has heard it
+        assert left(fleet.check_in(ids[0], READY, BUSY, engaged=told[:2])) == ["aa", "bb"]
+
+
+def test_what_a_device_has_given_up_is_known_while_its_attempt_is_open(fleet, ids):
+    fleet.open_attempt("r1", "aa")
+    fleet.check_in(ids[0], READY, engaged=[engaged(failure="It failed."), engaged("bb", failure="x")])
+    assert fleet.gave_up(ids[0], "aa") == "It failed."
+    assert fleet.gave_up(ids[1], "aa") == fleet.gave_up(ids[0], "bb") == ""
+    fleet.close_attempt("r1", "aa")
+    assert fleet.gave_up(ids[0], "aa") == ""
+    assert fleet._given_up == {}
+
+
+def test_an_attempt_that_a_coordinator_before_has_begun_is_open_until_its_run_goes_on(fleet, ids, store):
+    attempt = {"run_id": "r1", "round": 1, "attempt": 1}
+    store.record("run.queued", {"run_id": "r1", "name": "first", "spec": {"rounds": 3}})
+    store.record("run.started", {"run_id": "r1"})
+    store.record("model.created", {"run_id": "r1", "round": 0, "model_sha256": "ab" * 32, "metrics": {}})
+    store.record("round.planned", attempt | {"plan": {"nonce": "aa"}, "model_sha256": "ab" * 32})
+    fleet.load()
+    assert left(fleet.check_in(ids[0], READY, BUSY, engaged=[engaged()])) == []
+    store.record("round.abandoned", attempt | {"cause": "", "participation": []})
+    fleet.load()
+    assert left(fleet.check_in(ids[0], READY, BUSY, engaged=[engaged()])) == ["aa"]

@@ -1,19 +1,23 @@
 """Secure rounds between the coordinator's part and real devices' seats: no network, every crash."""
 
 import base64
+import hashlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import update
+from sqlalchemy import delete, select, text, update
 
+from lepton_client.clock import SystemClock
 from lepton_client.config import ClientSection
+from lepton_client.ledger import Ledger
 from lepton_client.secure import Seat, deployment, signing_key
 from lepton_client.state import Identity, StateDir
+from lepton_client.worker import Worker
 from lepton_fl import crypto
-from lepton_fl.errors import DiskFull, Rejection, TrustError, UpdateRejected
-from lepton_fl.files import BlobStore
+from lepton_fl.errors import DiskFull, NotFound, Rejection, TrustError, UpdateRejected
+from lepton_fl.files import GENESIS, BlobStore, canonical_json
 from lepton_fl.plan import RunSpec
 from lepton_fl.rounds.accumulator import Accumulator, UpdateBatch
 from lepton_fl.rounds.campaign import RunState, Work, plan_round
@@ -24,7 +28,7 @@ from lepton_fl.secagg.server import Stage
 from lepton_fl.tasks.metrics import TrainingLoss
 from lepton_fl.wire.messages import Request, TrainReply
 from lepton_server import secure as module
-from lepton_server.attempts import AttemptLog, Attempts
+from lepton_server.attempts import AttemptLog, Attempts, adopt
 from lepton_server.authority import Authority
 from lepton_server.secure import SecureFleet, attempt_of
 from lepton_server.store import open_store
@@ -79,6 +83,7 @@ class Wire:
         self.seats, self.silent, self.twist = seats, {}, lambda device, stage, records: records
         self.answers, self.asked, self.told, self.phases = {}, [], [], []
         self.disk = {}  # durable answers
+        self.leaving = False  # whether devices hear that an attempt is over
 
     def moved(self, plan, phase):
         self.phases.append(phase)
@@ -100,6 +105,8 @@ class Wire:
             yield Answer(device, answer, 10)
 
     def kept(self, plan, device):
+        if (plan.nonce, device) not in self.disk:
+            raise NotFound("There is no update.")
         return self.disk[plan.nonce, device]
 
     def answer(self, device, asked):
@@ -117,8 +124,10 @@ class Wire:
     def tell(self, plan, device, refusal):
         self.told.append((device, refusal))
 
-    def close(self):
-        pass
+    def close(self, *, going_on=False):
+        if self.leaving and not going_on:
+            for seat in self.seats.values():  # devices leave
+                seat.leave(f"{self.plan.run_id}/{self.plan.round}/{self.plan.nonce}")
 
 
 @pytest.fixture
@@ -382,9 +391,112 @@ def test_a_vector_that_was_lost_with_the_power_is_no_part_of_a_sum(fleet, lose):
     assert collected.burnt
 
 
-def test_a_full_disk_is_waited_for_and_the_attempt_goes_on(fleet, monkeypatch):
+def through_workers(fleet):
+    """Devices answer as their workers do; the word that an answer has come is lost."""
+
+    def unused(*_args):
+        raise AssertionError
+
+    def worker(seat):
+        ledger = Ledger(seat._state.ledger)
+        return Worker(
+            unused, unused, ledger, SystemClock(), poll_s=1.0, changed=unused, trouble=unused, seat=seat
+        )
+
+    workers = {device: worker(seat) for device, seat in fleet.seats.items()}
+
+    def answer(device, asked):
+        ticket = asked.ticket
+        return workers[device]._answer_stage(asked, (ticket.run_id, ticket.round, ticket.nonce))[0]
+
+    fleet.wire.answer = answer
+
+
+def test_a_device_that_was_not_told_that_its_key_shares_have_come_trains_when_its_vector_is_asked_for(fleet):
+    through_workers(fleet)
     plan, request = fleet.plan()
-    append, budget = AttemptLog.append, [5]
+    name = f"{plan.run_id}/{plan.round}/{plan.nonce}"
+    fleet.wire.silent[Stage.UPLOADS] = {(last := list(fleet.seats)[-1])}
+    assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N - 1
+    for device, seat in fleet.seats.items():
+        assert seat._office.asked == (device != last)
+        assert (seat.untrained(name) is None) == (device != last)
+        seat.train(seat.untrained(name) or request, name, lambda: False)  # again, or at last
+        assert seat._office.asked == 1
+
+
+def test_devices_that_have_signed_refuse_a_restored_coordinator_before_they_train(fleet):
+    through_workers(fleet)
+    fleet.wire.leaving = True
+    plan, request = fleet.plan()
+    fleet.check(plan, request, *fleet.run(plan, request))
+    with fleet.store._engine.begin() as connection:
+        connection.execute(delete(ATTEMPT_RECORD))  # the backup is from before
+    for attempt in (1, 2):  # the one that was open, and another one
+        plan, request = fleet.plan(attempt=attempt)
+        collected, mean = fleet.run(plan, request)
+        assert mean is None
+        assert collected.burnt
+        assert {e.outcome for e in collected.participation.values()} == {Rejection.SIGNED_BEFORE.value}
+    assert all(seat._office.asked == 1 for seat in fleet.seats.values())
+    plan, request = fleet.plan(number=2)
+    assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N
+
+
+def before_v0006(store):
+    """Tables as before: nothing but spool files had masked vectors, which records name."""
+    with store._engine.begin() as connection:
+        for change in (
+            "DROP TABLE received",
+            "DROP TABLE lease",
+            "ALTER TABLE round DROP COLUMN phase",
+            "ALTER TABLE attempt_record ADD COLUMN spooled TEXT NOT NULL DEFAULT '{}'",
+            "UPDATE lepton_version SET version_num = 'v0005'",
+        ):
+            connection.execute(text(change))
+        last, rows = GENESIS, connection.execute(select(ATTEMPT_RECORD).order_by(ATTEMPT_RECORD.c.number))
+        for row in rows.mappings().all():
+            head = canonical_json(
+                [row["run_id"], row["round"], row["attempt"], last, row["number"], "", "{}"]
+            )
+            last = hashlib.sha256(len(head).to_bytes(8, "big") + head + row["body"]).hexdigest()
+            here = ATTEMPT_RECORD.c.number == row["number"]
+            connection.execute(update(ATTEMPT_RECORD).where(here).values(hash=last))
+
+
+def test_an_attempt_whose_vectors_an_upgrade_cannot_find_is_given_up_and_the_next_round_is_well(tmp_path):
+    with open_store(tmp_path / "lepton.db") as store:
+        fleet = make_fleet(tmp_path, store)
+        plan, request = fleet.plan()
+        model = {"model_sha256": plan.model_sha256 or "ab" * 32}
+        store.record("run.queued", {"run_id": "r1", "name": "first", "spec": {"rounds": 3}})
+        store.record("run.started", {"run_id": "r1"})
+        store.record("model.created", {"run_id": "r1", "round": 0, "metrics": {}} | model)
+        store.record("round.planned", {"run_id": "r1", "round": 1, "attempt": 1, "plan": {}} | model)
+        fleet.wire.silent[Stage.CONSENTS] = set(fleet.seats)
+        fleet.run(plan, request)
+        assert len(store.kept(attempt_of(plan))) > 3 * N
+        assert all(row.blob == "" for row in store.kept(attempt_of(plan)))
+        before_v0006(store)
+    fleet.wire.disk.clear()  # a device's update was not kept then
+    (tmp_path / "blobs" / "spool" / "r1").mkdir(parents=True)
+    with open_store(tmp_path / "lepton.db") as store:
+        fleet.store, fleet.attempts = store, Attempts(store, BlobStore(tmp_path / "attempts"))
+        adopt(store, fleet.attempts.blobs, tmp_path / "blobs" / "spool")
+        assert not (tmp_path / "blobs" / "spool").exists()
+        fleet.wire.silent.clear()
+        collected, mean = fleet.run(plan, request)
+        assert mean is None
+        assert collected.burnt
+        assert "masked vector" in next(iter(collected.participation.values())).detail
+        plan, request = fleet.plan(number=2)
+        assert len(fleet.check(plan, request, *fleet.run(plan, request))) == N
+
+
+@pytest.mark.parametrize("records", [5, 2 * N + 3], ids=["adverts", "uploads"])
+def test_a_full_disk_is_waited_for_and_the_attempt_goes_on(fleet, monkeypatch, records):
+    plan, request = fleet.plan()
+    append, budget = AttemptLog.append, [records]
 
     def full(log, record, *, durable):
         budget[0] -= 1
@@ -393,7 +505,7 @@ def test_a_full_disk_is_waited_for_and_the_attempt_goes_on(fleet, monkeypatch):
         append(log, record, durable=durable)
 
     monkeypatch.setattr(AttemptLog, "append", full)
-    rounds = fleet.rounds()
+    rounds, fleet.wire.leaving = fleet.rounds(), True
 
     def insist(work):
         try:
