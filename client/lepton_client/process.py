@@ -7,9 +7,17 @@ that the command line's libraries do not stay in the memory of a device for mont
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from lepton_client.config import ClientConfig
+
+# Read by glibc at start. Arenas for many threads cost megabytes and buy an idle process nothing. What a large
+# request took goes back to the system at once; in training that would cost page faults at every step.
+_ARENAS: Final = {"MALLOC_ARENA_MAX": "2"}
+_MALLOC: Final = {
+    "agent": _ARENAS,
+    "endpoint": _ARENAS | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
+}
 
 
 def become(config: ClientConfig) -> NoReturn:
@@ -28,11 +36,7 @@ def _become(config: ClientConfig, role: str) -> NoReturn:
         file.write(config.model_dump_json().encode())
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.set_inheritable(descriptor, True)
-    environment = {
-        # Read by glibc at start: arenas for many threads cost megabytes and buy an idle process nothing.
-        "MALLOC_ARENA_MAX": "2",
-        **os.environ,
-    }
+    environment = {**_MALLOC[role], **os.environ}
     sys.stdout.flush()
     sys.stderr.flush()
     command = [sys.executable, "-m", "lepton_client.process", str(descriptor), role]

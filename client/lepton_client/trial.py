@@ -26,7 +26,7 @@ from lepton_client.trials import Trials, asked_about
 from lepton_fl.errors import DataError, LeptonError
 
 if TYPE_CHECKING:
-    from lepton_client.predictor import Array, Model
+    from lepton_client.predictor import Array
     from lepton_fl.delivery.slots import Slots
     from lepton_fl.delivery.trial import Question, Word
     from lepton_fl.tasks import Dataset, Task
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("lepton_client")
 
 PATIENCE_S: Final = 600.0  # with one trial
-BATCH: Final = 64  # rows at a time
 
 
 def answer(config: ClientConfig, state: StateDir, slots: "Slots", desired: str) -> None:
@@ -126,10 +125,10 @@ def examine(config: ClientConfig, question: "Question", new: Path, old: Path | N
 
     threads = config.limits.threads
     try:
-        outputs = _outputs(Model(new, threads), rows)
+        outputs = Model(new, threads).predict(rows.x)
         figures = task.metrics.summarise(task.metrics.count(outputs, rows.y))
         name = score_of(figures)
-        shadow = _outputs(Model(old, threads), rows) if old else None
+        shadow = Model(old, threads).predict(rows.x) if old else None
     except (LeptonError, ValueError, IndexError) as error:  # it refuses rows that fit, or answers nonsense
         log.warning("the release in service fails on this device's rows: %s", error)
         return "worse"
@@ -165,13 +164,6 @@ def rows_of(config: ClientConfig) -> "tuple[Task, Dataset]":
             raise DataError("No rows to try releases on are named.", hint="Set trial.data.")
         found = load_material(task, mine[0]).evaluate
     return task, found.take(np.arange(min(len(found), config.trial.rows)))
-
-
-def _outputs(model: "Model", rows: "Dataset") -> "Array":
-    import numpy as np
-
-    parts = [model.predict(rows.x[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
-    return np.concatenate(parts)
 
 
 def _drift(new: "Array", old: "Array", rows: "Dataset") -> float:

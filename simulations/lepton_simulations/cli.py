@@ -266,7 +266,7 @@ def _story(format: Format) -> Iterator[tuple[Callable[[str], None], Callable[[st
 
     def show(found: Mapping[str, Any]) -> None:
         told = ", ".join(f"{row['stage']}: {row['told']} of {row['devices']}" for row in found["stages"])
-        served = ", ".join(f"{name[:8]} on {count}" for name, count in sorted(found["served"].items()))
+        served = ", ".join(f"{name} on {count}" for name, count in sorted(found["served"].items()))
         line = f"  {found['phase']}; told: {told}; in service: {served or 'nothing'}"
         if line not in seen[-1:]:
             seen.append(line)

@@ -30,6 +30,7 @@ from lepton_simulations.demo import demo_config
 from lepton_simulations.demo_fleet import Caller, RealFleet, Watching, in_parallel
 
 CANARY: Final = "canary"
+PLANTED: Final = "planted (bad)"
 LEAST: Final = 6  # devices: two of each profile
 LOOK_S: Final = 1.0  # between two looks at a rollout
 PATIENCE_S: Final = 900.0  # with one rollout
@@ -235,8 +236,12 @@ def health(canaries: int) -> str:
 class Rollouts:
     """Begins rollouts and watches them to their end."""
 
-    def __init__(self, fleet: RealFleet, watching: Watching, show: Show, canaries: int) -> None:
+    def __init__(
+        self, fleet: RealFleet, watching: Watching, show: Show, canaries: int, labels: Mapping[str, str]
+    ) -> None:
+        """Nothing begins yet; ``labels``: what people call a release, by its first 12 digits."""
         self._fleet, self._watching, self._show, self._canaries = fleet, watching, show, canaries
+        self._labels = labels
         self.ended: list[Mapping[str, Any]] = []
 
     def run(self, name: str, releases: Mapping[str, str]) -> Mapping[str, Any]:
@@ -259,7 +264,8 @@ class Rollouts:
             if stage not in ("", found["stage"]):
                 self._watching.mark(f"{name}: stage {found['stage'].split()[0]}")
             stage = found["stage"]
-            self._show(found | {"served": self._fleet.served()})
+            served = {self._labels.get(name, name): n for name, n in self._fleet.served().items()}
+            self._show(found | {"served": served})
             if found["phase"] in ("done", "rolled-back", "aborted"):
                 self._watching.mark(f"{name}: {found['phase']}")
                 self.ended.append(found)
@@ -331,7 +337,7 @@ def tell(
         train: Runs a scenario into its folder, and raises if it does not end well.
         say: Told every step, in a sentence.
         step: Told what is made just now, in a word.
-        show: Given the status of the rollout in hand, with ``served``: devices by release.
+        show: Given the status of the rollout in hand, with ``served``: devices by variant.
 
     Raises:
         RunError: A device does not serve what it should, a request failed, or the bad variant was not caught
@@ -390,12 +396,14 @@ def _deliver(
     good = {profile: names[variant] for profile, variant in choice.items()}
     with Watching(fleet) as watching, Caller(fleet, rows) as caller:
         canaries = sum(CANARY in place.groups for place in here)
-        rollouts = Rollouts(fleet, watching, show, canaries)
+        labels = {release[:12]: variant for variant, release in names.items()}
+        rollouts = Rollouts(fleet, watching, show, canaries, labels)
         say("Rollout `good`: canaries, then half, then all.")
         if (end := rollouts.run("good", good))["phase"] != "done":
             raise RunError(f"The good rollout was taken back: {end['cause']}")
         planted = plant(variants / choice["sensor"], wanted.output / "planted", "planted")
         (bad,) = fleet.lepton("release", "publish", str(planted), "--keys", keys)
+        labels[bad["release"][:12]] = PLANTED
         say("Rollout `bad`: a variant that computes nonsense, signed like the others, praised by its card.")
         end = rollouts.run("bad", dict.fromkeys(bad["profiles"], bad["release"]))
         if end["phase"] != "rolled-back":
@@ -487,7 +495,7 @@ def _plot(
 ) -> Path:
     from lepton_simulations.plot import plot_rollouts
 
-    labels = {names[variant][:12]: variant for variant in choice.values()} | {bad[:12]: "planted (bad)"}
+    labels = {names[variant][:12]: variant for variant in choice.values()} | {bad[:12]: PLANTED}
     counts = {
         label: [(at, float(counts.get(name, 0))) for at, counts in watching.samples]
         for name, label in labels.items()

@@ -2,7 +2,7 @@
 
 Every part is a process of its own, started by the ``lepton`` command as an operator or an owner would; they
 talk over TLS on loopback. Nothing is replaced by something simpler. Whatever happens, all of them end with
-the ``with`` block, and what they kept on the disk is removed.
+the ``with`` block or, if this process is killed, by ``demo_warden``; what they kept on the disk is removed.
 
     with RealFleet(folder) as fleet:
         fleet.start_server()
@@ -33,10 +33,10 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 from lepton_fl.errors import ConfigError, RunError
+from lepton_simulations import demo_warden
 
 READY_S: Final = 120.0  # until the coordinator answers
 COMMAND_S: Final = 300.0  # patience with one command
-END_S: Final = 20.0  # patience with a process that was asked to end
 ASK_S: Final = 60.0  # patience with one prediction
 PAUSE_S: Final = 0.05  # between two requests of the caller
 TELLING: Final = 2000  # characters of a log that an error shows
@@ -55,6 +55,13 @@ class RealFleet:
         self._command = _lepton()
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LEPTON_")}
         self._environment |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+        self._warden = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", demo_warden.__name__, str(self.folder)],
+            stdin=subprocess.PIPE,
+            env=self._environment,
+            start_new_session=True,
+        )
+        self._environment[demo_warden.MARK] = str(self.folder)
         self._before: Any = None
         enrolment, device, fleet, self._ops = free_ports(4)
         self._config = self.folder / "server.toml"
@@ -83,7 +90,7 @@ class RealFleet:
         """End every process, and remove what they kept."""
         for process in self._processes.values():
             process.terminate()
-        ends = time.monotonic() + END_S
+        ends = time.monotonic() + demo_warden.END_S
         for process in self._processes.values():
             try:
                 process.wait(max(0.1, ends - time.monotonic()))
@@ -92,6 +99,7 @@ class RealFleet:
                 process.wait()
         self._processes.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._warden.communicate()  # it finds nothing to end, and ends
 
     # --- the operator -------------------------------------------------------------------------------
 

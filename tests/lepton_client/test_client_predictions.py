@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from lepton_client.config import ClientConfig
 from lepton_client.courier import _retreat_if_needed, self_test
-from lepton_client.predictor import Predictor
+from lepton_client.predictor import BATCH, Predictor
 from lepton_client.serve import STARTS, Probation, serve
 from lepton_client.state import GIVEN_UP, given_up
 from lepton_fl.delivery.deliver import SelfTestCrashed
@@ -81,6 +81,9 @@ def test_it_predicts_what_the_model_computes(place):
     with Predictor(place.folder, follow=False) as predictor:
         assert place.right(name, ROWS, predictor.predict(ROWS))
         assert place.right(name, ROWS[0], predictor.predict_one(ROWS[0]))
+        for count in (BATCH - 1, BATCH, BATCH + 1, 3 * BATCH):  # computed in parts
+            many = np.random.default_rng(count).random((count, 64), np.float32)
+            assert place.right(name, many, predictor.predict(many))
         assert predictor.release == name
         assert predictor.card.name == "int8"
 
@@ -403,6 +406,26 @@ def test_a_release_that_the_endpoint_cannot_load_is_told_and_taken_out_of_servic
     _retreat_if_needed(place.slots, "")
     record = place.slots.record()
     assert (record.current, record.failures[0].fault) == (first, Fault.TAMPERED)
+
+
+def test_a_release_that_comes_back_is_tried_again(place):
+    first = place.install()
+    told = []
+    with Predictor(place.folder, follow=False, refused=lambda name, error: told.append(name)) as predictor:
+        bad = place.install(switch=False)
+        model = place.slots.path(bad) / "model.onnx"
+        good = model.read_bytes()
+        model.write_bytes(b"damaged")
+        place.switch(bad)
+        with pytest.raises(ReleaseRefused):
+            predictor.refresh()
+        assert not predictor.refresh()  # it is not read again and again
+        place.switch(first)
+        assert not predictor.refresh()
+        model.write_bytes(good)
+        place.switch(bad)
+        assert predictor.refresh()
+        assert (predictor.release, told) == (bad, [bad])
 
 
 def test_an_endpoint_that_starts_with_a_release_that_does_not_load_serves_the_one_before(place, serving):
