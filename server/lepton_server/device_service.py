@@ -130,6 +130,9 @@ _MAX_REPORTS = (
 )  # bytes of reports whose check need not be repeated; checked, they take some times that
 
 
+_NO_SERVICE, _NO_TRIAL = ("", Service()), Tried()
+
+
 class _Refusal(Exception):
     """An error whose gRPC status is another than its class' usual one, or that says when to come again."""
 
@@ -541,8 +544,8 @@ class DeviceService:
             raise ConfigError(f"Expected desired_digest of 64 characters, got {len(desired)}.")
         secrecy = _secrecy(request)
         troubles = _troubles(request)
-        serves, service = _service(request.service)
-        tried = _tried(request.trial)
+        serves, service = _service(request.service) if request.HasField("service") else _NO_SERVICE
+        tried = _tried(request.trial) if request.HasField("trial") else _NO_TRIAL
         engaged = _engaged(request)
         seen = _seen_head(request)
         if self._heads is not None and seen is not None and not self._heads.fits(seen):
@@ -796,10 +799,10 @@ def _guarded(
     """Answer every error in our words; what we did not foresee is logged here and numbered there."""
     stream = name in _STREAMS
 
-    async def call(requests: AsyncIterator[bytes], context: Context) -> Message | None:
+    async def call(_requests: AsyncIterator[bytes], context: Context) -> Message | None:
         try:
             with admit(context, stream) as who:
-                return await work(await _read(requests), context, who)
+                return await work(await _read(context), context, who)
         except _Refusal as refusal:
             await _abort(context, refusal.status, refusal.error, refusal.retry_s)
         except LeptonError as error:
@@ -816,16 +819,17 @@ def _guarded(
     return call
 
 
-async def _read(requests: AsyncIterator[bytes]) -> bytes:
-    """The one request of a call."""
+async def _read(context: Context) -> bytes:
+    """The one request of a call; not by its iterator, which costs a task more to end."""
     try:
         async with asyncio.timeout(READ_S):
-            async for data in requests:
-                return data
+            data = await context.read()
     except TimeoutError as error:
         late = ConnectionFailed(f"The request did not arrive within {READ_S:g} s.")
         raise _Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, late) from error
-    raise ConfigError("The call ended without a request.")
+    if not isinstance(data, bytes):
+        raise ConfigError("The call ended without a request.")
+    return data
 
 
 def _busy(message: str, retry_s: float, *, hint: str = "") -> _Refusal:
