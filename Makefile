@@ -19,7 +19,7 @@ help:
 	@echo "make lint    style, types, layers, generated code"
 	@echo "make docs    the generated parts of docs/"
 	@echo "make bench   measurements (make bench ARGS=--list)"
-	@echo "make nightly a million inputs for the decoders; known vulnerabilities; audits and accuracy under privacy (LEPTON_DATA=FOLDER for all)"
+	@echo "make nightly a million inputs for the decoders, the gRPC and the HTTP ports; known vulnerabilities; audits and accuracy under privacy (LEPTON_DATA=FOLDER for all)"
 	@echo "make clean   remove .venv and all caches"
 
 demo: $(VENV)/.sim
@@ -56,8 +56,7 @@ nightly: nightly-inputs nightly-packages nightly-audit nightly-races nightly-ste
 nightly-inputs: $(VENV)/.dev
 	@$(PIP) atheris 2> /dev/null || echo "atheris does not install here: inputs are not guided by coverage"
 	@$(BIN)/python tests/test_decoders.py --inputs 1000000
-	@LEPTON_FUZZ_INPUTS=5000 $(BIN)/pytest -q -k whatever tests/lepton_server/test_coordinator.py \
-	  tests/lepton_server/test_device_service.py tests/lepton_server/test_flower_link.py
+	@$(BIN)/python benchmarks noise --inputs 1000000
 
 # pip-audit has an environment of its own: its dependencies are none of ours.
 nightly-packages: $(VENV)/.dev

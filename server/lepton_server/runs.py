@@ -458,6 +458,7 @@ class RunDriver:
             body = {"run_id": run_id, "round": progress.round + 1, "attempt": progress.attempt}
             cause = {"cause": "the coordinator was restarted", "participation": []}
             patience.insist(lambda: self._abandon(run_id, body | cause))
+            self._fleet.close_attempt(run_id)  # devices that are at work on it could make no quorum
         if progress.state_sha256:
             server = load_server_state(self._blobs, progress.state_sha256)
         else:

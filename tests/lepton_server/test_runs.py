@@ -72,7 +72,11 @@ def test_an_attempt_that_a_crash_left_open_is_abandoned_by_name(works, kill_at):
     with pytest.raises(kill_at.error):
         drive(works, "r1")
     works.fleet.release("r1")
+    works.fleet.open_attempt("r1", "aa")  # as it is found at a start
+    honest, seen = works.exchange.script, []
+    works.exchange.script = lambda *asked: seen.append(works.fleet._attempts.get("r1")) or honest(*asked)
     drive(works, "r1")
+    assert set(seen) == {None}  # who still worked on it was told to leave, or there would be no quorum
     attempts = [(r.round, r.attempt, r.state, r.cause) for r in works.store.rounds("r1")]
     assert attempts == [
         (1, 1, "abandoned", "the coordinator was restarted"),
