@@ -578,6 +578,8 @@ class Agent:
                 "selected to %s in round %d of run %s (%s)", call.kind, call.round, call.run_id, call.task
             )
             self._diary.note(state="busy", reason="")
+            if any(other[0] == call.run_id for other in self._worker.open if other != key):
+                self._poke()  # one of them is over: the coordinator says which at a check-in
 
     def _new_node(self) -> Node:
         from lepton_fl.crypto import load_key

@@ -348,6 +348,22 @@ def test_it_says_what_it_takes_part_in_and_leaves_what_a_check_in_tells_it_to(
     assert post.answers == []
 
 
+def test_asked_to_another_attempt_of_a_run_it_checks_in_at_once_to_hear_which_one_is_over(
+    coordinator, agent, running, post, work
+):
+    coordinator.wait, coordinator.interval = True, 3600.0
+    running(agent)
+    coordinator.heard(is_idle)
+    post.send()
+    coordinator.instructions.put(participate())
+    assert work.began.wait(PATIENCE)
+    coordinator.tells = [pb.Instruction(leave=pb.Leave(run_id="run", round=1, nonce="00"))]
+    coordinator.instructions.put(participate(2))
+    request = coordinator.heard(lambda r: r.engaged)
+    assert [engaged.round for engaged in request.engaged] == [1, 2]
+    assert work.stopped.wait(PATIENCE)
+
+
 def test_a_worker_that_fails_is_told_until_the_coordinator_has_heard_it(
     coordinator, agent, running, post, work, monkeypatch
 ):
