@@ -86,13 +86,15 @@ def fit(
 ) -> None:
     """Train a module in place; killed and called again, it goes on at the last epoch that was finished.
 
+    Called again when it was over, it brings back what came out of it.
+
     Args:
         module: on the device of the lesson.
         task: whose loss and augmentation are used.
         lesson: rows and answers.
         how: epochs, rate, temperature.
         seed: of the batch order; epoch e draws from (seed, e).
-        checkpoint: file that keeps the state between epochs; gone when the training is over.
+        checkpoint: file that keeps the state after every epoch; of this module and this lesson only.
         masks: parameters that stay zero somewhere.
         on_step: called after every epoch.
 
@@ -101,7 +103,8 @@ def fit(
     """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(list(trained.values()), lr=how.learning_rate)
-    begin = _load(checkpoint, trained, optimizer)
+    buffers = dict(module.named_buffers())  # of batch normalisation, say
+    begin = _load(checkpoint, trained, buffers, optimizer)
     module.train()
     for epoch in range(begin, how.epochs):
         loss = _epoch(module, task, lesson, how, optimizer, masks or {}, epoch, seed)
@@ -111,7 +114,7 @@ def fit(
                 f"The loss is {loss} in epoch {epoch + 1}: training diverged.",
                 hint="Lower the step's learning_rate in the recipe.",
             )
-        _save(checkpoint, trained, optimizer, epoch + 1)
+        _save(checkpoint, trained, buffers, optimizer, epoch + 1)
         on_step(f"epoch {epoch + 1} of {how.epochs}, loss {loss:.4f}")
     module.eval()
 
@@ -163,24 +166,36 @@ def _loss(
 
 
 def _save(
-    path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, epoch: int
+    path: Path,
+    trained: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
 ) -> None:
     from safetensors.torch import save
 
     tensors = {f"weight:{name}": p.detach().contiguous() for name, p in trained.items()}
+    tensors |= {f"buffer:{name}": b.contiguous() for name, b in buffers.items()}
     for name, parameter in trained.items():
         state = optimizer.state[parameter]
         tensors |= {f"{key}:{name}": torch.as_tensor(state[key]) for key in ("exp_avg", "exp_avg_sq", "step")}
     write_atomic(path, save(tensors, {"epoch": str(epoch)}))
 
 
-def _load(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Set weights and optimiser back to the last epoch; return how many are done."""
+def _load(
+    path: Path,
+    trained: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Set weights, buffers and optimiser back to the last epoch; return how many are done."""
     if not path.exists():
         return 0
     try:
         arrays, said = read_tensors(path)
         with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(torch.from_numpy(arrays[f"buffer:{name}"]))
             for name, parameter in trained.items():
                 parameter.copy_(torch.from_numpy(arrays[f"weight:{name}"]))
                 optimizer.state[parameter] = {
