@@ -477,7 +477,8 @@ async def measure(kind: type[Surface], first: int, count: int) -> dict[str, Any]
         "surface": kind.__name__.lower(), "first": first, "inputs": numbers.given,
         "seconds": round(seconds, 1), "cpu_s": round(cpu, 1),
         "rss_mb": [round(mb, 1) for mb in numbers.rss], "wrong": wrong,
-        "answers": dict(surface.seen.answers.most_common()), "traces_in_log": log.count("Traceback"),
+        "answers": dict(surface.seen.answers.most_common()),
+        "traces_in_log": log.count("Traceback"), "first_trace": log.partition("Traceback")[2][:4000],
     }  # fmt: skip
 
 
