@@ -12,6 +12,7 @@ does not grow with the cohort.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,9 +81,14 @@ class Accumulator:
             total: (P + A + E,) zeros to add into; None = new memory.
         """
         self._plan = plan
-        self._sum = np.zeros(plan.update_size, np.int64) if total is None else total
+        if total is not None:
+            self._sum = total
         self.reports = 0
         self.weight = 0
+
+    @cached_property
+    def _sum(self) -> NDArray[np.int64]:
+        return np.zeros(self._plan.update_size, np.int64)  # not needed where a subtotal takes its place
 
     def add(self, batch: UpdateBatch) -> None:
         """Add a batch; either all of it is added or, if it raises, nothing.
@@ -204,10 +210,11 @@ class Accumulator:
         Raises:
             UpdateRejected: wrong shape or type.
         """
-        if subtotal.total.shape != self._sum.shape or subtotal.total.dtype != np.int64:
+        expected = (self._plan.update_size,)
+        if subtotal.total.shape != expected or subtotal.total.dtype != np.int64:
             raise UpdateRejected(
                 Rejection.WRONG_SHAPE,
-                f"Expected a sum of shape {self._sum.shape} and type int64, got {subtotal.total.shape} "
+                f"Expected a sum of shape {expected} and type int64, got {subtotal.total.shape} "
                 f"{subtotal.total.dtype}.",
             )
         if self.reports:

@@ -95,6 +95,11 @@ class Shard(Protocol):
         """Whether training runs on a GPU, which processes would only fight over."""
         ...
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``train`` runs none of the task's own code, which could take its process down."""
+        ...
+
     def respond(self, device_id: str, request: Records, should_stop: Callable[[], bool]) -> Outcome:
         """Let one device answer with records."""
         ...

@@ -160,6 +160,11 @@ class VirtualFleet:
         return self.trainer.device.type != "cpu"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether training runs none of the task's own code."""
+        return self.engine.is_plain
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parts of the central test set."""
         return tuple(name for name, _ in self._rows if name.startswith(CENTRAL))
@@ -261,7 +266,8 @@ class VirtualFleet:
         if states:
             failures = self._add_and_remember(names, plan, states, result, counts, accumulator)
         else:
-            moving = replace(result, deltas=result.deltas[:, : self.trainer.layout.moving])
+            layout = self.trainer.layout
+            moving = replace(result, deltas=result.deltas[:, : layout.moving]) if layout.fixed else result
             added = add_deltas(accumulator, plan, moving, counts)
             failures = {**added.refused, **result.failures}
         refused |= {names[row]: failure for row, failure in failures.items()}

@@ -4,6 +4,9 @@ Workers are forked, so they start in milliseconds, need no second import of the 
 data with the parent. The model goes out, and updates and sums come back, through shared memory; everything
 else is JSON over a pipe. Nothing is pickled.
 
+Where training runs no code of the task's own (``Shard.is_plain``), the parent does not sleep while the others
+train: it takes the place of one of them. Its core is awake, and has in its cache what a round needs.
+
     with Pool(fleet, workers=2) as pool:
         pool.begin(plan, request)
         for part in pool.train(["device-0", "device-1"], [60, 60]): ...
@@ -23,6 +26,7 @@ import multiprocessing
 import os
 import select
 import signal
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -30,7 +34,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +53,7 @@ log = logging.getLogger(__name__)
 AHEAD = 4  # answers per worker that may wait for an earlier one; bounds the parent's memory
 DEATHS = 2  # of its worker, when it was alone, until a device counts as failed
 QUEUED = 2  # chunks given to a worker at a time, so that it need not wait for the next one
+AWAKE_S = 5e-4  # that a process looks for what is about to come before it sleeps, which costs a wake-up
 PATIENCE_S = 30.0  # for a worker to notice that its round is over, before it is replaced
 PARENT_CHECK_S = 5.0  # how often an idle worker looks whether its parent is alive
 
@@ -149,6 +154,9 @@ class Pool:
         self._fork = multiprocessing.get_context("fork")
         self._attempt = 0
         self._opening: dict[str, Any] = {}
+        self._helps = shard.is_plain  # whether the parent trains, too
+        self._own: Accumulator | None = None  # of what it has trained
+        self._done: list[Chunk] = []  # that are in there
         self._kept: list[Subtotal] = []  # of workers that died after they had trained
         self._deaths: Counter[str] = Counter()  # of workers, by the device that was alone with them
         self._told: set[str] = set()  # whose part was yielded; they may be trained again after a death
@@ -183,10 +191,22 @@ class Pool:
             self._board.auxiliary[:] = records.arrays[AUXILIARY]
         self._board.stop(False)
         settings = plan.model_copy(update={"cohort": ()})  # a device need not know the others
+        self._plan, self._own, self._done = settings, None, []
+        self._helps = self._shard.is_plain
         self._kept, self._deaths, self._told = [], Counter(), set()
         self._opening = {"plan": settings.model_dump_json(), "config": dict(records.config)}
         for worker in self._workers:
             worker.done, worker.weight, worker.reports = [], 0, 0
+        if self._helps:
+            self._announce()
+
+    def _announce(self) -> None:
+        """Wake those who will train: they read the attempt's settings while we see who trains what."""
+        absent = self._absent()
+        for worker in self._workers:
+            if worker is not absent:
+                with suppress(OSError):  # it died while idle, which is seen to when it is needed
+                    self._send(worker, {})
 
     # --- training in chunks -------------------------------------------------------------------------
 
@@ -197,9 +217,10 @@ class Pool:
         self._board.stop(False)
         try:
             while waiting or any(worker.queue for worker in self._workers):
-                self._hand_out(waiting)
-                for worker in self._ready(None):
-                    part = self._take_part(worker, waiting)
+                own = self._hand_out(waiting, self._absent())
+                parts = [self._train_here(own, waiting)] if own else []
+                parts += [self._take_part(w, waiting) for w in self._ready(0.0 if own else None)]
+                for part in parts:
                     news = [t for t in part.trained if t.device_id not in told]
                     refused = {d: r for d, r in part.refused.items() if d not in told}
                     told.update(t.device_id for t in news)
@@ -208,9 +229,35 @@ class Pool:
         finally:
             self._drain()
 
+    def _absent(self) -> Worker | None:
+        """The worker whose place the parent takes: that of the core which it runs on, or any."""
+        if not self._helps:
+            return None
+        here = current_core()
+        return next((worker for worker in self._workers if here in worker.cores), self._workers[-1])
+
+    def _train_here(self, chunk: Chunk, waiting: deque[Chunk]) -> Part:
+        """Train in the parent; what goes wrong here is left to the workers, who can die of it."""
+        self._own = self._own or Accumulator(self._plan)
+        auxiliary = self._board.auxiliary if self._plan.auxiliary else None
+        try:
+            part = self._shard.train(
+                self._plan, self._board.model, auxiliary, chunk, self._own, self._board.stopped
+            )
+        except DiskFull:
+            raise
+        except Exception:
+            log.warning("training failed in the main process, and goes on in the others", exc_info=True)
+            waiting.extend([*self._done, *([device_id] for device_id in chunk)])
+            self._helps, self._own, self._done = False, None, []
+            return Part([])
+        self._done.append(chunk)
+        return part
+
     def subtotal(self) -> Subtotal:
         """See ``Backend``."""
         parts = [*self._kept, *(_sum_of(worker) for worker in self._workers if worker.reports)]
+        parts += [self._own.subtotal()] if self._own else []
         total = parts[0].total if parts else np.zeros(self._shard.update_size, np.int64)
         for part in parts[1:]:
             total = total + part.total
@@ -218,13 +265,17 @@ class Pool:
             total = total.copy()
         return Subtotal(total, sum(p.weight for p in parts), sum(p.reports for p in parts))
 
-    def _hand_out(self, waiting: deque[Chunk]) -> None:
-        here = current_core()
+    def _hand_out(self, waiting: deque[Chunk], absent: Worker | None = None) -> Chunk | None:
+        """Give chunks to the workers; and one to the parent, in place of the absent one."""
+        here, own = current_core(), None
         for depth in range(QUEUED):
             # A worker that wakes on this very core takes it from us: by then the others shall be at work.
             for worker in sorted(self._workers, key=lambda worker: here in worker.cores):
-                if waiting and len(worker.queue) <= depth:
+                if worker is not absent and waiting and len(worker.queue) <= depth:
                     self._hand_to(worker, waiting)
+            if absent is not None and own is None and waiting:
+                own = waiting.popleft()
+        return own
 
     def _hand_to(self, worker: Worker, waiting: deque[Chunk]) -> None:
         message = {"train": list(waiting[0])}
@@ -325,7 +376,8 @@ class Pool:
         poll = select.poll()  # the bare one: multiprocessing's wait() takes twice as long
         for pipe in busy:
             poll.register(pipe, select.POLLIN)
-        ready = poll.poll(None if timeout is None else 1e3 * timeout)
+        ready = _soon(lambda: poll.poll(0)) if timeout is None and self._own else []
+        ready = ready or poll.poll(None if timeout is None else 1e3 * timeout)
         return [busy[pipe] for pipe, _ in ready]
 
     def _bury(self, worker: Worker) -> int | None:
@@ -422,15 +474,30 @@ def _serve(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     server = _Server(shard, board, desk)
     gc.freeze()  # nothing inherited is searched for garbage, which would also copy its pages
+    announced = False
     with one_thread():
         while os.getppid() == parent:
             try:
-                if not pipe.poll(PARENT_CHECK_S):
+                if not (announced and _soon(pipe.poll)) and not pipe.poll(PARENT_CHECK_S):
                     continue
-                pipe.send_bytes(json.dumps(server.answer(json.loads(pipe.recv_bytes()))).encode())
+                answer = server.answer(json.loads(pipe.recv_bytes()))
+                announced = answer is None
+                if answer is not None:
+                    pipe.send_bytes(json.dumps(answer).encode())
                 server.prepare()
             except (EOFError, OSError):
                 return
+
+
+_Found = TypeVar("_Found")
+
+
+def _soon(look: Callable[[], _Found]) -> _Found:
+    """What ``look`` finds once it finds something, or ``AWAKE_S`` have passed."""
+    end = time.perf_counter() + AWAKE_S
+    while not (found := look()) and time.perf_counter() < end:
+        pass
+    return found
 
 
 @dataclass(eq=False)
@@ -452,18 +519,21 @@ class _Server:
             self.desk.totals[1 - self.side] = 0
             self.clean = True
 
-    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """The reply; None to an announcement, which needs none."""
         try:
             return self._handle(message)
         except DiskFull as error:  # nobody's fault, so it is the parent's to raise
             return {"full": {"message": str(error), "hint": error.hint}}
 
-    def _handle(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
         if "plan" in message:
             self.plan, self.config = RoundPlan.model_validate_json(message["plan"]), message["config"]
             self.accumulator = None
         if "train" in message:
             return self._train(message["train"])
+        if "device" not in message:
+            return None
         arrays = {MODEL: self.board.model}
         if self.config["auxiliary-sha256"]:
             arrays[AUXILIARY] = self.board.auxiliary

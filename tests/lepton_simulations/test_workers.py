@@ -65,9 +65,12 @@ class Toy:
     auxiliary: int = 0
     chunk: int = 3
     on_gpu: bool = False
+    is_plain: bool = False
 
     def act(self, device_id: str, should_stop: Callable[[], bool]) -> None:
         act, _, argument = device_id.partition(" ")
+        if act == "parent" and os.getpid() == int(argument):
+            raise ZeroDivisionError
         if act == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if act == "full":
@@ -357,6 +360,70 @@ def test_the_worker_on_our_own_core_is_woken_last(pool, monkeypatch):
     monkeypatch.setattr(pool, "_hand_to", lambda worker, waiting: woken.append(waiting.popleft() and worker))
     pool._hand_out(deque([["a"], ["b"]]))
     assert woken == [pool._workers[1], pool._workers[0]]
+
+
+# --- where the parent trains, too -----------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1, 2, 3])
+def helping(request):
+    with Pool(Toy(is_plain=True), request.param) as it:
+        yield it
+
+
+def test_the_parent_takes_the_place_of_one_worker(helping):
+    devices = [f"d{n}" for n in range(1, 40)]
+    for _ in range(3):
+        subtotal, trained, refused = train(helping, *devices)
+        assert_array_equal(subtotal.total, expected(range(1, 40)))
+        assert (subtotal.weight, subtotal.reports) == (sum(range(1, 40)), 39)
+        assert sorted(t.num_examples for t in trained) == list(range(1, 40))
+        assert refused == {}
+        assert helping._own.reports > 0
+        subtotal.total[:] = -1  # whoever takes it may change it
+    assert [d for d, _ in ask(helping, "d1", "d2", "d3")] == ["d1", "d2", "d3"]
+    assert_array_equal(train(helping, "d5")[0].total, expected([5]))
+
+
+def test_its_core_is_left_to_it(pool, monkeypatch):
+    first, second = pool._workers
+    first.cores, second.cores = frozenset({0}), frozenset({1})
+    pool._helps, handed = True, []
+    monkeypatch.setattr(pool, "_hand_to", lambda worker, waiting: handed.append((worker, waiting.popleft())))
+    for core, other in ((0, second), (1, first)):
+        monkeypatch.setattr(module, "current_core", lambda core=core: core)
+        waiting, handed[:] = deque([["a"], ["b"], ["c"]]), []
+        assert pool._hand_out(waiting, pool._absent()) == ["b"]
+        assert handed == [(other, ["a"]), (other, ["c"])]
+
+
+def test_what_the_parent_cannot_train_is_left_to_the_workers(helping, caplog):
+    devices = [f"d{n}" for n in range(1, 30)] + [f"parent {os.getpid()}"]
+    devices.insert(3, devices.pop())
+    subtotal, trained, refused = train(helping, *devices)
+    assert_array_equal(subtotal.total, expected([number(d) for d in devices]))
+    assert sorted(t.device_id for t in trained) == sorted(devices)
+    assert refused == {}
+    assert_array_equal(train(helping, "d5")[0].total, expected([5]))
+
+
+def test_idle_workers_that_died_do_not_matter_to_it(helping):
+    train(helping, "d1")
+    for worker in list(helping._workers):
+        worker.process.kill()
+        worker.process.join()
+    devices = [f"d{n}" for n in range(1, 30)]
+    subtotal, trained, _ = train(helping, *devices)
+    assert_array_equal(subtotal.total, expected(range(1, 30)))
+    assert len(trained) == 29
+
+
+def test_closing_early_leaves_nothing_of_it_behind(helping):
+    helping.begin(PLAN, Question(MODEL, 1))
+    parts = helping.train([f"d{n}" for n in range(1, 20)], [1] * 19)
+    next(parts)
+    parts.close()
+    assert_array_equal(train(helping, "d3")[0].total, expected([3]))
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ class Engine(Protocol):
 
     name: str  # "lean", "vectorised", "compiled", "fused" or "native"
     chunk: int  # the number of devices per call it works best with
+    is_plain: bool  # the layers and the loss are its own: no code of the task runs
 
     def know(self, data: Dataset) -> None:
         """Look at a device's rows in advance: once, before workers are forked, instead of in each of them."""

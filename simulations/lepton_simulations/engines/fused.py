@@ -61,7 +61,7 @@ _FEED = 2 * 2**20  # bytes of rows laid out at a time
 class FusedEngine(ChainEngine):
     """See the module; made for one task and rows of one shape."""
 
-    name = "fused"
+    name, is_plain = "fused", True
 
     def __init__(self, trainer: Trainer, sample: Dataset, *, chunk: int = 0, dual: bool = True) -> None:
         """Read the chain.

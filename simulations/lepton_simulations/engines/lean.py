@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class LeanEngine:
     """What every other engine is held against."""
 
-    name = "lean"
+    name, is_plain = "lean", False
     chunk = 1
 
     def __init__(self, trainer: Trainer) -> None:

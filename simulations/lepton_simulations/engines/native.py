@@ -6,12 +6,12 @@ weights' gradient; nothing else is left of a step, so small models train as fast
 """
 
 from collections.abc import Iterator, Sequence
-from math import isfinite, prod, sqrt
+from math import prod
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lepton_fl.plan import LocalPlan
 from lepton_fl.tasks.data import Dataset
@@ -35,13 +35,12 @@ DEVICE = np.dtype(  # as in native.c
     [(name, np.int64) for name in _WORDS.split()]
     + [(name, np.float64) for name in ("square", "peak", "lost")]
 )
-_Reals = NDArray[np.floating]
 
 
 class NativeEngine(ChainEngine):
     """See the module; made for one task and rows of one shape."""
 
-    name = "native"
+    name, is_plain = "native", True
 
     def __init__(self, trainer: Trainer, sample: Dataset, *, chunk: int = 0) -> None:
         """Read the chain and load the library.
@@ -64,6 +63,8 @@ class NativeEngine(ChainEngine):
         self.chunk = chunk or max(1, min(_MOST, UPDATES // (4 * trainer.layout.size)))
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
         self._room, self._places = torch.zeros(0, dtype=trainer.dtype), 0
+        # Where a device's rows and targets are, and the latter themselves.
+        self._inputs: WeakKeyDictionary[Dataset, tuple[int, int, object]] = WeakKeyDictionary()
 
     def train(
         self,
@@ -76,39 +77,48 @@ class NativeEngine(ChainEngine):
         """See ``Engine.train``; ``should_stop`` is asked before every device, and every few milliseconds."""
         check_vector(self._trainer.layout, start)
         rule, common = _numbers(rule_of(local)), self._vector(start)
+        begins = _address(common)
         if len(self._memory) < len(clients):
             self._memory = self._memory.new_zeros(len(clients), self._memory.shape[1])
         trained = Trained.of(self._memory[: len(clients), : len(start)].numpy())
-        table, held = np.zeros(len(clients), DEVICE), list[object]()
+        told, held = list[tuple[float, ...]](), list[object]()
         positions, plans = list[int](), list[Schedule]()
+        first, stride = _address(trained.deltas), trained.deltas.strides[0]
         for position, client in enumerate(clients):
-            rows = self._rows_of(client)
-            if rows is None:
+            if self._rows_of(client) is None:
                 self._lean.train_one(start, client, local, trained, position, should_stop)
                 continue
             plan = schedule(len(client.data), client.seed, local)
-            table[len(plans)], used = self._device(client, rows, plan, common, trained.deltas[position])
+            numbers, used = self._device(client, plan, begins, first + position * stride, len(start))
+            told.append(numbers)
             held.append(used)
             positions.append(position)
             plans.append(plan)
         if len(plans) == len(clients) and self._real == np.float32:
             trained.looked = np.zeros(len(plans)), np.zeros(len(plans), np.float32)
-        self._run(table[: len(plans)], plans, positions, rule, trained, should_stop)
+        self._run(np.array(told, DEVICE), plans, positions, rule, trained, should_stop)
         return trained
 
+    def know(self, data: Dataset) -> None:
+        """See ``Engine``."""
+        super().know(data)
+        if (rows := self._rows[data]) is not None:
+            targets = np.ascontiguousarray(data.y, None if self._loss == 0 else self._real)
+            self._inputs[data] = rows.data_ptr(), _address(targets), targets
+
     def _device(
-        self, client: ClientWork, rows: Tensor, plan: Schedule, common: _Reals, delta: _Reals
+        self, client: ClientWork, plan: Schedule, begins: int, delta: int, size: int
     ) -> tuple[tuple[float, ...], object]:
         """What C is told of a device, and what must be held as long as C may look there."""
-        start = common if client.start is None else self._vector(client.start)
+        start = None if client.start is None else self._vector(client.start)
         correction = None if client.correction is None else self._vector(client.correction)
-        targets = np.ascontiguousarray(client.data.y, None if self._loss == 0 else self._real)
+        shape, (rows, targets, _) = plan.shape, self._inputs[client.data]
         told = (
-            _address(start), 0 if correction is None else _address(correction), rows.data_ptr(),
-            _address(targets), _address(plan.rows), _address(plan.sizes), plan.width, plan.steps, 0,
-            plan.steps, _address(delta), len(delta), 0.0, 0.0, 0.0,
+            begins if start is None else _address(start), 0 if correction is None else _address(correction),
+            rows, targets, _address(plan.rows), _address(shape.sizes), shape.width, shape.steps, 0,
+            shape.steps, delta, size, 0.0, 0.0, 0.0,
         )  # fmt: skip
-        return told, (start, correction, targets)
+        return told, (start, correction)
 
     def _run(
         self,
@@ -121,29 +131,32 @@ class NativeEngine(ChainEngine):
     ) -> None:
         """Train these devices, and note how it went."""
         self._have_room(max((plan.width for plan in plans), default=0))
+        devices, done = table.ctypes.data, len(plans)  # __array_interface__ would spell out all fields
         for part in self._parts(table):
             if should_stop is not None and should_stop():
-                for position, first in zip(
-                    positions[part.start :], table["first"][part.start :], strict=True
-                ):
-                    trained.fail(position, stopped(int(first)))
-                return
+                done = part.start
+                break
             self._functions.lepton_train(
-                _address(self._layers), len(self._layers), self._loss, _address(rule), _address(table[part]),
-                part.stop - part.start, self._places, self._room.data_ptr(),
+                _address(self._layers), len(self._layers), self._loss, _address(rule),
+                devices + part.start * DEVICE.itemsize, part.stop - part.start, self._places,
+                self._room.data_ptr(),
             )  # fmt: skip
-            for number in range(part.start, part.stop):
-                self._note(positions[number], plans[number], table[number], trained)
+        self._note(positions[:done], plans[:done], table[:done], trained)
+        for number in range(done, len(plans)):
+            trained.fail(positions[number], stopped(int(table["first"][number])))
 
-    def _note(self, position: int, plan: Schedule, device: np.void, trained: Trained) -> None:
-        loss = float(device["lost"])
-        trained.steps[position], trained.seen[position] = plan.steps, plan.shape.examples
-        trained.loss_sum[position] = loss
+    @staticmethod
+    def _note(
+        at: Sequence[int], plans: Sequence[Schedule], table: NDArray[np.void], trained: Trained
+    ) -> None:
+        lost, steps = table["lost"], table["steps"]
+        trained.steps[at], trained.loss_sum[at] = steps, lost
+        trained.seen[at] = [plan.shape.examples for plan in plans]
         if trained.looked is not None:
             norms, peaks = trained.looked
-            norms[position], peaks[position] = sqrt(device["square"]), device["peak"]
-        if not isfinite(loss):
-            trained.fail(position, non_finite(loss, plan.steps))
+            norms[at], peaks[at] = np.sqrt(table["square"]), table["peak"]
+        for number in np.flatnonzero(~np.isfinite(lost)).tolist():
+            trained.fail(at[number], non_finite(float(lost[number]), int(steps[number])))
 
     def _parts(self, table: NDArray[np.void]) -> Iterator[slice]:
         """The devices of each call: several, or one and a part of its steps."""

@@ -59,7 +59,7 @@ class VectorisedEngine:
             raise Unsupported("the task augments its batches")
         if any(True for _ in trainer.module.buffers()):
             raise Unsupported("the model has buffers, which training may change")
-        self.name = "compiled" if compiled else "vectorised"
+        self.name, self.is_plain = "compiled" if compiled else "vectorised", False
         self._trainer, self._lean, self._compiled = trainer, LeanEngine(trainer), compiled
         self._module = copy.deepcopy(trainer.module).train()
         self._slots, self._trained = trainer.layout.slots, trainer.num_trained
