@@ -121,7 +121,7 @@ def _brackets(key: str, value: dict[str, Any]) -> str:
 
 def _words(section: dict[str, Any]) -> str:
     """The first sentence of a table's own text; that of a role's sections begins with their name."""
-    first = section.get("description", "").split("\n")[0]
+    first = str(section.get("description", "")).split("\n")[0]
     text = (first.partition(": ")[2] if first.startswith("[") else first).replace("``", "`")
     return text[:1].upper() + text[1:]
 
