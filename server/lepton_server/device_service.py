@@ -125,10 +125,7 @@ _RENEWED = {  # why a device came for a new certificate, where something was wro
     Cause.WRONG_CERTIFICATE.value: "the certificate that it showed was not accepted; it was given a new one",
 }
 _MAX_CACHED = 100_000  # certificates (about 250 bytes each) whose check need not be repeated
-_MAX_REPORTS = (
-    8 << 20
-)  # bytes of reports whose check need not be repeated; checked, they take some times that
-
+_MAX_REPORTS = 8 << 20  # bytes of reports whose check need not be repeated; checked, they take more
 
 _NO_SERVICE, _NO_TRIAL = ("", Service()), Tried()
 

@@ -450,6 +450,7 @@ def before_v0006(store):
             "DROP TABLE received",
             "DROP TABLE lease",
             "ALTER TABLE round DROP COLUMN phase",
+            "ALTER TABLE rollout DROP COLUMN suspect_requests",
             "ALTER TABLE attempt_record ADD COLUMN spooled TEXT NOT NULL DEFAULT '{}'",
             "UPDATE lepton_version SET version_num = 'v0005'",
         ):
