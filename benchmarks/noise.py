@@ -29,6 +29,7 @@ import ssl
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ class Seen:
 
 
 @dataclass
-class Surface:
+class Surface(ABC):
     """A way to send inputs: so many connections, each with a few under way."""
 
     folder: Path
@@ -152,6 +153,7 @@ class Surface:
         self.ca = (self.folder / "ca.pem").read_text()
         self.prepare()
 
+    @abstractmethod
     def prepare(self) -> None:
         """Make what good messages are made of."""
 
@@ -159,9 +161,9 @@ class Surface:
         """Send them all."""
         await asyncio.gather(*(self.speak(i, numbers) for i in range(DEVICES)))
 
+    @abstractmethod
     async def speak(self, index: int, numbers: "Numbers") -> None:
         """One connection after another, for one device, until the inputs are used up."""
-        raise NotImplementedError
 
     def context(self, index: int = -1) -> ssl.SSLContext:
         """To trust the coordinator and, with an index, to be that device."""
