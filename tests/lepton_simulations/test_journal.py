@@ -160,36 +160,11 @@ def test_stopped_anywhere_and_resumed_it_ends_with_the_same_hashes(tmp_path, sto
     assert [row.metrics for row in second.rows] == [row.metrics for row in whole.rows]
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing after it runs, not even what tidies up."""
-
-
 @pytest.mark.parametrize("at", range(1, 16))
-def test_killed_at_any_write_and_resumed_it_ends_with_the_same_hashes(tmp_path, monkeypatch, at):
-    """The process dies just before its n-th write of any kind; what it had written stays."""
-    from lepton_fl.files import BlobStore
-    from lepton_simulations import appended, book
-
+def test_killed_at_any_write_and_resumed_it_ends_with_the_same_hashes(tmp_path, killed_at_write, at):
     whole = small(rounds=2)
-    count = 0
-
-    def dying(function):
-        def wrapped(*arguments):
-            nonlocal count
-            count += 1
-            if count == at:
-                raise Killed
-            return function(*arguments)
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(book, "write_atomic", dying(book.write_atomic))
-        patch.setattr(BlobStore, "put", dying(BlobStore.put))
-        patch.setattr(appended.AppendedFile, "append", dying(appended.AppendedFile.append))
-        patch.setattr(appended.AppendedFile, "sync", dying(appended.AppendedFile.sync))
-        with pytest.raises(Killed):
-            small(rounds=2, folder=tmp_path / "run")
+    with killed_at_write(at):
+        small(rounds=2, folder=tmp_path / "run")
     resume = (tmp_path / "run/scenario.json").exists()
     second = small(rounds=2, folder=tmp_path / "run", resume=resume)
     assert (second.weights_sha256, second.journal_sha256) == (whole.weights_sha256, whole.journal_sha256)

@@ -16,8 +16,6 @@ from numpy.testing import assert_array_equal
 
 from lepton_fl.config import load
 from lepton_fl.errors import ConfigError, StateCorrupt
-from lepton_fl.files import BlobStore
-from lepton_simulations import appended, book
 from lepton_simulations.api import run_scenario, simulate
 from lepton_simulations.config import SimulationConfig
 from lepton_strategies import FedBuff
@@ -160,31 +158,12 @@ def test_stopped_again_and_again_and_with_other_workers(tmp_path, undisturbed):
     the_same(run_scenario(config, resume=True), undisturbed)
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing after it runs, not even what tidies up."""
-
-
 @pytest.mark.parametrize("at", [3, 9, 15, 21, 26, 27, 28, 29, 30, 31, 32, 33, 34, 40, 47])
-def test_killed_at_a_write_and_resumed_it_ends_with_the_same_hashes(tmp_path, monkeypatch, undisturbed, at):
-    count = 0
-
-    def dying(function):
-        def wrapped(*arguments):
-            nonlocal count
-            count += 1
-            if count == at:
-                raise Killed
-            return function(*arguments)
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(book, "write_atomic", dying(book.write_atomic))
-        patch.setattr(BlobStore, "put", dying(BlobStore.put))
-        patch.setattr(appended.AppendedFile, "append", dying(appended.AppendedFile.append))
-        patch.setattr(appended.AppendedFile, "sync", dying(appended.AppendedFile.sync))
-        with pytest.raises(Killed):
-            run_scenario(hard(tmp_path / "run"))
+def test_killed_at_a_write_and_resumed_it_ends_with_the_same_hashes(
+    tmp_path, killed_at_write, undisturbed, at
+):
+    with killed_at_write(at):
+        run_scenario(hard(tmp_path / "run"))
     the_same(run_scenario(hard(tmp_path / "run"), resume=True), undisturbed)
 
 
