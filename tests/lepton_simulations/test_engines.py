@@ -1,5 +1,6 @@
 """Every engine computes what the trainer computes, for every device on its own."""
 
+import multiprocessing
 from contextlib import suppress
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from lepton_fl.training.trainer import Trainer
 from lepton_simulations.engines import ClientWork, choose
 from lepton_simulations.engines.contract import Elsewhere
 from lepton_simulations.engines.fused import FusedEngine
+from lepton_simulations.engines.grams import Grams
 from lepton_simulations.engines.layers import Conv, Dense
 from lepton_simulations.engines.lean import LeanEngine
 from lepton_simulations.engines.native import NativeEngine
@@ -261,6 +263,32 @@ def test_where_rows_lie_in_memory_does_not_matter():
         for plan in (PLANS["plain"], PLANS["whole batch"]):
             one = engine.train(start, [work], plan).deltas.copy()
             np.testing.assert_array_equal(one, engine.train(start, [other], plan).deltas)
+
+
+def test_products_of_rows_are_kept_and_change_nothing():
+    trainer = Trainer(task_of(lambda: MLP(120, 4, (32,)), (120,), 4))
+    works, start = clients_of((120,), 4, (23, 30, 60)), start_of(trainer)
+    engine, local = FusedEngine(trainer, works[0].data), PLANS["epochs"]
+    first = engine.train(start, works, local).deltas.copy()
+    kept, nothing = engine._grams, torch.zeros(1, 120)
+    for work in works[:2]:
+        np.testing.assert_allclose(kept.of(work.data, nothing), work.data.x @ work.data.x.T + 1, rtol=1e-4)
+    assert kept.of(works[2].data, nothing).shape == (1, 1)  # many rows of few features: not kept
+    np.testing.assert_array_equal(engine.train(start, works, local).deltas, first)
+    for steps in (2, 5):  # some of the rows, in the first epoch and in the second
+        few = local.model_copy(update={"max_steps": steps})
+        expect_equal(engine.train(start, works, few), LeanEngine(trainer).train(start, works, few), 1e-6)
+
+
+def test_processes_share_the_products_of_rows():
+    data = rows(6, (40,), 3)
+    grams, x = Grams(torch.float32, biased=False), torch.from_numpy(data.x)
+    grams.reserve(data, x)
+    child = multiprocessing.get_context("fork").Process(target=grams.of, args=(data, x))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    torch.testing.assert_close(grams.of(data, torch.zeros(6, 40)), x @ x.T)  # not computed again
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])

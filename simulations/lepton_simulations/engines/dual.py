@@ -2,23 +2,31 @@
 
 After some steps of SGD the weights are W0 plus a sum of outer products of output gradients and rows seen:
 W = a W0 + e c + sum_j g_j x_j^T (a = 1 and no c without weight decay, FedProx and SCAFFOLD). Hence
-x_i W^T = a (x_i W0^T) + e (x_i c^T) + sum_j (x_i . x_j) g_j^T: all products with W0 and the Gram matrix of a
-device's rows are two large matrix products, each step needs a small one, and the update W - W0 comes out of a
-single one. Skinny products over all weights in every step, and copies of the weights, are gone; a second
-epoch is almost free. It pays while a device has fewer rows than about the layer has outputs.
+x_i W^T = a (x_i W0^T) + e (x_i c^T) + sum_j (x_i . x_j) g_j^T: all products with W0 are one large matrix
+product, those of the rows with each other (their Gram matrix) never change and are kept, each step needs a
+small product, and the update W - W0 comes out of a single large one. Skinny products over all weights in
+every step, and copies of the weights, are gone; a second epoch is almost free. It pays while a device has
+fewer rows than about the layer has outputs. Rows are read where they stand: only their products are put in
+the order of the steps.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lepton_fl.vector import Slot
+from lepton_simulations.engines.batches import Chunk
+from lepton_simulations.engines.grams import Grams
 from lepton_simulations.engines.layers import Room, Rule, padded
 from lepton_simulations.engines.schedule import Schedule, Shape
 
 _MAX_PLACES = 1024  # of all mini-batches of a device: a Gram matrix of 4 MB
+_LINE = 64  # bytes: rows that begin elsewhere are copied
+_PLACES = np.arange(_MAX_PLACES)
 
 # GFLOP/s of the shapes involved, one core of a server of 2023; only their ratios matter.
 _TALL, _SKINNY, _GRAM, _SMALL = 93, 68, 73, 30
@@ -47,20 +55,19 @@ def pays(weight: tuple[int, int], plan: Shape, rows: int) -> bool:
 class DualDense:
     """The first linear layer of K devices, for a chunk of short schedules."""
 
-    def __init__(self, weight: Slot, bias: Slot | None, devices: int, width: int, room: Room) -> None:
-        """See ``Dense``."""
-        self._slot, self._bias_slot, self._room = weight, bias, room
+    def __init__(
+        self, weight: Slot, bias: Slot | None, devices: int, width: int, room: Room, grams: Grams
+    ) -> None:
+        """See ``Dense``; ``grams`` are those of the devices' rows."""
+        self._slot, self._bias_slot, self._room, self._grams = weight, bias, room, grams
         (self._outputs, self._inputs), self._width = weight.shape, width
         self._wide = padded(self._outputs)
         self._out = torch.zeros(devices, width, self._wide, dtype=room.dtype)
+        self._weight = torch.zeros(self._wide, self._inputs, dtype=room.dtype)
+        self._bias = torch.zeros(self._wide, dtype=room.dtype)
 
     def begin(
-        self,
-        rule: Rule,
-        starts: Tensor,
-        corrections: Tensor | None,
-        rows: Sequence[Tensor],
-        schedules: Sequence[Schedule],
+        self, rule: Rule, starts: Tensor, corrections: Tensor | None, chunk: Chunk, rows: Sequence[Tensor]
     ) -> None:
         """Everything that does not depend on the steps.
 
@@ -68,45 +75,36 @@ class DualDense:
             rule: without momentum.
             starts: (1, P) for all, or (k, P).
             corrections: (k, P) or none.
-            rows: (n, I) of each device.
-            schedules: of each device, the longest first.
+            chunk: the devices.
+            rows: (n, I) of each.
         """
         self._rule, self._starts, self._corrections = rule, starts, corrections
-        self._schedules = schedules
-        count, places = len(rows), schedules[0].steps * self._width
-        room, stride = self._room, padded(places)
+        self._plans, count, places = chunk.plans, len(rows), chunk.plans[0].steps * self._width
+        room = self._room
         self._first = room.get("first products", count, padded(places), self._wide)
-        self._gram = room.get("gram", count, places, stride)
-        self._moves = room.get("moves", count, padded(places), self._wide)
-        self._shift = None if corrections is None else room.get("shift products", *self._first.shape)
-        most = max(min(x.shape[0], s.steps * self._width) for x, s in zip(rows, schedules, strict=True))
-        held = room.get("rows", count, padded(most * self._inputs)).unbind()
-        firsts, grams = self._first.unbind(), self._gram.unbind()
-        shifts = [None] * count if self._shift is None else self._shift.unbind()
-        self._used: list[tuple[Tensor, Tensor | None]] = []
-        for k, (x, own) in enumerate(zip(rows, schedules, strict=True)):
-            if k == 0 or starts.shape[0] > 1:
-                weights = self._transposed("weights", starts[k])
-            shift = None if corrections is None else self._transposed("shift", corrections[k])
-            used, index = self._take(held[k], x, own)
-            self._place(firsts[k], used, index, own, *weights)
-            if shift is not None and (out := shifts[k]) is not None:
-                self._place(out, used, index, own, *shift)
-            self._multiply(grams[k], used, index, own)
-            self._used.append((used, index))
-        if self._bias_slot is not None:
-            self._gram.add_(1)
+        self._gram = room.get("gram", count, places, padded(places))
+        self._moves = room.get("moves", count, padded(places + 1), self._wide)
+        self._moves[:, places].zero_()  # the place of rows that an epoch does not come to
+        held = self._room_for(rows, chunk.plans)
+        self._used = [
+            _use(x, plan, places, space) for x, plan, space in zip(rows, chunk.plans, held, strict=True)
+        ]
+        self._multiply(starts, self._first)
+        for client, used, out in zip(chunk.clients, self._used, self._gram.unbind(), strict=True):
+            self._lay_out(self._grams.of(client.data if used.whole else None, used.rows), used.at, out)
+        self._shift = None
+        if corrections is not None:
+            self._shift = room.get("shift products", *self._first.shape)
+            self._multiply(corrections, self._shift)
         self._keep, self._pull = [1.0], [0.0]  # a and e after so many steps
 
     def forward(self, step: int, active: int) -> Tensor:
         """The outputs (a, B, O) of the next mini-batch."""
         low, high = step * self._width, (step + 1) * self._width
-        first, out = self._first[:active, low:high], self._out[:active]
+        out = first = self._first[:active, low:high]
         if step:
             gram, moves = self._gram[:active, low:high, :low], self._moves[:active, :low]
-            torch.baddbmm(first, gram, moves, beta=self._keep[step], out=out)
-        else:
-            out.copy_(first)
+            out = torch.baddbmm(first, gram, moves, beta=self._keep[step], out=self._out[:active])
         if self._shift is not None:
             out.add_(self._shift[:active, low:high], alpha=self._pull[step])
         return out
@@ -124,84 +122,102 @@ class DualDense:
 
     def write(self, deltas: Sequence[Tensor]) -> None:
         """Write how far the devices came, (P,) each."""
-        for k, (delta, moves) in enumerate(zip(deltas, self._moves.unbind(), strict=True)):
-            rows, index = self._used[k]
-            if index is None:
-                moves = moves[: rows.shape[0], : self._outputs]
-            else:
-                moves = moves[: index.shape[0], : self._outputs]
-                moves = moves.new_zeros(rows.shape[0], self._outputs).index_add_(0, index, moves)
+        for k, (delta, moves, used) in enumerate(zip(deltas, self._moves.unbind(), self._used, strict=True)):
+            own = moves.index_select(0, used.where[0])
+            for where in used.where[1:]:
+                own += moves.index_select(0, where)
+            own = own[:, : self._outputs]
             weight = delta[self._slot.start : self._slot.stop].view(self._slot.shape)
-            torch.mm(moves.t(), rows, out=weight)
+            weight.zero_().addmm_(own.t(), used.rows)  # which is faster than mm's own zeros
             parts = [(self._slot, weight)]
             if self._bias_slot is not None:
                 bias = delta[self._bias_slot.start : self._bias_slot.stop]
-                torch.sum(moves, 0, out=bias)
+                torch.sum(own, 0, out=bias)
                 parts.append((self._bias_slot, bias))
             self._add_constants(k, parts)
 
     def _add_constants(self, k: int, parts: list[tuple[Slot, Tensor]]) -> None:
-        steps = self._schedules[k].steps
+        steps = self._plans[k].steps
         for slot, delta in parts:
             if (change := self._keep[steps] - 1) != 0:
-                delta.add_(self._start(k)[slot.start : slot.stop].view(slot.shape), alpha=change)
+                start = self._starts[k if self._starts.shape[0] > 1 else 0]
+                delta.add_(start[slot.start : slot.stop].view(slot.shape), alpha=change)
             if self._corrections is not None:
                 shift = self._corrections[k, slot.start : slot.stop].view(slot.shape)
                 delta.add_(shift, alpha=self._pull[steps])
 
-    def _start(self, k: int) -> Tensor:
-        return self._starts[k if self._starts.shape[0] > 1 else 0]
+    def _room_for(self, rows: Sequence[Tensor], plans: Sequence[Schedule]) -> Sequence[Tensor | None]:
+        """Memory for the rows of each device, where those of some cannot be used as they stand."""
+        if all(_stands(x, plan) for x, plan in zip(rows, plans, strict=True)):
+            return [None] * len(rows)
+        most = max(min(x.shape[0], plan.shape.examples) for x, plan in zip(rows, plans, strict=True))
+        return self._room.get("rows", len(rows), padded(most * self._inputs)).unbind()
 
-    def _transposed(self, name: str, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (I, O) and bias (O,) of a vector, with padding, in the order the product is fastest in."""
-        weight = self._room.get(f"{name} transposed", self._inputs, self._wide)
-        weight[:, self._outputs :].zero_()
-        weight[:, : self._outputs].copy_(flat[self._slot.start : self._slot.stop].view(self._slot.shape).t())
-        bias = self._room.get(f"{name} bias", self._wide).zero_()
-        if self._bias_slot is not None:
-            bias[: self._outputs].copy_(flat[self._bias_slot.start : self._bias_slot.stop])
-        return weight, bias
+    def _multiply(self, vectors: Tensor, out: Tensor) -> None:
+        """Products of all rows and the weight in vectors (1, P) or (k, P), with its bias, at their places."""
+        for k, (used, products) in enumerate(zip(self._used, out.unbind(), strict=True)):
+            if k < vectors.shape[0]:
+                vector = vectors[k]
+                piece = vector[self._slot.start : self._slot.stop].view(self._slot.shape)
+                self._weight[: self._outputs].copy_(piece)
+                if self._bias_slot is not None:
+                    self._bias[: self._outputs].copy_(vector[self._bias_slot.start : self._bias_slot.stop])
+            found = _linear(used.rows, self._weight, self._bias)
+            torch.index_select(found, 0, used.at, out=products[: used.at.shape[0]])
 
-    def _take(self, held: Tensor, x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor | None]:
-        """The rows a device uses, aligned, and which stands at each place (none: one after the other)."""
-        order, index = torch.from_numpy(schedule.rows).view(-1), None
-        if schedule.shape.examples <= x.shape[0]:  # each row at most once: in the order of the steps
-            if schedule.shape.examples < order.shape[0]:
-                order = order[: schedule.shape.examples]
-        else:
-            order, index = torch.arange(x.shape[0]), order
-        rows = held[: order.shape[0] * self._inputs].view(-1, self._inputs)
-        torch.index_select(x, 0, order, out=rows)
-        return rows, index
+    def _lay_out(self, gram: Tensor, at: Tensor, out: Tensor) -> None:
+        """Products of rows at the places of the steps.
 
-    def _place(
-        self,
-        out: Tensor,
-        rows: Tensor,
-        index: Tensor | None,
-        schedule: Schedule,
-        weight: Tensor,
-        bias: Tensor,
-    ) -> None:
-        """Products of rows and a weight, with its bias, at every place of the steps."""
-        count, places = rows.shape[0], schedule.steps * self._width
-        if index is not None:
-            products = self._room.get("products", count, self._wide)
-            torch.index_select(torch.addmm(bias, rows, weight, out=products), 0, index, out=out[:places])
-            return
-        torch.addmm(bias, rows, weight, out=out[:count])
-        if count < places:
-            out[count:places].zero_()
+        A step meets the rows of earlier steps only: the first rows and the last columns are never read.
+        """
+        later, earlier = at[self._width :], at[: -self._width]
+        if count := later.shape[0]:
+            found = gram.index_select(0, later)
+            torch.index_select(found, 1, earlier, out=out[self._width : self._width + count, :count])
 
-    def _multiply(self, gram: Tensor, rows: Tensor, index: Tensor | None, schedule: Schedule) -> None:
-        """Products of each row with each at every place of the steps."""
-        count, places = rows.shape[0], schedule.steps * self._width
-        if index is not None:
-            small = torch.mm(rows, rows.t(), out=self._room.get("small gram", count, count))
-            gram[:places, :places].copy_(small.index_select(0, index).index_select(1, index))
-            return
-        # A step meets the rows of earlier steps only: the first rows and the last columns are never read.
-        earlier = min(count, places - self._width)
-        if earlier:
-            torch.mm(rows[self._width :], rows[:earlier].t(), out=gram[self._width : count, :earlier])
-            gram[count:places, :earlier].zero_()
+
+@dataclass(frozen=True, eq=False)
+class _Used:
+    """The rows that a device trains on, and their order."""
+
+    rows: Tensor  # (n, I)
+    whole: bool  # whether they are all that the device has
+    at: Tensor  # (T * B,) the row at each place of the steps
+    where: Sequence[Tensor]  # (n,) of each epoch: the place of each row
+
+
+def _stands(x: Tensor, plan: Schedule) -> bool:
+    return plan.shape.examples >= x.shape[0] and x.data_ptr() % _LINE == 0
+
+
+def _use(x: Tensor, plan: Schedule, nowhere: int, space: Tensor | None) -> _Used:
+    """What a device uses of its rows; ``nowhere`` is the place of rows that an epoch does not come to."""
+    order, count = plan.rows.reshape(-1), min(x.shape[0], plan.shape.examples)
+    rows = x if space is None else space[: count * x.shape[1]].view(count, -1)
+    if count < x.shape[0]:  # each of these once, and no padding: they are taken in the order of the steps
+        torch.index_select(x, 0, torch.from_numpy(order), out=rows)
+        at = torch.from_numpy(_PLACES[:count])
+        return _Used(rows, False, at, [at])
+    if space is not None:
+        rows.copy_(x)
+    where = []
+    for first in range(0, len(order), -(-count // plan.width) * plan.width):
+        epoch = order[first : first + count]
+        places = np.full(count, nowhere)
+        places[epoch] = _PLACES[first : first + len(epoch)]
+        where.append(torch.from_numpy(places))
+    return _Used(rows, True, torch.from_numpy(order), where)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(n, I), (O, I), (O,) -> (n, O)."""
+    if x.dtype == torch.float32 and _has_onednn():
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return found
+    return torch.addmm(bias, x, weight.t())
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether torch brings a product that needs no copies in another order."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -33,6 +33,7 @@ from lepton_simulations.engines.chain import (
 from lepton_simulations.engines.chained import ChainEngine, rule_of
 from lepton_simulations.engines.contract import ClientWork, Stop, Trained, Unsupported, stopped
 from lepton_simulations.engines.dual import DualDense, pays
+from lepton_simulations.engines.grams import Grams
 from lepton_simulations.engines.layers import (
     Conv,
     Dense,
@@ -77,6 +78,8 @@ class FusedEngine(ChainEngine):
         """
         super().__init__(trainer, sample)
         self._may_be_dual, self._room = dual, Room(trainer.dtype)
+        first = next((spec for spec in self._specs if isinstance(spec, LinearSpec)), None)
+        self._grams = Grams(trainer.dtype, biased=first is not None and first.bias is not None)
         self._functions = None if self.dense else _functions(trainer.dtype)
         self._most_direct = (chunk or self._devices(CACHE)) if self.dense else 1
         self._most = (chunk or self._devices(DUAL_CACHE)) if self.dense else 1
@@ -119,6 +122,12 @@ class FusedEngine(ChainEngine):
                 program = self._program(chunk.plans[0].width, dual, most if len(at) > 1 else 1)
                 program.train(common, chunk, inputs, rule, deltas, trained, should_stop)
         return trained
+
+    def know(self, data: Dataset) -> None:
+        """See ``Engine``."""
+        super().know(data)
+        if self._may_be_dual and self.dense and (rows := self._rows[data]) is not None:
+            self._grams.reserve(data, rows)
 
     def _devices(self, cache: int) -> int:
         return max(1, min(_MOST, cache // (4 * self._trainer.layout.size)))
@@ -174,13 +183,14 @@ class FusedEngine(ChainEngine):
         slots = None
         if first is not None:
             slots = self._slots[first.weight], self._slots.get(first.bias or "")
-        return _Context(self._trainer.dtype, self._room, self.dense, self._shape, slots)
+        return _Context(self._trainer.dtype, self._room, self._grams, self.dense, self._shape, slots)
 
 
 @dataclass(frozen=True, eq=False)
 class _Context:
     dtype: torch.dtype
     room: Room
+    grams: Grams
     dense: bool  # K devices per call, rows flat
     shape: tuple[int, ...]  # of a row
     first: tuple[Slot, Slot | None] | None  # the first linear layer's
@@ -199,7 +209,8 @@ class _Program:
         if dual:
             assert self._context.first is not None
             self._layers = self._layers[1:]
-            self._dual = DualDense(*self._context.first, devices, width, self._context.room)
+            context = self._context
+            self._dual = DualDense(*self._context.first, devices, width, context.room, context.grams)
         lowest = next(i for i, layer in enumerate(self._layers) if layer.weights)
         self._reverse = [(layer, dual or i > lowest) for i, layer in reversed(list(enumerate(self._layers)))]
 
@@ -244,7 +255,7 @@ class _Program:
             for weight in layer.weights:
                 weight.begin(rule, starts, corrections)
         if self._dual is not None:
-            self._dual.begin(rule, starts, corrections, rows, chunk.plans)
+            self._dual.begin(rule, starts, corrections, chunk, rows)
         total, losses = int(steps[0]), np.zeros(len(steps))
         active = (steps > np.arange(total)[:, None]).sum(1).tolist()  # devices that make each step
         sizes = np.zeros((total, len(steps)))
