@@ -15,7 +15,7 @@ from lepton_fl.plan import LocalPlan
 from lepton_fl.tasks import Classification, DataContract, Dataset, Regression, Task
 from lepton_fl.tasks.models import CNN, GRU, LSTM, MLP, Linear
 from lepton_fl.training.trainer import Trainer
-from lepton_simulations.engines import ClientWork, choose
+from lepton_simulations.engines import ClientWork, choose, fused, hidden
 from lepton_simulations.engines.contract import Elsewhere
 from lepton_simulations.engines.fused import FusedEngine
 from lepton_simulations.engines.grams import Grams
@@ -82,6 +82,12 @@ def start_of(trainer) -> np.ndarray:
     return start + np.random.default_rng(5).normal(scale=0.05, size=start.shape).astype(np.float32)
 
 
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch):
+    """Small layers behind convolutions are trained like large ones, but where engines are told not to."""
+    monkeypatch.setattr(hidden, "LARGE", 0)
+
+
 def engines_of(trainer, sample, sequences=False):
     if not sequences:
         yield FusedEngine(trainer, sample, chunk=4)
@@ -113,6 +119,19 @@ def test_in_double_precision_every_engine_equals_the_trainer(model, shape, class
     assert np.abs(expected.deltas).max() > 1e-3
     for engine in engines_of(trainer, works[0].data):
         expect_equal(engine.train(start, works, plan), expected, 1e-12)
+
+
+@pytest.mark.parametrize("plan", ["plain", "epochs", "max steps", "momentum"])
+@pytest.mark.parametrize("name", ["cnn", "cnn of colours"])
+def test_convolutions_without_a_compiler(name, plan, monkeypatch):
+    monkeypatch.setattr(fused, "_functions", lambda dtype: None)
+    model, shape, classes = MODELS[name]
+    trainer = Trainer(task_of(model, shape, classes), dtype=torch.float64)
+    works, start = clients_of(shape, classes), start_of(trainer)
+    expected = LeanEngine(trainer).train(start, works, PLANS[plan])
+    for dual in (True, False):
+        engine = FusedEngine(trainer, works[0].data, dual=dual, chunk=3)
+        expect_equal(engine.train(start, works, PLANS[plan]), expected, 1e-12)
 
 
 @pytest.mark.parametrize("plan", ["plain", "whole batch", "momentum"])
@@ -463,8 +482,8 @@ def test_frozen_parameters_are_left_to_lean():
 def test_a_wrong_layer_is_caught_by_the_check(layer, monkeypatch):
     right = layer.backward
 
-    def wrong(self, grad, *, needs_input):
-        back = right(self, grad, needs_input=needs_input)
+    def wrong(self, grad, *number, needs_input):
+        back = right(self, grad, *number, needs_input=needs_input)
         return None if back is None else back * (1 + 1e-6)
 
     trainer, works = probe(*MODELS["cnn"])

@@ -105,7 +105,7 @@ def _make(name: Tier, trainer: Trainer, samples: Sequence[ClientWork]) -> list[E
         return [NativeEngine(trainer, samples[0].data)]
     if name == "fused":
         engine = FusedEngine(trainer, samples[0].data)
-        return [engine, FusedEngine(trainer, samples[0].data, dual=False)] if engine.dense else [engine]
+        return [engine, FusedEngine(trainer, samples[0].data, dual=False)]
     if name in ("vectorised", "compiled"):
         compiled = name == "compiled" and trainer.dtype == torch.float32  # once is enough: it takes its time
         return [VectorisedEngine(trainer, samples[0].data, compiled=compiled)]

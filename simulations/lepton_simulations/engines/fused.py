@@ -2,8 +2,9 @@
 
 No autograd, no gradient tensors: the weight-gradient product adds straight to the weights, with SGD's rate
 and weight decay as its factors. Dense chains take K devices per call, so that the few operations of a step
-are shared by all of them; convolutions take one device, which fills the core by itself. Work memory is kept
-and stays in the cache. Measured reasons are in docs/simulation.md.
+are shared by all of them; so do chains that end in a large dense layer, for its weights. Convolutions take
+one device after the other, each of which fills the core by itself. Work memory is kept and stays in the
+cache. Measured reasons are in docs/simulation.md.
 """
 
 from collections.abc import Sequence
@@ -34,17 +35,19 @@ from lepton_simulations.engines.chained import ChainEngine, rule_of
 from lepton_simulations.engines.contract import ClientWork, Stop, Trained, Unsupported, stopped
 from lepton_simulations.engines.dual import DualDense, pays
 from lepton_simulations.engines.grams import Grams
+from lepton_simulations.engines.hidden import Hidden
+from lepton_simulations.engines.hidden import pays as hidden_pays
 from lepton_simulations.engines.layers import (
     Conv,
     Dense,
-    Flatten,
+    ImageLayer,
+    Images,
     Layer,
     Norm,
     Pool,
     Relu,
     Room,
     Rule,
-    channels_last,
     padded,
 )
 from lepton_simulations.engines.library import library
@@ -55,6 +58,7 @@ CACHE = 4 * 2**20  # bytes of weights that stay near a core
 DUAL_CACHE = 13 * 2**20  # bytes of updates, where weights are not touched in between
 _SMALL = Shape(10, 1, np.full(6, 10), 6, 60)  # a device with few rows
 _MOST = 64  # devices side by side
+_ABREAST = 3  # the same of convolutions, where they share large weights behind them
 _PROGRAMS = 8  # kinds of chunk whose memory is kept
 _FEED = 2 * 2**20  # bytes of rows laid out at a time
 
@@ -77,13 +81,15 @@ class FusedEngine(ChainEngine):
             Unsupported: the model, the loss, the device or the rows are none of those known here.
         """
         super().__init__(trainer, sample)
-        self._may_be_dual, self._room = dual, Room(trainer.dtype)
-        first = next((spec for spec in self._specs if isinstance(spec, LinearSpec)), None)
-        self._grams = Grams(trainer.dtype, biased=first is not None and first.bias is not None)
+        self._room = Room(trainer.dtype)
         self._functions = None if self.dense else _functions(trainer.dtype)
+        self._bare = self._without_weights() if dual else None
+        biased = self._bare is not None and self._bare.bias is not None
+        self._grams = Grams(trainer.dtype, biased=biased)
+        self._flat_at = self._flattened()
         self._most_direct = (chunk or self._devices(CACHE)) if self.dense else 1
-        self._most = (chunk or self._devices(DUAL_CACHE)) if self.dense else 1
-        many = self._is_dual(_SMALL, _SMALL.examples, Rule(0.1, 0, 0, 0))
+        self._most = chunk or (self._devices(DUAL_CACHE) if self.dense else _ABREAST)
+        many = self._is_dual(_SMALL, _SMALL.examples, Rule(0.1, 0, 0, 0), False)
         self.chunk = self._most if many else self._most_direct
         self._programs: dict[tuple[int, bool, int], _Program] = {}
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
@@ -109,7 +115,7 @@ class FusedEngine(ChainEngine):
             self._lean.train_one(start, clients[position], local, trained, position, should_stop)
         plans = [schedule(len(clients[i].data), clients[i].seed, local) for i in fitting]
         kinds = [
-            self._is_dual(plan.shape, len(clients[i].data), rule)
+            self._is_dual(plan.shape, len(clients[i].data), rule, clients[i].correction is not None)
             for i, plan in zip(fitting, plans, strict=True)
         ]
         common = self._flat(start)[None]
@@ -126,18 +132,34 @@ class FusedEngine(ChainEngine):
     def know(self, data: Dataset) -> None:
         """See ``Engine``."""
         super().know(data)
-        if self._may_be_dual and self.dense and (rows := self._rows[data]) is not None:
+        if self.dense and self._bare is not None and (rows := self._rows[data]) is not None:
             self._grams.reserve(data, rows)
 
     def _devices(self, cache: int) -> int:
         return max(1, min(_MOST, cache // (4 * self._trainer.layout.size)))
 
-    def _is_dual(self, plan: Shape, rows: int, rule: Rule) -> bool:
-        """Whether a device is trained faster without the first layer's weights, which cannot be the last."""
-        linear = [spec for spec in self._specs if isinstance(spec, LinearSpec)]
-        if not self._may_be_dual or rule.momentum or not self.dense or len(linear) < 2:
+    def _flattened(self) -> int:
+        """Which layer makes images flat; those behind it are dense."""
+        at = next((i for i, spec in enumerate(self._specs) if isinstance(spec, FlattenSpec)), 0)
+        if not self.dense and not any(isinstance(spec, LinearSpec) for spec in self._specs[at:]):
+            raise Unsupported("no linear layer follows those for images")
+        return at
+
+    def _without_weights(self) -> LinearSpec | None:
+        """The layer that may do without its weights: the first, or behind images the largest."""
+        linear = [spec for spec in self._specs if isinstance(spec, LinearSpec)][:-1]
+        return max(linear, key=self._cells) if linear and not self.dense else next(iter(linear), None)
+
+    def _cells(self, spec: LinearSpec) -> int:
+        return prod(self._slots[spec.weight].shape)
+
+    def _is_dual(self, plan: Shape, rows: int, rule: Rule, corrected: bool) -> bool:
+        """Whether a device is trained faster this way."""
+        if self._bare is None or rule.momentum:
             return False
-        return pays(self._slots[linear[0].weight].shape, plan, rows)
+        if self.dense:
+            return pays(self._slots[self._bare.weight].shape, plan, rows)
+        return not corrected and hidden_pays(self._cells(self._bare), plan)
 
     def _program(self, width: int, dual: bool, devices: int) -> "_Program":
         key = (width, dual, devices)
@@ -153,36 +175,48 @@ class FusedEngine(ChainEngine):
             return CrossEntropy(self._room, self._outputs)
         return Difference(self._room, self._outputs, huber=self._trainer.task.loss == "huber")
 
-    def make_layers(self, width: int, devices: int) -> list[Layer]:
-        """Fresh layers for K devices with so many places in a mini-batch."""
+    def make_layers(self, width: int, devices: int, dual: bool) -> list[Layer]:
+        """Fresh dense layers for K devices with so many places in a mini-batch."""
         layers: list[Layer] = []
         linear = [spec for spec in self._specs if isinstance(spec, LinearSpec)]
-        for spec, shape in zip(self._specs, self._shapes, strict=True):
-            if isinstance(spec, LinearSpec):
-                logits = spec is linear[-1] and self._trainer.task.loss == "cross_entropy"
-                slots = self._slots[spec.weight], self._slots.get(spec.bias or "")
+        for spec in self._specs if self.dense else self._specs[self._flat_at :]:
+            if isinstance(spec, ReluSpec):
+                layers.append(Relu())
+            if not isinstance(spec, LinearSpec) or (self.dense and dual and spec is self._bare):
+                continue
+            logits = spec is linear[-1] and self._trainer.task.loss == "cross_entropy"
+            slots = self._slots[spec.weight], self._slots.get(spec.bias or "")
+            if dual and spec is self._bare:
+                layers.append(Hidden(*slots, devices, width, self._room, self._functions))
+            else:
                 layers.append(Dense(*slots, devices, width, self._room, logits, self._functions))
-            elif isinstance(spec, ConvSpec):
-                layers.append(
-                    Conv(spec, self._slots[spec.weight], self._slots.get(spec.bias or ""), self._room)
-                )
+        return layers
+
+    def make_images(self, width: int, devices: int) -> Images | None:
+        """The layers before the chain is flat, where they are others."""
+        if self.dense:
+            return None
+        layers: list[ImageLayer] = []
+        for spec in self._specs[: self._flat_at]:
+            if isinstance(spec, ConvSpec):
+                slots = self._slots[spec.weight], self._slots.get(spec.bias or "")
+                layers.append(Conv(spec, *slots, devices, self._room))
             elif isinstance(spec, NormSpec):
-                layers.append(Norm(spec, self._slots[spec.weight], self._slots[spec.bias], self._room))
+                slots = self._slots[spec.weight], self._slots[spec.bias]
+                layers.append(Norm(spec, *slots, devices, self._room))
             elif isinstance(spec, PoolSpec):
                 layers.append(Pool(spec))
-            elif isinstance(spec, ReluSpec):
+            else:
                 layers.append(Relu())
-            elif isinstance(spec, FlattenSpec) and not self.dense:
-                layers.append(Flatten(shape[0], width, self._room))
-        return layers
+        [features] = self._shapes[self._flat_at]
+        return Images(layers, features, devices, width, self._room)
 
     @property
     def context(self) -> "_Context":
         """What programs need to know."""
-        first = next((s for s in self._specs if isinstance(s, LinearSpec)), None)
         slots = None
-        if first is not None:
-            slots = self._slots[first.weight], self._slots.get(first.bias or "")
+        if self._bare is not None:
+            slots = self._slots[self._bare.weight], self._slots.get(self._bare.bias or "")
         return _Context(self._trainer.dtype, self._room, self._grams, self.dense, self._shape, slots)
 
 
@@ -193,7 +227,7 @@ class _Context:
     grams: Grams
     dense: bool  # K devices per call, rows flat
     shape: tuple[int, ...]  # of a row
-    first: tuple[Slot, Slot | None] | None  # the first linear layer's
+    bare: tuple[Slot, Slot | None] | None  # of the layer that may do without its weights
 
 
 class _Program:
@@ -204,15 +238,20 @@ class _Program:
         self._context = engine.context
         self._width, self._devices = width, devices
         self._loss = engine.make_loss()
-        self._layers = engine.make_layers(width, devices)
+        self._images = engine.make_images(width, devices)
+        self._layers = engine.make_layers(width, devices, dual)
         self._dual: DualDense | None = None
-        if dual:
-            assert self._context.first is not None
-            self._layers = self._layers[1:]
+        if dual and self._images is None:
+            assert self._context.bare is not None
             context = self._context
-            self._dual = DualDense(*self._context.first, devices, width, context.room, context.grams)
+            self._dual = DualDense(*self._context.bare, devices, width, context.room, context.grams)
+        below = [] if self._images is None else self._images.weights
+        self._weights = [*below, *(weight for layer in self._layers for weight in layer.weights)]
         lowest = next(i for i, layer in enumerate(self._layers) if layer.weights)
-        self._reverse = [(layer, dual or i > lowest) for i, layer in reversed(list(enumerate(self._layers)))]
+        needs_all = bool(below) or self._dual is not None
+        self._reverse = [
+            (layer, needs_all or i > lowest) for i, layer in reversed(list(enumerate(self._layers)))
+        ]
 
     @torch.inference_mode()
     def train(
@@ -251,12 +290,14 @@ class _Program:
     ) -> NDArray[np.float64]:
         """All steps of all devices; returns the sum of mean loss times examples, (k,)."""
         starts, corrections = vectors(common, chunk.clients)
+        total, losses = int(steps[0]), np.zeros(len(steps))
+        for weight in self._weights:
+            weight.begin(rule, starts, corrections)
         for layer in self._layers:
-            for weight in layer.weights:
-                weight.begin(rule, starts, corrections)
+            if isinstance(layer, Hidden):
+                layer.reserve(total * self._width)
         if self._dual is not None:
             self._dual.begin(rule, starts, corrections, chunk, rows)
-        total, losses = int(steps[0]), np.zeros(len(steps))
         active = (steps > np.arange(total)[:, None]).sum(1).tolist()  # devices that make each step
         sizes = np.zeros((total, len(steps)))
         for k, plan in enumerate(chunk.plans):
@@ -269,22 +310,25 @@ class _Program:
             for step in range(low, high):
                 if should_stop is not None and should_stop():
                     raise Halted(step)
-                self._step(step, low, active[step], feed, int(chunk.plans[0].sizes[step]))
+                self._step(step, low, active[step], feed, sizes[step])
             means = self._loss.means()
             for step in range(low, high):  # one after the other: another number of zeros changes no bit
                 losses += means[step - low] * sizes[step]
         return losses
 
-    def _step(self, step: int, low: int, active: int, feed: Tensor | None, size: int) -> None:
-        """One mini-batch of the first so many devices."""
+    def _step(
+        self, step: int, low: int, active: int, feed: Tensor | None, sizes: NDArray[np.float64]
+    ) -> None:
+        """One mini-batch, of these sizes, of the first so many devices."""
         first, width = step - low, self._width
         if feed is None:
             assert self._dual is not None
             hidden = self._dual.forward(step, active)
-        elif self._context.dense:
-            hidden = feed[:active, first * width : (first + 1) * width]
         else:
-            hidden = feed[first * width : first * width + size]
+            hidden = feed[:active, first * width : (first + 1) * width]
+        if self._images is not None:
+            batches = hidden.view(*hidden.shape[:2], *self._context.shape).unbind()
+            hidden = self._images.forward([x[: int(n)] for x, n in zip(batches, sizes, strict=False)])
         for layer in self._layers:
             hidden = layer.forward(hidden)
         grad: Tensor | None = self._loss.gradient(first, hidden)
@@ -294,15 +338,17 @@ class _Program:
         if self._dual is not None:
             assert grad is not None
             self._dual.backward(step, grad)
+        if self._images is not None and self._images.weights:
+            assert grad is not None
+            self._images.backward(grad)
 
     def _write(self, deltas: Tensor, at: Sequence[int]) -> None:
-        weights = [weight for layer in self._layers for weight in layer.weights]
         if list(at) == list(range(at[0], at[0] + len(at))):
-            for weight in weights:
+            for weight in self._weights:
                 weight.write(deltas[at[0] : at[0] + len(at)], 0)
         else:
             for k, row in enumerate(at):
-                for weight in weights:
+                for weight in self._weights:
                     weight.write(deltas[row : row + 1], k)
         if self._dual is not None:
             rows = deltas.unbind()
@@ -314,7 +360,7 @@ class _Program:
         return max(1, _FEED // (4 * numbers))
 
     def _feed(self, chunk: Chunk, rows: Sequence[Tensor], low: int, high: int) -> Tensor:
-        """The rows of these steps: (K, T * B, F), or images (T * B, C, H, W) of one device."""
+        """The rows of these steps: (K, T * B, F)."""
         places, room = (high - low) * self._width, self._context.room
         features = prod(self._context.shape)
         wide = padded(features) if self._context.dense else features
@@ -328,7 +374,7 @@ class _Program:
                 out[:, :features].copy_(x.index_select(0, index))
             else:
                 torch.index_select(x, 0, index, out=out)
-        return feed if self._context.dense else channels_last(feed[0].view(-1, *self._context.shape))
+        return feed
 
 
 def _functions(dtype: torch.dtype) -> CDLL | None:

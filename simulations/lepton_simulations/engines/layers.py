@@ -123,51 +123,47 @@ class Weight:
         self._move_on(count)
 
     def descend_natively(self, functions: CDLL, grad: Tensor, x: Tensor) -> None:
-        """The same of one device: (1, s, O) and (1, s, I); ``grad`` is used up."""
+        """The same with (a, s, O) and (a, s, I); ``grad`` is used up."""
         plain = self._velocity is None
         into, keep = (self.value, self.rule.keep) if plain else (self._velocity, self.rule.momentum)
         assert into is not None
         if plain:
             grad.mul_(-self.rule.rate)
-        _, places, outputs = grad.shape
-        functions.lepton_descend(
-            x.data_ptr(), grad.data_ptr(), places, x.shape[2], outputs, keep, into.data_ptr()
-        )
-        self._move_on(1)
+        active, places, outputs = grad.shape
+        for k in range(active):
+            addresses = x[k].data_ptr(), grad[k].data_ptr()
+            functions.lepton_descend(*addresses, places, x.shape[2], outputs, keep, into[k].data_ptr())
+        self._move_on(active)
 
     def _move_on(self, count: int) -> None:
         """What is left of a step once the gradient is where it belongs."""
         if self._velocity is not None:
-            self._roll(self.value[:count])
+            self._roll(slice(count))
         elif self._shift is not None:
-            self.value[:count].add_(self._shifts(count))
+            self.value[:count].add_(self._shift[:count])
 
-    def descend_along(self, grad: Tensor) -> None:
-        """One step along a gradient of one device."""
-        value = self.value[0]
+    def descend_along(self, grad: Tensor, k: int) -> None:
+        """One step of one device along a gradient."""
+        value = self.value[k]
         if self._velocity is None:
             if self.rule.keep != 1:
                 value.mul_(self.rule.keep)
             value.add_(grad, alpha=-self.rule.rate)
             if self._shift is not None:
-                value.add_(self._shift[0])
+                value.add_(self._shift[k])
         else:
-            self._velocity[0].mul_(self.rule.momentum).add_(grad)
-            self._roll(self.value[:1])
+            self._velocity[k].mul_(self.rule.momentum).add_(grad)
+            self._roll(slice(k, k + 1))
 
-    def _roll(self, value: Tensor) -> None:
+    def _roll(self, some: slice) -> None:
         assert self._velocity is not None
-        velocity, pull = self._velocity[: value.shape[0]], self.rule.decay + self.rule.mu
+        value, velocity, pull = self.value[some], self._velocity[some], self.rule.decay + self.rule.mu
         if pull:
             part = self._part(velocity)
             part.add_(self._part(value), alpha=pull)
         if self._shift is not None:
-            velocity.add_(self._shifts(value.shape[0]))
+            velocity.add_(self._shift[some])
         value.add_(velocity, alpha=-self.rule.rate)
-
-    def _shifts(self, active: int) -> Tensor:
-        assert self._shift is not None
-        return self._shift[:active]
 
     def write(self, deltas: Tensor, first: int) -> None:
         """Write how far k devices, from this one on, came into (k, P)."""
@@ -176,10 +172,25 @@ class Weight:
         torch.sub(self._part(self.value[devices]), self._piece(starts), out=self._piece(deltas))
 
 
+class Trainable(Protocol):
+    """Parameters of K devices; see ``Weight``."""
+
+    def begin(self, rule: Rule, starts: Tensor, corrections: Tensor | None) -> None:
+        """Set every device to its start."""
+        ...
+
+    def write(self, deltas: Tensor, first: int) -> None:
+        """Write how far k devices, from this one on, came into (k, P)."""
+        ...
+
+
 class Layer(Protocol):
     """A step of the chain; ``backward`` also takes the optimiser's step of its weights."""
 
-    weights: Sequence[Weight]
+    @property
+    def weights(self) -> Sequence[Trainable]:
+        """That it has."""
+        ...
 
     def forward(self, x: Tensor) -> Tensor:
         """The output; the input is kept for the backward pass."""
@@ -212,7 +223,7 @@ class Dense:
             width: places of a mini-batch B.
             room: work memory.
             last: whether the outputs are logits: padding is then minus infinity, the probability zero.
-            functions: of ``native.c``, whose products are faster for one device; None = torch's.
+            functions: of ``native.c``, whose products are faster for few devices; None = torch's.
         """
         self._functions = functions
         outputs, inputs = (padded(n) for n in weight.shape)
@@ -221,7 +232,7 @@ class Dense:
         self._bias = torch.full((devices, 1, outputs), 0.0, dtype=room.dtype)
         self._bias[..., weight.shape[0] :] = fill
         self._own_bias = None if bias is None else Weight(bias, self._bias, fill)
-        self.weights: Sequence[Weight] = (
+        self.weights: Sequence[Trainable] = (
             [self._weight] if self._own_bias is None else [self._weight, self._own_bias]
         )
         self._out = torch.zeros(devices, width, outputs, dtype=room.dtype)
@@ -233,9 +244,10 @@ class Dense:
         active, places = x.shape[:2]
         self._x, out = x, self._out[:active, :places]
         if self._functions is not None:
-            weight, (_, outputs, inputs) = self._weight.value, self._weight.value.shape
-            addresses = x.data_ptr(), weight.data_ptr(), self._bias.data_ptr()
-            self._functions.lepton_forward(*addresses, places, inputs, outputs, out.data_ptr())
+            weight, bias, (_, outputs, inputs) = self._weight.value, self._bias, self._weight.value.shape
+            for k in range(active):
+                addresses = x[k].data_ptr(), weight[k].data_ptr(), bias[k].data_ptr()
+                self._functions.lepton_forward(*addresses, places, inputs, outputs, out[k].data_ptr())
             return out
         return torch.baddbmm(self._bias[:active], x, self._weight.value[:active].transpose(1, 2), out=out)
 
@@ -256,72 +268,107 @@ class Dense:
         weight = self._weight.value
         if self._functions is None:
             return torch.bmm(grad, weight[:active], out=out)
-        addresses = grad.data_ptr(), weight.data_ptr()
-        self._functions.lepton_back(*addresses, places, weight.shape[2], outputs, out.data_ptr())
+        for k in range(active):
+            addresses = grad[k].data_ptr(), weight[k].data_ptr()
+            self._functions.lepton_back(*addresses, places, weight.shape[2], outputs, out[k].data_ptr())
         return out
 
 
 class Relu:
-    """max(x, 0), in place."""
+    """max(x, 0), in place; of K devices, or of the images of device number k."""
 
     weights: Sequence[Weight] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Of any shape."""
-        self._y = x.relu_()
-        return self._y
+    def __init__(self) -> None:
+        self._y: dict[int, Tensor] = {}
 
-    def backward(self, grad: Tensor, *, needs_input: bool) -> Tensor | None:
+    def forward(self, x: Tensor, k: int = 0) -> Tensor:
+        """Of any shape."""
+        self._y[k] = x.relu_()
+        return x
+
+    def backward(self, grad: Tensor, k: int = 0, *, needs_input: bool) -> Tensor | None:
         """Of the same shape."""
-        torch.ops.aten.threshold_backward.grad_input(grad, self._y, 0, grad_input=grad)
+        torch.ops.aten.threshold_backward.grad_input(grad, self._y[k], 0, grad_input=grad)
         return grad
 
 
-class Flatten:
-    """One device's images (s, C, H, W), channels last in memory, to (1, s, F)."""
+class ImageLayer(Protocol):
+    """A layer that takes the images (s, C, H, W) of one device after the other: number k."""
 
-    weights: Sequence[Weight] = ()
+    weights: Sequence[Weight]
 
-    def __init__(self, features: int, width: int, room: Room) -> None:
-        self._features = features
-        self._out = torch.zeros(1, width, padded(features), dtype=room.dtype)
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        """The output; what the backward pass needs is kept."""
+        ...
 
-    def forward(self, x: Tensor) -> Tensor:
-        """In the order channel, row, column, as ``torch.flatten`` has it."""
-        self._shape = x.shape
-        out = self._out[:, : len(x)]
-        out[0, :, : self._features].view(x.shape).copy_(x)
-        return out
+    def backward(self, grad: Tensor, k: int, *, needs_input: bool) -> Tensor | None:
+        """See ``Layer``."""
+        ...
 
-    def backward(self, grad: Tensor, *, needs_input: bool) -> Tensor | None:
-        """Back to images."""
-        images: Tensor = grad[0, :, : self._features].view(self._shape)
-        return images.contiguous(memory_format=torch.channels_last)
+
+class Images:
+    """The layers before a chain is flattened, each device's for itself; their results side by side."""
+
+    def __init__(
+        self, layers: Sequence[ImageLayer], features: int, devices: int, width: int, room: Room
+    ) -> None:
+        """Make room for K devices with so many places in a mini-batch, and so many features of a row."""
+        self._layers, self._features = layers, features
+        self.weights = [weight for layer in layers for weight in layer.weights]
+        self._out = torch.zeros(devices, width, padded(features), dtype=room.dtype)
+        lowest = next((i for i, layer in enumerate(layers) if layer.weights), len(layers))
+        self._reverse = [(layers[i], i > lowest) for i in range(len(layers) - 1, lowest - 1, -1)]
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        """Of each device (s, C, H, W) -> (a, B, F); places beyond s are zero.
+
+        Features are in the order channel, row, column, as ``torch.flatten`` has it.
+        """
+        self._shapes = []
+        for k, (x, out) in enumerate(zip(images, self._out.unbind(), strict=False)):
+            x = channels_last(x)
+            for layer in self._layers:
+                x = layer.forward(x, k)
+            out[: len(x), : self._features].view(x.shape).copy_(x)
+            out[len(x) :].zero_()
+            self._shapes.append(x.shape)
+        return self._out[: len(images)]
+
+    def backward(self, grad: Tensor) -> None:
+        """(a, B, F), and the steps of all weights."""
+        for k, shape in enumerate(self._shapes):
+            images = grad[k, : shape[0], : self._features].view(shape)
+            images = images.contiguous(memory_format=torch.channels_last)
+            for layer, needs_input in self._reverse:
+                if (back := layer.backward(images, k, needs_input=needs_input)) is not None:
+                    images = back
 
 
 class Conv:
-    """A convolution of one device."""
+    """A convolution."""
 
-    def __init__(self, spec: ConvSpec, weight: Slot, bias: Slot | None, room: Room) -> None:
-        self._spec = spec
-        value = torch.zeros(weight.shape, dtype=room.dtype).to(memory_format=torch.channels_last)
-        self._weight = Weight(weight, channels_last(value)[None])
-        self._bias = None if bias is None else Weight(bias, torch.zeros(1, *bias.shape, dtype=room.dtype))
+    def __init__(self, spec: ConvSpec, weight: Slot, bias: Slot | None, devices: int, room: Room) -> None:
+        self._spec, self._x = spec, dict[int, Tensor]()
+        self._weight = Weight(weight, torch.zeros(devices, *weight.shape, dtype=room.dtype))
+        self._bias = None
+        if bias is not None:
+            self._bias = Weight(bias, torch.zeros(devices, *bias.shape, dtype=room.dtype))
         self.weights: Sequence[Weight] = [self._weight] if self._bias is None else [self._weight, self._bias]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: int) -> Tensor:
         """(s, C, H, W) -> (s, C', H', W')."""
-        self._x = x
-        bias = None if self._bias is None else self._bias.value[0]
-        return torch.conv2d(x, self._weight.value[0], bias, self._spec.stride, self._spec.padding)
+        self._x[k] = x
+        bias = None if self._bias is None else self._bias.value[k]
+        return torch.conv2d(x, self._weight.value[k], bias, self._spec.stride, self._spec.padding)
 
-    def backward(self, grad: Tensor, *, needs_input: bool) -> Tensor | None:
+    def backward(self, grad: Tensor, k: int, *, needs_input: bool) -> Tensor | None:
         """The reverse."""
         has_bias = self._bias is not None
         back, weight, bias = torch.ops.aten.convolution_backward(
             grad,
-            self._x,
-            self._weight.value[0],
+            self._x[k],
+            self._weight.value[k],
             [grad.shape[1]] if has_bias else None,
             self._spec.stride,
             self._spec.padding,
@@ -331,67 +378,65 @@ class Conv:
             1,
             [needs_input, True, has_bias],
         )
-        self._weight.descend_along(weight)
+        self._weight.descend_along(weight, k)
         if self._bias is not None:
-            self._bias.descend_along(bias)
+            self._bias.descend_along(bias, k)
         return back if needs_input else None
 
 
 class Pool:
-    """The maximum over windows, of one device."""
+    """The maximum over windows."""
 
     weights: Sequence[Weight] = ()
 
     def __init__(self, spec: PoolSpec) -> None:
-        self._spec = spec
+        self._spec, self._where = spec, dict[int, Tensor]()
+        self._like = torch.empty(0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: int) -> Tensor:
         """(s, C, H, W) -> (s, C, H', W')."""
-        self._x = x
-        y, self._where = torch.ops.aten.max_pool2d_with_indices(x, self._spec.kernel, self._spec.stride)
+        if len(self._like) < len(x):  # its shape and order are all that the backward pass wants of the input
+            self._like = torch.empty_like(x)
+        y, self._where[k] = torch.ops.aten.max_pool2d_with_indices(x, self._spec.kernel, self._spec.stride)
         return y  # type: ignore[no-any-return]  # torch leaves it untyped
 
-    def backward(self, grad: Tensor, *, needs_input: bool) -> Tensor | None:
+    def backward(self, grad: Tensor, k: int, *, needs_input: bool) -> Tensor | None:
         """To where the maxima were."""
         spec = self._spec
         back: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, self._x, spec.kernel, spec.stride, (0, 0), (1, 1), False, self._where
+            grad, self._like[: len(grad)], spec.kernel, spec.stride, (0, 0), (1, 1), False, self._where[k]
         )
         return back
 
 
 class Norm:
-    """Group normalisation (Wu & He 2018) of one device."""
+    """Group normalisation (Wu & He 2018)."""
 
-    def __init__(self, spec: NormSpec, weight: Slot, bias: Slot, room: Room) -> None:
+    def __init__(self, spec: NormSpec, weight: Slot, bias: Slot, devices: int, room: Room) -> None:
         self._spec = spec
+        self._kept: dict[int, tuple[Tensor, Tensor, Tensor, tuple[int, int, int, int]]] = {}
         self._weight, self._bias = (
-            Weight(slot, torch.zeros(1, *slot.shape, dtype=room.dtype)) for slot in (weight, bias)
+            Weight(slot, torch.zeros(devices, *slot.shape, dtype=room.dtype)) for slot in (weight, bias)
         )
         self.weights: Sequence[Weight] = [self._weight, self._bias]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: int) -> Tensor:
         """(s, C, H, W), the same shape."""
-        self._x = x
-        self._sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], self._spec.groups)
-        y, self._mean, self._scale = torch.ops.aten.native_group_norm(
-            x, self._weight.value[0], self._bias.value[0], *self._sizes, self._spec.eps
+        sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], self._spec.groups)
+        y, mean, scale = torch.ops.aten.native_group_norm(
+            x, self._weight.value[k], self._bias.value[k], *sizes, self._spec.eps
         )
+        self._kept[k] = x, mean, scale, sizes
         return y  # type: ignore[no-any-return]  # torch leaves it untyped
 
-    def backward(self, grad: Tensor, *, needs_input: bool) -> Tensor | None:
+    def backward(self, grad: Tensor, k: int, *, needs_input: bool) -> Tensor | None:
         """The reverse."""
+        x, mean, scale, sizes = self._kept[k]
         back, weight, bias = torch.ops.aten.native_group_norm_backward(
-            grad,
-            self._x,
-            self._mean,
-            self._scale,
-            self._weight.value[0],
-            *self._sizes,
-            [needs_input, True, True],
+            grad, x, mean, scale, self._weight.value[k], *sizes, [needs_input, True, True]
         )
-        self._weight.descend_along(weight)
-        self._bias.descend_along(bias)
+        self._weight.descend_along(weight, k)
+        self._bias.descend_along(bias, k)
         return back if needs_input else None
 
 
