@@ -58,7 +58,7 @@ CACHE = 4 * 2**20  # bytes of weights that stay near a core
 DUAL_CACHE = 13 * 2**20  # bytes of updates, where weights are not touched in between
 _SMALL = Shape(10, 1, np.full(6, 10), 6, 60)  # a device with few rows
 _MOST = 64  # devices side by side
-_ABREAST = 3  # the same of convolutions, where they share large weights behind them
+_ABREAST = 2  # the same of convolutions, where they share large weights behind them
 _PROGRAMS = 8  # kinds of chunk whose memory is kept
 _FEED = 2 * 2**20  # bytes of rows laid out at a time
 

@@ -140,7 +140,7 @@ class Weight:
         if self._velocity is not None:
             self._roll(slice(count))
         elif self._shift is not None:
-            self.value[:count].add_(self._shift[:count])
+            self.value[:count].add_(self._shifts(slice(count)))
 
     def descend_along(self, grad: Tensor, k: int) -> None:
         """One step of one device along a gradient."""
@@ -150,7 +150,7 @@ class Weight:
                 value.mul_(self.rule.keep)
             value.add_(grad, alpha=-self.rule.rate)
             if self._shift is not None:
-                value.add_(self._shift[k])
+                value.add_(self._shifts(slice(k, k + 1))[0])
         else:
             self._velocity[k].mul_(self.rule.momentum).add_(grad)
             self._roll(slice(k, k + 1))
@@ -162,8 +162,12 @@ class Weight:
             part = self._part(velocity)
             part.add_(self._part(value), alpha=pull)
         if self._shift is not None:
-            velocity.add_(self._shift[some])
+            velocity.add_(self._shifts(some))
         value.add_(velocity, alpha=-self.rule.rate)
+
+    def _shifts(self, some: slice) -> Tensor:
+        assert self._shift is not None
+        return self._shift if len(self._shift) == 1 else self._shift[some]
 
     def write(self, deltas: Tensor, first: int) -> None:
         """Write how far k devices, from this one on, came into (k, P)."""
