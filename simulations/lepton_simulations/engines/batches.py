@@ -60,14 +60,14 @@ def targets(chunk: Chunk, low: int, high: int, dtype: torch.dtype, devices: int 
         Targets (T, K, B, ...), and weights (T, K, B): 1 / size for rows that count, zero for padding and for
         devices that make no such step.
     """
-    y = chunk.clients[0].data.y
-    shape = (high - low, devices or len(chunk.clients), chunk.plans[0].width)
-    found, sizes = np.zeros((*shape, *y.shape[1:]), y.dtype), np.zeros((*shape[:2], 1))
-    for k, (client, plan) in enumerate(zip(chunk.clients, chunk.plans, strict=True)):
-        steps = min(high, plan.steps) - low
-        if steps > 0:
-            found[:steps, k] = client.data.y[plan.rows[low : low + steps]]
-            sizes[:steps, k, 0] = plan.sizes[low : low + steps]
-    weights = (np.arange(shape[2]) < sizes) / np.maximum(sizes, 1)
-    tensor = torch.from_numpy(found)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor, torch.from_numpy(weights).to(dtype)
+    y, (steps, width) = chunk.clients[0].data.y, (high - low, chunk.plans[0].width)
+    count = devices or len(chunk.clients)
+    found, weights = np.zeros((count, steps, width, *y.shape[1:]), y.dtype), np.zeros((count, steps, width))
+    for client, plan, ours, own in zip(chunk.clients, chunk.plans, found, weights, strict=False):
+        made = max(0, min(high, plan.steps) - low)
+        ours[:made] = client.data.y[plan.rows[low : low + made]]
+        own[:made] = plan.shape.weights[low : low + made]
+    tensor = torch.from_numpy(found.swapaxes(0, 1))
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor, torch.from_numpy(weights.swapaxes(0, 1)).to(dtype)

@@ -52,19 +52,35 @@ def pays(weight: tuple[int, int], plan: Shape, rows: int) -> bool:
     return dual < direct
 
 
+# Of some devices and a step: its products with the first weights, those of its rows with earlier ones, the
+# gradients of the outputs of earlier steps, its own, and room for outputs.
+_Views = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class DualDense:
-    """The first linear layer of K devices, for a chunk of short schedules."""
+    """The first linear layer of K devices, and the ReLU behind it, for a chunk of short schedules."""
 
     def __init__(
-        self, weight: Slot, bias: Slot | None, devices: int, width: int, room: Room, grams: Grams
+        self,
+        weight: Slot,
+        bias: Slot | None,
+        devices: int,
+        width: int,
+        room: Room,
+        grams: Grams,
+        *,
+        relu: bool,
     ) -> None:
-        """See ``Dense``; ``grams`` are those of the devices' rows."""
+        """See ``Dense``; ``grams`` are those of the devices' rows, and ``relu`` says whether one follows."""
         self._slot, self._bias_slot, self._room, self._grams = weight, bias, room, grams
+        self._relu = relu
         (self._outputs, self._inputs), self._width = weight.shape, width
         self._wide = padded(self._outputs)
         self._out = torch.zeros(devices, width, self._wide, dtype=room.dtype)
         self._weight = torch.zeros(self._wide, self._inputs, dtype=room.dtype)
         self._bias = torch.zeros(self._wide, dtype=room.dtype)
+        self._first = self._gram = self._moves = torch.zeros(0)
+        self._views: dict[tuple[int, int], _Views] = {}
 
     def begin(
         self, rule: Rule, starts: Tensor, corrections: Tensor | None, chunk: Chunk, rows: Sequence[Tensor]
@@ -81,10 +97,13 @@ class DualDense:
         self._rule, self._starts, self._corrections = rule, starts, corrections
         self._plans, count, places = chunk.plans, len(rows), chunk.plans[0].steps * self._width
         room = self._room
-        self._first = room.get("first products", count, padded(places), self._wide)
-        self._gram = room.get("gram", count, places, padded(places))
-        self._moves = room.get("moves", count, padded(places + 1), self._wide)
-        self._moves[:, places].zero_()  # the place of rows that an epoch does not come to
+        first = room.get("first products", count, padded(places), self._wide)
+        gram = room.get("gram", count, places, padded(places))
+        moves = room.get("moves", count, padded(places + 1), self._wide)
+        if not (first.is_set_to(self._first) and gram.is_set_to(self._gram) and moves.is_set_to(self._moves)):
+            self._first, self._gram, self._moves = first, gram, moves
+            self._views.clear()
+        moves[:, places].zero_()  # the place of rows that an epoch does not come to
         held = self._room_for(rows, chunk.plans)
         self._used = [
             _use(x, plan, places, space) for x, plan, space in zip(rows, chunk.plans, held, strict=True)
@@ -100,39 +119,59 @@ class DualDense:
 
     def forward(self, step: int, active: int) -> Tensor:
         """The outputs (a, B, O) of the next mini-batch."""
-        low, high = step * self._width, (step + 1) * self._width
-        out = first = self._first[:active, low:high]
-        if step:
-            gram, moves = self._gram[:active, low:high, :low], self._moves[:active, :low]
-            out = torch.baddbmm(first, gram, moves, beta=self._keep[step], out=self._out[:active])
+        first, gram, moves, _, out = self._view(step, active)
+        if step == 0:
+            out = first
+        else:
+            rate, keep = self._rule.rate, self._keep[step]
+            torch.baddbmm(first, gram, moves, beta=keep, alpha=-rate, out=out)
         if self._shift is not None:
-            out.add_(self._shift[:active, low:high], alpha=self._pull[step])
+            low = step * self._width
+            out.add_(self._shift[:active, low : low + self._width], alpha=self._pull[step])
+        self._hidden = out.relu_() if self._relu else out
         return out
 
     def backward(self, step: int, grad: Tensor) -> None:
         """Take the step along the gradient (a, B, O) of the outputs."""
-        active, low = grad.shape[0], step * self._width
+        _, _, moves, move, _ = self._view(step, grad.shape[0])
         rule, keep = self._rule, self._rule.keep
-        if keep != 1:
-            self._moves[:active, :low].mul_(keep)
-        torch.mul(grad, -rule.rate, out=self._moves[:active, low : low + self._width])
+        if keep != 1 and step:
+            moves.mul_(keep)
+        if self._relu:
+            torch.ops.aten.threshold_backward.grad_input(grad, self._hidden, 0, grad_input=move)
+        else:
+            move.copy_(grad)
         if len(self._keep) == step + 1:
             self._keep.append(self._keep[step] * keep + rule.rate * rule.mu)
             self._pull.append(self._pull[step] * keep - rule.rate)
 
+    def _view(self, step: int, active: int) -> _Views:
+        """What a step of so many devices reads and writes."""
+        if (found := self._views.get((step, active))) is None:
+            low, high = step * self._width, (step + 1) * self._width
+            found = self._views[step, active] = (
+                self._first[:active, low:high],
+                self._gram[:active, low:high, :low],
+                self._moves[:active, :low],
+                self._moves[:active, low:high],
+                self._out[:active],
+            )
+        return found
+
     def write(self, deltas: Sequence[Tensor]) -> None:
         """Write how far the devices came, (P,) each."""
+        rate = -self._rule.rate
         for k, (delta, moves, used) in enumerate(zip(deltas, self._moves.unbind(), self._used, strict=True)):
             own = moves.index_select(0, used.where[0])
             for where in used.where[1:]:
                 own += moves.index_select(0, where)
             own = own[:, : self._outputs]
             weight = delta[self._slot.start : self._slot.stop].view(self._slot.shape)
-            weight.zero_().addmm_(own.t(), used.rows)  # which is faster than mm's own zeros
+            weight.zero_().addmm_(own.t(), used.rows, alpha=rate)  # which is faster than mm's own zeros
             parts = [(self._slot, weight)]
             if self._bias_slot is not None:
                 bias = delta[self._bias_slot.start : self._bias_slot.stop]
-                torch.sum(own, 0, out=bias)
+                torch.sum(own, 0, out=bias).mul_(rate)
                 parts.append((self._bias_slot, bias))
             self._add_constants(k, parts)
 
@@ -155,15 +194,22 @@ class DualDense:
 
     def _multiply(self, vectors: Tensor, out: Tensor) -> None:
         """Products of all rows and the weight in vectors (1, P) or (k, P), with its bias, at their places."""
+        weight = bias = self._bias
         for k, (used, products) in enumerate(zip(self._used, out.unbind(), strict=True)):
             if k < vectors.shape[0]:
-                vector = vectors[k]
-                piece = vector[self._slot.start : self._slot.stop].view(self._slot.shape)
-                self._weight[: self._outputs].copy_(piece)
-                if self._bias_slot is not None:
-                    self._bias[: self._outputs].copy_(vector[self._bias_slot.start : self._bias_slot.stop])
-            found = _linear(used.rows, self._weight, self._bias)
+                weight, bias = self._weights(vectors[k])
+            found = _linear(used.rows, weight, bias)
             torch.index_select(found, 0, used.at, out=products[: used.at.shape[0]])
+
+    def _weights(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (O, I) and bias (O,) of a vector (P,), with padding; until the next call."""
+        weight, bias = vector[self._slot.start : self._slot.stop].view(self._slot.shape), self._bias
+        if self._bias_slot is not None:
+            bias[: self._outputs].copy_(vector[self._bias_slot.start : self._bias_slot.stop])
+        if self._wide > self._outputs or not _onednn(vector):  # others may round by where weights begin
+            weight = self._weight
+            weight[: self._outputs].copy_(vector[self._slot.start : self._slot.stop].view(self._slot.shape))
+        return weight, bias
 
     def _lay_out(self, gram: Tensor, at: Tensor, out: Tensor) -> None:
         """Products of rows at the places of the steps.
@@ -211,13 +257,17 @@ def _use(x: Tensor, plan: Schedule, nowhere: int, space: Tensor | None) -> _Used
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(n, I), (O, I), (O,) -> (n, O)."""
-    if x.dtype == torch.float32 and _has_onednn():
+    if _onednn(x):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
     return torch.addmm(bias, x, weight.t())
 
 
+def _onednn(x: Tensor) -> bool:
+    """Whether torch brings a product that needs no copies of its operands in another order."""
+    return x.dtype == torch.float32 and _has_onednn()
+
+
 @cache
 def _has_onednn() -> bool:
-    """Whether torch brings a product that needs no copies in another order."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -243,8 +243,11 @@ class _Program:
         self._dual: DualDense | None = None
         if dual and self._images is None:
             assert self._context.bare is not None
-            context = self._context
-            self._dual = DualDense(*self._context.bare, devices, width, context.room, context.grams)
+            context, relu = self._context, isinstance(self._layers[0], Relu)
+            self._dual = DualDense(
+                *self._context.bare, devices, width, context.room, context.grams, relu=relu
+            )
+            self._layers = self._layers[1:] if relu else self._layers
         below = [] if self._images is None else self._images.weights
         self._weights = [*below, *(weight for layer in self._layers for weight in layer.weights)]
         lowest = next(i for i, layer in enumerate(self._layers) if layer.weights)
@@ -290,7 +293,7 @@ class _Program:
     ) -> NDArray[np.float64]:
         """All steps of all devices; returns the sum of mean loss times examples, (k,)."""
         starts, corrections = vectors(common, chunk.clients)
-        total, losses = int(steps[0]), np.zeros(len(steps))
+        total = int(steps[0])
         for weight in self._weights:
             weight.begin(rule, starts, corrections)
         for layer in self._layers:
@@ -298,10 +301,11 @@ class _Program:
                 layer.reserve(total * self._width)
         if self._dual is not None:
             self._dual.begin(rule, starts, corrections, chunk, rows)
-        active = (steps > np.arange(total)[:, None]).sum(1).tolist()  # devices that make each step
         sizes = np.zeros((total, len(steps)))
         for k, plan in enumerate(chunk.plans):
             sizes[: plan.steps, k] = plan.sizes
+        active = np.count_nonzero(sizes, axis=1).tolist()  # devices that make each step
+        parts = []
         stride = total if self._dual is not None else self._stride()
         for low in range(0, total, stride):
             high = min(total, low + stride)
@@ -311,10 +315,10 @@ class _Program:
                 if should_stop is not None and should_stop():
                     raise Halted(step)
                 self._step(step, low, active[step], feed, sizes[step])
-            means = self._loss.means()
-            for step in range(low, high):  # one after the other: another number of zeros changes no bit
-                losses += means[step - low] * sizes[step]
-        return losses
+            parts.append(self._loss.means())
+        losses = np.concatenate(parts) * sizes
+        sums: NDArray[np.float64] = losses.cumsum(0)[-1]  # one by one: zeros at the end change no bit
+        return sums
 
     def _step(
         self, step: int, low: int, active: int, feed: Tensor | None, sizes: NDArray[np.float64]

@@ -75,6 +75,7 @@ class Weight:
         self.slot = slot
         self.value = value
         self._padding = padding
+        self._own = self._part(value)
         self._is_padded = value[0].numel() > slot.stop - slot.start
         self._shift: Tensor | None = None
         self._velocity: Tensor | None = None
@@ -103,7 +104,7 @@ class Weight:
         count = (starts if corrections is None else corrections).shape[0]
         if self._is_padded:
             self.value.fill_(self._padding)
-        self._part(self.value if starts.shape[0] == 1 else self.value[:count]).copy_(self._piece(starts))
+        (self._own if starts.shape[0] == 1 else self._own[:count]).copy_(self._piece(starts))
         self._velocity = torch.zeros_like(self.value) if rule.momentum else None
         self._shift = None
         if rule.mu or corrections is not None:
@@ -173,7 +174,7 @@ class Weight:
         """Write how far k devices, from this one on, came into (k, P)."""
         devices = slice(first, first + deltas.shape[0])
         starts = self._starts if self._starts.shape[0] == 1 else self._starts[devices]
-        torch.sub(self._part(self.value[devices]), self._piece(starts), out=self._piece(deltas))
+        torch.sub(self._own[devices], self._piece(starts), out=self._piece(deltas))
 
 
 class Trainable(Protocol):
@@ -242,30 +243,43 @@ class Dense:
         self._out = torch.zeros(devices, width, outputs, dtype=room.dtype)
         self._back = torch.zeros(devices, width, inputs, dtype=room.dtype)
         self._ones = torch.ones(devices, 1, width, dtype=room.dtype)
+        self._seen: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(a, s, I) -> (a, s, O)."""
         active, places = x.shape[:2]
-        self._x, out = x, self._out[:active, :places]
+        self._x, (bias, turned, out, _, _) = x, self._views(active, places)
         if self._functions is not None:
             weight, bias, (_, outputs, inputs) = self._weight.value, self._bias, self._weight.value.shape
             for k in range(active):
                 addresses = x[k].data_ptr(), weight[k].data_ptr(), bias[k].data_ptr()
                 self._functions.lepton_forward(*addresses, places, inputs, outputs, out[k].data_ptr())
             return out
-        return torch.baddbmm(self._bias[:active], x, self._weight.value[:active].transpose(1, 2), out=out)
+        return torch.baddbmm(bias, x, turned, out=out)
 
     def backward(self, grad: Tensor, *, needs_input: bool) -> Tensor | None:
         """(a, s, O) -> (a, s, I)."""
-        active, places = grad.shape[:2]
-        back = self._input_gradient(grad, self._back[:active, :places]) if needs_input else None
+        _, _, _, out, ones = self._views(*grad.shape[:2])
+        back = self._input_gradient(grad, out) if needs_input else None
         if self._own_bias is not None:
-            self._own_bias.descend(self._ones[:active, :, :places], grad)
+            self._own_bias.descend(ones, grad)
         if self._functions is not None:
             self._weight.descend_natively(self._functions, grad, self._x)
         else:
             self._weight.descend(grad.transpose(1, 2), self._x)
         return back
+
+    def _views(self, active: int, places: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Bias, weight transposed, outputs, gradient of the inputs, ones: of so many devices and places."""
+        if (found := self._seen.get((active, places))) is None:
+            found = self._seen[active, places] = (
+                self._bias[:active],
+                self._weight.value[:active].transpose(1, 2),
+                self._out[:active, :places],
+                self._back[:active, :places],
+                self._ones[:active, :, :places],
+            )
+        return found
 
     def _input_gradient(self, grad: Tensor, out: Tensor) -> Tensor:
         active, places, outputs = grad.shape

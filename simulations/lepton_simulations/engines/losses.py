@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lepton_simulations.engines.layers import Room, padded
 
+_log_softmax = torch.ops.aten._log_softmax.out
+_log_softmax_back = torch.ops.aten._log_softmax_backward_data.out
+
 
 class Loss(Protocol):
     """Prepared for some steps, asked for their gradients, then for their values."""
@@ -44,20 +47,20 @@ class CrossEntropy:
         """See ``Loss``; labels are within 0 to O - 1."""
         shape = (*weights.shape, self._outputs)
         self._labels, self._weights = targets[..., None], weights
-        self._targets = self._room.get("targets", *shape).zero_()
-        self._targets.scatter_(3, self._labels, -weights[..., None])
+        wanted = self._room.get("targets", *shape).zero_().scatter_(3, self._labels, -weights[..., None])
         self._logs = self._room.get("logs", *shape)
         self._grad = self._room.get("loss gradient", *shape[1:])
+        self._steps = list(zip(wanted.unbind(), self._logs.unbind(), strict=True))
 
     def gradient(self, step: int, outputs: Tensor) -> Tensor:
         """(softmax - one-hot) / size."""
-        active, places = outputs.shape[:2]
-        logs = self._logs[step, :active, :places]
-        grad = self._grad[:active, :places]
-        torch.ops.aten._log_softmax.out(outputs, -1, False, out=logs)
-        torch.ops.aten._log_softmax_backward_data.out(
-            self._targets[step, :active, :places], logs, -1, logs.dtype, out=grad
-        )
+        wanted, logs = self._steps[step]
+        grad = self._grad
+        if outputs.shape != grad.shape:
+            active, places = outputs.shape[:2]
+            wanted, logs, grad = (x[:active, :places] for x in (wanted, logs, grad))
+        _log_softmax(outputs, -1, False, out=logs)
+        _log_softmax_back(wanted, logs, -1, logs.dtype, out=grad)
         return grad
 
     def means(self) -> NDArray[np.float64]:
@@ -99,6 +102,7 @@ class Difference:
 
 def _sum(rows: Tensor, weights: Tensor) -> NDArray[np.float64]:
     """Weighted sums over the places of each step; places without weight may hold anything."""
-    zero = torch.zeros((), dtype=rows.dtype)
-    sums: NDArray[np.float64] = torch.where(weights > 0, rows * weights, zero).sum(2).double().numpy()
+    counts = weights.numpy()
+    terms = np.multiply(rows.numpy(), counts, out=np.zeros(counts.shape), where=counts > 0)
+    sums: NDArray[np.float64] = terms.sum(2)
     return sums

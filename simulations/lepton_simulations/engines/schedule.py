@@ -7,7 +7,7 @@ batch's size are padding, which must not move a weight. The order is that of ``T
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,12 @@ class Shape:
     sizes: NDArray[np.int64]  # (T,) rows that count, at the front of each
     steps: int  # T
     examples: int  # the sum of the sizes
+
+    @cached_property
+    def weights(self) -> NDArray[np.float64]:
+        """(T, B) of each row in the mean over its mini-batch; padding has none."""
+        sizes = self.sizes[:, None]
+        return np.asarray((np.arange(self.width) < sizes) / sizes)
 
 
 @dataclass(frozen=True, eq=False)
