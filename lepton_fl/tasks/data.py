@@ -15,6 +15,8 @@ from lepton_fl.errors import DataError
 Array = NDArray[Any]
 Rows = NDArray[np.int64]  # row numbers
 
+LINE = 64  # bytes of a cache line
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -37,6 +39,16 @@ class Dataset:
     def take(self, rows: Rows) -> "Dataset":
         """These rows, copied."""
         return Dataset(self.x[rows], self.y[rows])
+
+    def aligned(self) -> "Dataset":
+        """The same rows, with the inputs where they begin at the start of a cache line."""
+        if self.x.ctypes.data % LINE == 0 and self.x.flags.c_contiguous:
+            return self
+        room = np.empty(self.x.nbytes + LINE, np.uint8)
+        begin = -room.ctypes.data % LINE
+        x = room[begin : begin + self.x.nbytes].view(self.x.dtype).reshape(self.x.shape)
+        x[...] = self.x
+        return Dataset(x, self.y)
 
 
 @dataclass(frozen=True, eq=False)

@@ -267,7 +267,7 @@ class VirtualFleet:
             failures = self._add_and_remember(names, plan, states, result, counts, accumulator)
         else:
             layout = self.trainer.layout
-            moving = replace(result, deltas=result.deltas[:, : layout.moving]) if layout.fixed else result
+            moving = replace(result, rows=result.deltas[:, : layout.moving]) if layout.fixed else result
             added = add_deltas(accumulator, plan, moving, counts)
             failures = {**added.refused, **result.failures}
         refused |= {names[row]: failure for row, failure in failures.items()}
@@ -363,7 +363,7 @@ class VirtualFleet:
     def _prepare_training(self) -> None:
         for device_id in self.devices:
             try:
-                self._rows[device_id, TRAIN] = self.world.training_rows(device_id, self.data)
+                self._rows[device_id, TRAIN] = self.world.training_rows(device_id, self.data).aligned()
             except DataContractError as error:
                 self.unfit[device_id] = str(error)
 

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 def fresh(monkeypatch, tmp_path):
     """Nothing is compiled or loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cached = (library.library, adding.compiled, schedule._compiled)
+    cached = (library.library, adding.compiled, schedule.compiled_order)
     for function in cached:
         function.cache_clear()
     yield
@@ -144,7 +144,7 @@ def test_other_models_are_left_to_other_engines():
 @pytest.mark.parametrize("rows", [1, 2, 3, 10, 60, 64, 65, 600])
 def test_orders_are_those_of_numpy(rows):
     plan = PLAN.model_copy(update={"batch_size": 7, "epochs": 3})
-    assert schedule._compiled() is not None
+    assert schedule.compiled_order() is not None
     for seed in (0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1, 2**64, 2**100, 123456789):
         found, rng = schedule.schedule(rows, seed, plan), np.random.default_rng(seed)
         rng.integers(2**63)
@@ -196,10 +196,10 @@ def test_the_sum_is_that_of_numpy_to_the_bit(clip_norm, bad, size, looked):
 
 def test_without_a_compiler_numpy_adds_and_another_engine_trains(fresh, monkeypatch, tmp_path):
     drawn = schedule.schedule(23, 5, PLAN).rows
-    for function in (library.library, schedule._compiled):
+    for function in (library.library, schedule.compiled_order):
         function.cache_clear()
     monkeypatch.setenv("CC", str(tmp_path / "nothing"))
-    assert adding.compiled() is schedule._compiled() is None
+    assert adding.compiled() is schedule.compiled_order() is None
     assert_array_equal(schedule.schedule(23, 5, PLAN).rows, drawn)
     deltas, plan = np.ones((2, 5), np.float32), plan_of(5)
     accumulator = Accumulator(plan)
@@ -267,3 +267,121 @@ def test_what_the_compiler_says_is_told(fresh, monkeypatch, tmp_path):
     with pytest.raises(Unsupported, match=r"fails \(.*missing"):
         library.library()
     assert not list(library.cache_folder().iterdir())
+
+
+# --- a first layer without weights of its own
+
+
+def spare_work(sizes=(33, 60, 8, 20), inputs=80, hidden=(68,), dtype=torch.float32, **changes):
+    """Devices whose first layer needs none, an engine for them, where they begin, and a plan."""
+    trainer = Trainer(task_of(lambda: MLP(inputs, 3, hidden), inputs, 3), dtype=dtype)
+    works = [replace(work, data=work.data.aligned()) for work in works_of(inputs, 3, sizes)]
+    engine = NativeEngine(trainer, works[0].data)
+    return engine, works, trainer.initial(0), PLAN.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 7, 16, 64])
+@pytest.mark.parametrize(
+    ("inputs", "hidden", "sizes"),
+    [(16, (4,), (4, 1)), (48, (20, 5), (19, 20, 7)), (80, (68,), (33, 60)), (192, (128,), (128, 64, 2))],
+)
+@pytest.mark.parametrize("more", [{"epochs": 3}, {"max_steps": 4}])
+def test_every_shape_without_weights(batch, inputs, hidden, sizes, more):
+    more |= {"batch_size": batch, "learning_rate": 0.01}  # at a larger one, rounding grows step by step
+    engine, works, start, plan = spare_work(sizes, inputs, hidden, torch.float64, **more)
+    expected = LeanEngine(engine._trainer).train(start, works, plan)
+    found = engine.train(start, works, plan)
+    assert len(engine._moves) == len(works)
+    np.testing.assert_allclose(found.deltas, expected.deltas, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.loss_sum, expected.loss_sum, rtol=1e-12)
+    again = engine.train(start, works, plan)  # with what was kept
+    assert_array_equal(again.deltas, engine.train(start, works, plan).deltas)
+
+
+def test_weights_are_spared_only_where_that_is_right():
+    engine, works, start, plan = spare_work((60, 69, 20))
+    told = {"momentum": 0.9}, {"weight_decay": 0.01}, {"proximal_mu": 0.1}
+    assert engine.train(start, works[::2], plan).unwritten is not None
+    assert engine.train(start, works, plan).unwritten is None  # 69 rows are more than 68 outputs
+    for more in told:
+        assert engine.train(start, works[::2], plan.model_copy(update=more)).unwritten is None
+    x = np.zeros(60 * 80 + 1, np.float32)[1:].reshape(60, 80)  # in the midst of a cache line
+    works[0] = replace(works[0], data=Dataset(x, works[0].data.y))
+    assert engine.train(start, works[:1], plan).unwritten is None
+
+
+def test_a_device_gives_the_same_bits_whatever_is_beside_it():
+    engine, works, start, plan = spare_work((33, 60, 69, 8))
+    together = engine.train(start, works, plan).deltas.copy()
+    alone = [engine.train(start, [work], plan).deltas[0].copy() for work in works]
+    assert_array_equal(together, alone)
+    fresh = spare_work((33, 60, 69, 8))[0]
+    backwards = fresh.train(start, works[::-1], plan).deltas[::-1]
+    assert_array_equal(together, backwards)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.05, 10.0])
+@pytest.mark.parametrize("weighting", ["equal", "examples"])
+def test_what_is_added_unwritten_is_what_would_be_written(clip_norm, weighting):
+    engine, works, start, plan = spare_work()
+    counts = np.array([len(work.data) for work in works])
+    of = plan_of(len(start), clip_norm=clip_norm, weighting=weighting)
+    trained, ours, theirs = engine.train(start, works, plan), Accumulator(of), Accumulator(of)
+    trained.fail(2, UpdateRejected(Rejection.FAILED, "for a reason"))
+    found = adding.add_deltas(ours, of, trained, counts)
+    assert trained.unwritten is not None  # still: nobody has asked for the numbers
+    norms = trained.unwritten.norms()
+    assert trained.deltas is trained.rows
+    assert trained.unwritten is None
+    exact = np.linalg.norm(trained.deltas.astype(np.float64), axis=1)
+    assert (norms >= exact).all()
+    assert (norms <= exact * (1 + 1e-3)).all()
+    assert not trained.deltas[2].any()
+    trained.looked = norms, np.abs(trained.deltas).max(axis=1)
+    again = adding.add_deltas(theirs, of, trained, counts)
+    assert_array_equal(ours.subtotal().total, theirs.subtotal().total)
+    assert_array_equal(found.factors, again.factors)
+    assert (ours.weight, ours.reports) == (theirs.weight, theirs.reports) == (int(ours.weight), 3)
+    assert not found.refused
+
+
+def test_the_bound_of_a_norm_holds_where_rows_and_moves_cancel():
+    engine, works, start, plan = spare_work((60,), batch_size=60, epochs=5, learning_rate=1e-3)
+    works[0].data.x[:] = 1 + 1e-3 * works[0].data.x  # rows that are nearly the same
+    trained = engine.train(start, works, plan)
+    bound, norm = trained.unwritten.norms()[0], np.linalg.norm(trained.deltas[0].astype(np.float64))
+    assert norm <= bound <= 1.01 * norm
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e4])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_an_update_off_the_grid_is_taken_back(bad, clip_norm):
+    engine, works, start, plan = spare_work()
+    of = plan_of(len(start), clip_norm=clip_norm, grid_step=2.0**-24)
+    trained = engine.train(start, works, plan)
+    for place in (0, 67):  # seen in the first tile, and in the last one
+        trained.unwritten._moves[1].view(-1)[59 * 80 + place] = bad
+        ours, theirs = Accumulator(of), Accumulator(of)
+        found = adding.add_deltas(ours, of, trained, np.array([1, 2, 3, 4]))
+        rest = engine.train(start, [works[0], *works[2:]], plan)
+        expected = adding.add_deltas(theirs, of, rest, np.array([1, 3, 4]))
+        if clip_norm and np.isfinite(bad):
+            assert not found.refused
+            assert found.factors[1] < expected.factors[0]
+        else:
+            assert found.refused.keys() == {1}
+            assert str(bad) in str(found.refused[1]) or "bound" in str(found.refused[1])
+            assert_array_equal(ours.subtotal().total, theirs.subtotal().total)
+            assert (ours.weight, ours.reports) == (theirs.weight, theirs.reports)
+        trained = engine.train(start, works, plan)
+
+
+def test_a_stopped_call_leaves_no_moves_behind(monkeypatch):
+    engine, works, start, plan = spare_work()
+    monkeypatch.setattr("lepton_simulations.engines.native._PATIENCE", 10**6)  # some devices in a call
+    whole, asked = engine.train(start, works, plan).deltas.copy(), []
+    result = engine.train(start, works, plan, should_stop=lambda: len(asked) == 1 or asked.append(1))
+    assert 0 < len(result.failures) < 4
+    for position in range(4):
+        expected = whole[position] if position not in result.failures else np.zeros_like(start)
+        assert_array_equal(result.deltas[position], expected)

@@ -23,8 +23,10 @@ from lepton_fl.vector import (
     unclipped,
     whole_numbers,
 )
-from lepton_simulations.engines.contract import Trained, Unsupported
+from lepton_simulations.engines.contract import Trained, Unsupported, Unwritten
 from lepton_simulations.engines.library import library
+
+ROUGH = 2.0**-10  # more than float32 rounds in a sum of squares, much less than an error of ours would be
 
 
 def add_deltas(
@@ -41,16 +43,19 @@ def add_deltas(
     Raises:
         UpdateRejected: wrong shape or type, or an example count below 1.
     """
-    functions, deltas = compiled(), trained.deltas
-    if functions is None or plan.private is not None or deltas.strides[-1] != deltas.itemsize:
+    functions, rows = compiled(), trained.rows
+    if functions is None or plan.private is not None or rows.strides[-1] != rows.itemsize:
         losses = mean_losses(trained.loss_sum, trained.seen)
-        return accumulator.add_deltas(deltas, num_examples, trained.failures, losses)
-    check_batch(plan, deltas, num_examples, np.float32)
+        return accumulator.add_deltas(trained.deltas, num_examples, trained.failures, losses)
+    check_batch(plan, rows, num_examples, np.float32)
     weights, total = accumulator.weights(num_examples), accumulator.subtotal().total
     weights[list(trained.failures)] = 0
-    if trained.looked is None and not plan.clip_norm:
-        found = _add_looking(functions, deltas, plan.grid_step, weights, total)
+    if trained.unwritten is not None and plan.clip_norm / plan.grid_step <= GRID_LIMIT:
+        found = _add_unwritten(functions, trained, trained.unwritten, plan, weights, total)
+    elif trained.looked is None and not plan.clip_norm:
+        found = _add_looking(functions, trained.deltas, plan.grid_step, weights, total)
     else:
+        deltas = trained.deltas
         norms, peaks = trained.looked or _look(functions, deltas)
         found = _scaling(deltas, norms, peaks, plan.grid_step, plan.clip_norm)
         weights[list(found.refused)] = 0
@@ -87,6 +92,31 @@ def _add_looking(
     found = unclipped(deltas, step)
     refused = {int(row): refusal(deltas[row], step) for row in asked if not weights[row]}
     return Scaling(found.factors, found.norms, refused)
+
+
+def _add_unwritten(
+    functions: ctypes.CDLL,
+    trained: Trained,
+    unwritten: Unwritten,
+    plan: RoundPlan,
+    weights: NDArray[np.int64],
+    total: NDArray[np.int64],
+) -> Scaling:
+    """Add updates that nobody has written; sets the weights of those refused to zero."""
+    clip, step, asked = plan.clip_norm, plan.grid_step, np.flatnonzero(weights)
+    found, limit = unclipped(trained.rows, step), 2.0**31 * step
+    if clip:
+        norms, limit = unwritten.norms(), np.inf
+        if not np.isfinite(norms).all():  # squares left the range of float32; or they are not finite indeed
+            norms = np.where(np.isfinite(norms), norms, _look(functions, trained.deltas)[0])
+        found = scaling_of(trained.rows, norms, np.zeros(len(norms), np.float32), step, clip)
+        weights[list(found.refused)] = 0
+    squares = unwritten.add(found.factors, limit, weights, total)
+    # The norms are bounds, and these squares are sums in float32: no more than a look at what was added.
+    if clip and float(squares[weights > 0].max(initial=0.0)) > (1 + ROUGH) * (clip / step) ** 2:
+        raise RunError(f"An update is longer than clip_norm={clip:g} after clipping.")
+    gone = {int(row): refusal(trained.deltas[row], step) for row in asked if not weights[row]}
+    return Scaling(found.factors, found.norms, gone | dict(found.refused))
 
 
 def _look(functions: ctypes.CDLL, deltas: Vector) -> tuple[NDArray[np.float64], Vector]:

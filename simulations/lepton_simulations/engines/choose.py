@@ -102,7 +102,7 @@ def _make_checked(name: Tier, trainer: Trainer, local: LocalPlan, samples: Seque
 def _make(name: Tier, trainer: Trainer, samples: Sequence[ClientWork]) -> list[Engine]:
     """The engine, and others that take different ways through the same code."""
     if name == "native":
-        return [NativeEngine(trainer, samples[0].data)]
+        return [NativeEngine(trainer, samples[0].data, spare=spare) for spare in (True, False)]
     if name == "fused":
         engine = FusedEngine(trainer, samples[0].data)
         return [engine, FusedEngine(trainer, samples[0].data, dual=False)]
@@ -118,7 +118,7 @@ def _check(name: Tier, trainer: Trainer, local: LocalPlan, samples: Sequence[Cli
     Raises:
         Unsupported: they disagree, or the engine cannot.
     """
-    works = [replace(s, data=s.data.take(np.arange(min(len(s.data), _ROWS)))) for s in samples]
+    works = [replace(s, data=s.data.take(np.arange(min(len(s.data), _ROWS))).aligned()) for s in samples]
     plan = local.model_copy(
         update={"epochs": 2, "max_steps": _STEPS, "batch_size": min(local.batch_size, _BATCH)}
     )

@@ -25,17 +25,58 @@ class ClientWork:
     start: Vector | None = None  # (P,) its own starting point instead of the common one (personal heads)
 
 
+class Unwritten(Protocol):
+    """The updates of K devices before anybody has asked for their numbers; until the engine's next call."""
+
+    def write(self) -> None:
+        """Write them where they belong."""
+        ...
+
+    def clear(self, position: int) -> None:
+        """Make an update zero."""
+        ...
+
+    def norms(self) -> NDArray[np.float64]:
+        """(K,) float64, bounds of their L2 norms: no less, and hardly more."""
+        ...
+
+    def add(
+        self, factors: Vector, limit: float, weights: NDArray[np.int64], total: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Add them without writing them, in whole grid steps.
+
+        Args:
+            factors: (K,) float32, what each is multiplied by.
+            limit: the magnitude from which on a coordinate does not fit the grid; NaN never does.
+            weights: (K,) of the devices, 0 = not added; becomes 0 where an update does not fit.
+            total: (P,) the sum.
+
+        Returns:
+            (K,) about the squared norms of what was added, before the weights.
+        """
+        ...
+
+
 @dataclass(eq=False)
 class Trained:
     """What K devices gave, in the caller's order; a device that failed has zeros."""
 
-    deltas: Vector  # (K, P) trained minus start; may be the engine's own buffer, valid until the next call
+    rows: Vector  # (K, P) room for the deltas; may be the engine's own buffer, valid until the next call
     steps: NDArray[np.int64]  # (K,) mini-batches
     seen: NDArray[np.int64]  # (K,) examples that went through the steps
     loss_sum: NDArray[np.float64]  # (K,) mean loss before each step times its examples
     failures: dict[int, UpdateRejected] = field(default_factory=dict)  # position -> why
     # (K,) norms of the deltas, as lepton_fl.vector has them, and (K,) their peaks; None = not looked at.
     looked: tuple[NDArray[np.float64], Vector] | None = None
+    unwritten: Unwritten | None = None  # what the deltas are to be written from
+
+    @property
+    def deltas(self) -> Vector:
+        """(K, P) trained minus start."""
+        if self.unwritten is not None:
+            self.unwritten.write()
+            self.unwritten = None
+        return self.rows
 
     @classmethod
     def of(cls, deltas: Vector) -> "Trained":
@@ -47,7 +88,9 @@ class Trained:
     def fail(self, position: int, refusal: UpdateRejected) -> None:
         """This device gives nothing."""
         self.failures[position] = refusal
-        self.deltas[position] = 0
+        self.rows[position] = 0
+        if self.unwritten is not None:
+            self.unwritten.clear(position)
         self.steps[position] = self.seen[position] = 0
         self.loss_sum[position] = 0
         for found in self.looked or ():

@@ -127,8 +127,9 @@ def _run(command: list[str]) -> bytes:
 def _typed(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.lepton_room.restype, found.lepton_train.restype = number, None
-    found.lepton_room.argtypes = [pointer, number, number]
-    found.lepton_train.argtypes = [pointer, number, number, pointer, pointer, number, number, pointer]
+    found.lepton_room.argtypes = [pointer, number, number, number]
+    found.lepton_finish.restype, found.lepton_finish.argtypes = None, [pointer, pointer, number]
+    found.lepton_train.argtypes = [pointer, number, number, *[pointer] * 2, number, number, *[pointer] * 2]
     found.lepton_forward.restype = found.lepton_back.restype = found.lepton_descend.restype = None
     found.lepton_forward.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
     found.lepton_back.argtypes = [pointer, pointer, number, number, number, pointer]
@@ -141,4 +142,8 @@ def _typed(found: ctypes.CDLL) -> ctypes.CDLL:
         found.lepton_add.argtypes = [pointer, number, number, number, *[pointer] * 4]
         found.lepton_add_looking.restype, real = None, ctypes.c_float
         found.lepton_add_looking.argtypes = [pointer, *[number] * 3, real, real, pointer, pointer]
+        found.lepton_add_moves.restype = None
+        found.lepton_add_moves.argtypes = [pointer, pointer, number, pointer, real, *[pointer] * 3]
+        found.lepton_reach.restype = None
+        found.lepton_reach.argtypes = [pointer, pointer, number, pointer, pointer]
     return found

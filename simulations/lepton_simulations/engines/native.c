@@ -3,7 +3,8 @@
    A device is a chain of linear layers and ReLUs and mini-batch SGD; see native.py. Its weights stay in the cache
    from the first step to the last. Three products do nearly all the work, each a loop over tiles whose sums stay in
    registers: outputs (forward), the gradient of the inputs (back), and the step of the weights along their gradient
-   (descend). Updates are added as whole grid steps, by the arithmetic of lepton_fl.vector; see adding.py.
+   (descend). Where it can, the first layer does without weights of its own; see "the first layer" below. Updates are
+   added as whole grid steps, by the arithmetic of lepton_fl.vector; see adding.py.
 
    GCC and Clang vector extensions, no intrinsics, no library but libm. Compiled twice: for float, and with -DDOUBLE
    for double. */
@@ -29,7 +30,7 @@ enum { BYTES = 32, ROWS = 3, OUTS = 3 };
 #else
 enum { BYTES = 16, ROWS = 5, OUTS = 4 };
 #endif
-enum { LANES = BYTES / sizeof(real), MANY = BYTES == 32 ? 2 : 4, PANEL = 16 * LANES, NEAR = 8192, ALIGN = 16, MOST = 16 };
+enum { LANES = BYTES / sizeof(real), MANY = BYTES == 32 ? 2 : 4, PANEL = 16 * LANES, NEAR = 8192, ALIGN = 16, MOST = 16, MOST_ROWS = 512 };
 typedef real vec __attribute__((vector_size(BYTES)));
 typedef real half __attribute__((vector_size(BYTES / 2)));
 
@@ -121,16 +122,21 @@ static void back(const real *g, Place p, int64_t rows, int64_t n, int64_t outs, 
             EACH_COUNT(rows - b, back_rows(N, g + b * wide, p.w, outs, n, k, least(k + PANEL, n), wide, to + b * n))
 }
 
-/* to (outs, n) = keep from + g (rows, outs)^T x (rows, n), minus `less` if there is one */
-INLINE void descend_tile(int no, int nk, const real *x, const real *g, int64_t rows, int64_t n, int64_t wide, real keep,
-                         const Move *m, int64_t at) {
-    vec sum[4][4];
-    UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] = keep * AT(m->from.w + at + o * n + k * LANES);
+/* sum += g (rows, outs)^T x (rows, n), of a tile */
+INLINE void outer_tile(int no, int nk, const real *x, const real *g, int64_t rows, int64_t n, int64_t wide, vec sum[4][4]) {
     for (int64_t b = 0; b < rows; b++) {
         vec v[4];
         UNROLL for (int k = 0; k < nk; k++) { v[k] = AT(x + b * n + k * LANES); HOLD(v[k]); }
         UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] += g[b * wide + o] * v[k];
     }
+}
+
+/* to (outs, n) = keep from + g (rows, outs)^T x (rows, n), minus `less` if there is one */
+INLINE void descend_tile(int no, int nk, const real *x, const real *g, int64_t rows, int64_t n, int64_t wide, real keep,
+                         const Move *m, int64_t at) {
+    vec sum[4][4];
+    UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] = keep * AT(m->from.w + at + o * n + k * LANES);
+    outer_tile(no, nk, x, g, rows, n, wide, sum);
     if (m->less.w)
         UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) sum[o][k] -= AT(m->less.w + at + o * n + k * LANES);
     UNROLL for (int o = 0; o < no; o++) UNROLL for (int k = 0; k < nk; k++) AT(m->to.w + at + o * n + k * LANES) = sum[o][k];
@@ -242,14 +248,16 @@ static void leave(const Layer *layers, int64_t count, const Place *from, const r
     }
 }
 
-/* Work memory, in numbers, for mini-batches of so many places. */
-int64_t lepton_room(const Layer *layers, int64_t count, int64_t width) {
-    int64_t weights = 0, wide = padded(layers[0].in);
+/* Work memory, in numbers, for mini-batches of so many places, and devices with so many rows whose first layer has no
+   weights of its own. */
+int64_t lepton_room(const Layer *layers, int64_t count, int64_t width, int64_t rows) {
+    const int64_t in = padded(layers[0].in), out = padded(layers[0].out);
+    int64_t weights = 0, wide = in;
     for (int64_t l = 0; l < count; l++) {
         weights += layers[l].out * padded(layers[l].in) + padded(layers[l].out);
         wide += 2 * padded(layers[l].out);
     }
-    return 3 * weights + width * wide;
+    return 3 * weights + width * wide + (rows ? (in + rows) * out : 0);
 }
 
 /* --- adding up ------------------------------------------------------------------------------------ */
@@ -414,14 +422,25 @@ typedef struct {
     const real *correction; /* (P,) added to every gradient, or NULL */
     const real *x;          /* (n, in) */
     const void *targets;    /* (n,) labels, or (n, out) numbers */
-    const int64_t *at;      /* (steps, width) the rows of each mini-batch, ... */
-    const int64_t *sizes;   /* (steps,) ... of which so many count */
-    int64_t width, steps, first, last; /* those to be made now: all, or a part of them, one after the other */
+    uint64_t seed;          /* of the order of its rows */
+    int64_t epochs, places, shuffled;
+    const int64_t *sizes;   /* (steps,) rows that count of each mini-batch */
+    int64_t width, steps;   /* places of a mini-batch; how many there are */
+    int64_t examples, rows; /* the sum of the sizes; n */
+    int64_t first, last;    /* the steps to be made now: all, or a part of them, one after the other */
+    int64_t *at;            /* (epochs, places) the order of the rows: (steps, width) */
     real *delta;            /* (P,) weights minus start; written after the last step */
     int64_t size;           /* P */
-    double square, peak;    /* of delta: its squared norm and largest magnitude; of float only */
-    double lost;            /* the losses of all rows, each before its step, are added here */
+    real *moves;            /* (n, padded out) if the first layer does without weights of its own, else NULL */
+    int64_t later;          /* whether its update stays in the moves: see lepton_finish and lepton_add_moves */
+    real *gram;             /* (n, padded n) products of its rows, if they shall be kept; else NULL */
+    int64_t met;            /* whether they are there */
 } Device;
+
+typedef struct {
+    double lost;         /* the losses of all rows, each before its step, are added here */
+    double square, peak; /* of delta: its squared norm, see look and reach, and largest magnitude (if not later); of float only */
+} Result;
 
 /* Have the rows of a mini-batch on their way before they are needed: they lie anywhere. */
 static void fetch(const Device *d, int64_t n, int64_t t) {
@@ -429,8 +448,211 @@ static void fetch(const Device *d, int64_t n, int64_t t) {
         for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(d->x + d->at[t * d->width + b] * n + i);
 }
 
+/* --- a first layer without weights ------------------------------------------------------------------
+
+   After some steps of plain SGD its weights are W0 + sum_j m_j x_j^T, where m_j is how far row j moved the outputs.
+   So the outputs of a row are x W0^T + sum_j (x . x_j) m_j: one product of all rows with W0, one of the rows with
+   each other, and a little at each step; the update is one product at the end. See dual.py. */
+
+typedef struct {
+    real *products;                 /* (n, padded out): x W0^T + bias */
+    int64_t seen, order[MOST_ROWS]; /* the rows that have moved the outputs */
+} Rows;
+
+/* W0 (outs, in) -> (in, padded outs) */
+static void turn(const Layer *a, const real *w, real *to) {
+    const int64_t out = padded(a->out);
+    for (int64_t o = 0; o < out; o += ALIGN)
+        for (int64_t i = 0; i < a->in; i++)
+            for (int64_t j = o; j < o + ALIGN; j++) to[i * out + j] = j < a->out ? w[j * a->in + i] : 0;
+}
+
+/* Products of n rows with each other, plus a constant: to (n, padded n), each pair once, the later row first. */
+static void multiply(const real *x, int64_t n, int64_t in, real constant, real *to) {
+    real same[MOST_ROWS];
+    for (int64_t b = 0; b < n; b++) same[b] = constant;
+    for (int64_t b = 0; b < n; b += ROWS)
+        EACH_COUNT(n - b, forward_rows(N, x + b * in, x, same, in, 0, least(b + ROWS, n), to + b * padded(n), padded(n)))
+}
+
+static void meet(const Layer *a, const Device *d, const real *turned, Rows *r) {
+    const int64_t out = padded(a->out), n = d->rows, stride = padded(n);
+    back(d->x, (Place){(real *)turned, 0}, n, out, a->in, a->in, r->products);
+    for (int64_t b = 0; a->bias >= 0 && b < n; b++)
+        for (int64_t o = 0; o < a->out; o++) r->products[b * out + o] += d->start[a->bias + o];
+    if (!d->met) multiply(d->x, n, a->in, a->bias >= 0, d->gram); /* in a bias, all rows have a 1 */
+    for (int64_t b = 0; !d->met && b < n; b++)
+        for (int64_t j = b + 1; j < n; j++) d->gram[b * stride + j] = d->gram[j * stride + b];
+    memset(d->moves, 0, n * out * sizeof(real));
+}
+
+/* y (N, outs) = products + gram moves, of rows `at` */
+INLINE void recall_tile(int nb, int nk, const Rows *r, const Device *d, const int64_t *at, int64_t k, int64_t wide, real *y) {
+    const int64_t stride = padded(d->rows);
+    vec sum[ROWS][4];
+    UNROLL for (int b = 0; b < nb; b++) UNROLL for (int i = 0; i < nk; i++) sum[b][i] = AT(r->products + at[b] * wide + k + i * LANES);
+    for (int64_t j = 0; j < r->seen; j++) {
+        vec u[4];
+        UNROLL for (int i = 0; i < nk; i++) { u[i] = AT(d->moves + r->order[j] * wide + k + i * LANES); HOLD(u[i]); }
+        UNROLL for (int b = 0; b < nb; b++) UNROLL for (int i = 0; i < nk; i++) sum[b][i] += d->gram[at[b] * stride + r->order[j]] * u[i];
+    }
+    UNROLL for (int b = 0; b < nb; b++) UNROLL for (int i = 0; i < nk; i++) AT(y + b * wide + k + i * LANES) = sum[b][i];
+}
+
+INLINE void recall_rows(int nb, const Rows *r, const Device *d, const int64_t *at, int64_t wide, real *y) {
+    int64_t k = 0;
+    for (; k + MANY * LANES <= wide; k += MANY * LANES) recall_tile(nb, MANY, r, d, at, k, wide, y);
+    for (; k < wide; k += LANES) recall_tile(nb, 1, r, d, at, k, wide, y);
+}
+
+static void recall(const Rows *r, const Device *d, const int64_t *at, int64_t size, int64_t wide, real *y) {
+    for (int64_t b = 0; b < size; b += ROWS) EACH_COUNT(size - b, recall_rows(N, r, d, at + b, wide, y + b * wide))
+}
+
+/* Note how far a mini-batch moves the outputs; in the first epoch, its rows are new. */
+static void move(Rows *r, const Device *d, const int64_t *at, int64_t size, int64_t wide, const real *g) {
+    for (int64_t b = 0; b < size; b++) {
+        if (r->seen < d->rows) r->order[r->seen++] = at[b];
+        for (int64_t o = 0; o < wide; o++) d->moves[at[b] * wide + o] += g[b * wide + o];
+    }
+}
+
+/* A tile of the update of W0, from output o and input k on. */
+INLINE void finish_tile(int no, int nk, const Layer *a, const Device *d, int64_t o, int64_t k, vec sum[4][4]) {
+    UNROLL for (int i = 0; i < no; i++) UNROLL for (int j = 0; j < nk; j++) sum[i][j] = (vec){0};
+    outer_tile(no, nk, d->x + k, d->moves + o, d->rows, a->in, padded(a->out), sum);
+}
+
+INLINE void finish_panel(int nk, const Layer *a, const Device *d, int64_t k) {
+    for (int64_t o = 0; o < a->out; o += 4) {
+        vec sum[4][4];
+        finish_tile(4, nk, a, d, o, k, sum);
+        UNROLL for (int i = 0; i < 4; i++) memcpy(d->delta + a->weight + (o + i) * a->in + k, sum[i], nk * BYTES);
+    }
+}
+
+static void finish(const Layer *a, const Device *d) {
+    int64_t k = 0;
+    for (; k + MANY * LANES <= a->in; k += MANY * LANES) finish_panel(MANY, a, d, k);
+    for (; k < a->in; k += LANES) finish_panel(1, a, d, k);
+}
+
+/* Write the updates of devices that were left for later. */
+void lepton_finish(const Layer *layers, const Device *devices, int64_t number) {
+    for (const Device *d = devices; d < devices + number; d++)
+        finish(layers, d);
+}
+
+#ifndef DOUBLE
+/* The squared norm of an update from the products of its rows and moves, and no less than that of what finish and
+   add_panel compute: bounds of all rounding are in it, some 1e-4 of it. Rows and moves are short vectors, so this
+   costs a fraction of a look at all weights, which need not even be written. Room: (n, padded n). */
+static double reach(const Layer *a, const Device *d, real *room) {
+    const int64_t n = d->rows, out = padded(a->out), past = a->weight + a->out * a->in;
+    const double unit = 1.0 / (1 << 24), deepest = (double)(a->in > a->out ? a->in : a->out) / LANES + 16;
+    double sum = 0, most = 0, rest = 0;
+    multiply(d->moves, n, out, 0, room);
+    for (int64_t b = 0; b < n; b++) {
+        const real *moved = room + b * padded(n), *met = d->gram + b * padded(n);
+        double row = 0;
+        for (int64_t j = 0; j < b; j++) row += (double)moved[j] * met[j];
+        sum += 2 * row + (double)moved[b] * met[b];
+        most += sqrt((double)moved[b] * met[b]);
+    }
+    const double length = sqrt(fmax(sum, 0) + 2 * deepest * unit * most * most) + n * unit * most;
+    for (int64_t i = a->weight ? 0 : past; i < d->size; i = i + 1 == a->weight ? past : i + 1)
+        if (a->bias < 0 || i < a->bias || i >= a->bias + a->out) /* the bias is in the products */
+            rest += (double)d->delta[i] * d->delta[i];
+    return length * length + rest;
+}
+
+typedef int32_t bits __attribute__((vector_size(BYTES)));
+typedef int64_t whole __attribute__((vector_size(2 * BYTES), aligned(8)));
+
+/* Add a panel of the update of W0 as whole grid steps, `tiles` of it at most; how many were added before one that
+   holds a magnitude of `bound` or above. */
+INLINE int64_t add_panel(int nk, const Layer *a, const Device *d, int64_t k, int64_t tiles, float factor, int32_t bound,
+                         int64_t weight, int64_t *sum, double *square, const Device *next) {
+    vec squares = {0};
+    for (int64_t o = 0, tile = 0; tile < tiles && o < a->out; o += 4, tile++) {
+        vec found[4][4];
+        bits over = {0};
+        for (int64_t b = tile; next && b < next->rows; b += a->out / 4)
+            UNROLL for (int j = 0; j < nk; j++) __builtin_prefetch(next->x + b * a->in + k + j * LANES);
+        finish_tile(4, nk, a, d, o, k, found);
+        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < nk; j++) over |= bound - 1 - ((bits)found[i][j] & 0x7fffffff);
+        int32_t any = 0;
+        UNROLL for (int i = 0; i < BYTES / 4; i++) any |= over[i];
+        if (any < 0) return tile;
+        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < nk; j++) {
+            whole *to = (whole *)(sum + (o + i) * a->in + k + j * LANES);
+            vec scaled = found[i][j] * factor;
+            whole steps = __builtin_convertvector(__builtin_convertvector(scaled, bits), whole);
+            squares += scaled * scaled;
+            *to += weight == 1 ? steps : weight * steps;
+        }
+    }
+    *square += total(squares);
+    return tiles;
+}
+
+static int64_t add_some(const Layer *a, const Device *d, int64_t k, int64_t wide, int64_t tiles, float factor, int32_t bound,
+                        int64_t weight, int64_t *sum, double *square, const Device *next) {
+    if (wide > LANES) return add_panel(MANY, a, d, k, tiles, factor, bound, weight, sum + a->weight, square, next);
+    return add_panel(1, a, d, k, tiles, factor, bound, weight, sum + a->weight, square, next);
+}
+
+/* Add what an update holds besides W0. */
+static void add_rest(const Layer *a, const Device *d, float factor, int64_t weight, int64_t *sum, double *square) {
+    const int64_t past = a->weight + a->out * a->in;
+    for (int64_t at = 0; at < a->weight; at += PIECE)
+        add_piece(d->delta + at, least(a->weight - at, PIECE), factor, weight, sum + at, square);
+    for (int64_t at = past; at < d->size; at += PIECE)
+        add_piece(d->delta + at, least(d->size - at, PIECE), factor, weight, sum + at, square);
+}
+
+/* Squared norms of the updates of devices that were left for later; see reach. Room: (n, padded n) of the largest. */
+void lepton_reach(const Layer *layers, const Device *devices, int64_t number, real *room, double *squares) {
+    for (int64_t i = 0; i < number; i++) squares[i] = reach(layers, devices + i, room);
+}
+
+/* As lepton_add and lepton_add_looking, of devices that were left for later: their updates are never written. The
+   squared norms are not exact, and those of what was scaled rather than of whole steps, which are no longer. */
+void lepton_add_moves(const Layer *layers, const Device *devices, int64_t number, const float *factors, float limit,
+                      int64_t *weights, int64_t *sum, double *squares) {
+    const Layer *a = layers;
+    const int64_t past = a->weight + a->out * a->in, tiles = a->out / 4;
+    int32_t bound;
+    memcpy(&bound, &limit, sizeof bound);
+    for (int64_t i = 0; i < number; i++) {
+        const Device *d = devices + i;
+        const uint32_t first = highest(d->delta, a->weight), second = highest(d->delta + past, d->size - past);
+        if (first >= (uint32_t)bound || second >= (uint32_t)bound) weights[i] = 0;
+        if (weights[i]) add_rest(a, d, factors[i], weights[i], sum, squares + i);
+    }
+    for (int64_t k = 0, wide; k < a->in; k += wide) {
+        wide = k + MANY * LANES <= a->in ? MANY * LANES : LANES; /* so much of the sum stays near */
+        for (int64_t i = 0; i < number; i++) {
+            const Device *d = devices + i;
+            const float factor = factors[i];
+            const int64_t weight = weights[i];
+            if (!weight) continue;
+            const int64_t done = add_some(a, d, k, wide, tiles, factor, bound, weight, sum, squares + i, i + 1 < number ? d + 1 : NULL);
+            if (done == tiles) continue;
+            add_rest(a, d, factor, -weight, sum, squares + i);
+            for (int64_t back = 0, step; back <= k; back += step) {
+                step = back + MANY * LANES <= a->in ? MANY * LANES : LANES;
+                add_some(a, d, back, step, back < k ? tiles : done, factor, bound, -weight, sum, squares + i, NULL);
+            }
+            weights[i] = 0;
+        }
+    }
+}
+#endif
+
 static double train(const Layer *layers, int64_t count, int64_t kind, const Rule *rule, const Device *d, int64_t places,
-                    real *work) {
+                    real *work, const real *turned, Result *result) {
+    (void)result;
     Place value[MOST], moving[MOST], shift[MOST], now[MOST];
     real *rows[MOST + 1], *grads[MOST];
     real *moves = lay_out(layers, count, work, value), *shifts = lay_out(layers, count, moves, moving);
@@ -443,16 +665,19 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
         grads[l] = free;
         free += places * padded(layers[l].out);
     }
+    const int bare = d->moves != NULL;
+    Rows own = {.products = (real *)turned + layers->in * padded(layers->out)};
+    if (bare) meet(layers, d, turned, &own);
     const int momentum = rule->momentum != 0, drift = rule->mu != 0 || d->correction;
     const real rate = rule->rate, pull = rule->decay + rule->mu;
     const real keep = momentum ? rule->momentum : 1 - rule->rate * (rule->decay + rule->mu), scale = momentum ? 1 : -rate;
     const int64_t weights = moves - work;
-    fetch(d, layers->in, d->first);
+    if (!bare) fetch(d, layers->in, d->first);
     /* Where the model's vector is laid out as the weights are, the first step reads it and the last one writes delta. */
     int direct = !momentum && !drift && ((uintptr_t)d->start | (uintptr_t)d->delta) % BYTES == 0;
-    for (int64_t l = 0; l < count; l++) direct &= layers[l].in % ALIGN == 0 && layers[l].weight % ALIGN == 0;
+    for (int64_t l = bare; l < count; l++) direct &= layers[l].in % ALIGN == 0 && layers[l].weight % ALIGN == 0;
     if (!d->first && !direct) {
-        add(layers, count, d->start, 1, value, 1);
+        add(layers + bare, count - bare, d->start, 1, value + bare, 1);
         if (momentum) memset(moves, 0, weights * sizeof(real));
         if (drift) add(layers, count, d->start, momentum ? -rule->mu : rule->rate * rule->mu, shift, 1);
         if (d->correction) add(layers, count, d->correction, scale, shift, 0);
@@ -460,14 +685,15 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
     double sum = 0;
     for (int64_t t = d->first; t < d->last; t++) {
         const int64_t size = d->sizes[t], *at = d->at + t * d->width;
-        for (int64_t b = 0; b < size; b++)
+        for (int64_t b = 0; !bare && b < size; b++)
             memcpy(rows[0] + b * padded(layers->in), d->x + at[b] * layers->in, layers->in * sizeof(real));
-        fetch(d, layers->in, t + 1);
+        if (!bare) fetch(d, layers->in, t + 1);
         for (int64_t l = 0; l < count; l++) {
             const int64_t n = padded(layers[l].in), wide = padded(layers[l].out);
             real *y = rows[l + 1];
             now[l] = direct && !t ? of_vector(layers + l, (real *)d->start, value[l].bias) : value[l];
-            forward(rows[l], now[l], size, n, layers[l].out, y, wide);
+            if (bare && !l) recall(&own, d, at, size, wide, y);
+            else forward(rows[l], now[l], size, n, layers[l].out, y, wide);
             for (int64_t i = 0; layers[l].relu && i < size * wide; i++) y[i] = y[i] < 0 ? 0 : y[i]; /* NaN stays */
         }
         sum += lose(kind, rows[count], d->targets, at, size, layers[count - 1].out,
@@ -478,6 +704,7 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
             for (int64_t i = 0; layers[l].relu && i < size * wide; i++) g[i] = y[i] <= 0 ? 0 : g[i];
             if (l) back(g, now[l], size, n, outs, wide, grads[l - 1]);
             for (int64_t i = 0; i < size * wide; i++) g[i] *= scale;
+            if (bare && !l) { move(&own, d, at, size, wide, g); continue; }
             const int last = direct && t + 1 == d->steps;
             Place into = last ? of_vector(layers + l, d->delta, NULL) : momentum ? moving[l] : value[l];
             Place less = last ? of_vector(layers + l, (real *)d->start, NULL) : (Place){0, 0};
@@ -491,7 +718,22 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
         }
         for (int64_t i = 0; drift && !momentum && i < weights; i++) work[i] += shifts[i];
     }
-    if (d->last == d->steps && !direct) leave(layers, count, value, d->start, d->delta);
+    if (d->last < d->steps) return sum;
+    if (!direct) leave(layers + bare, count - bare, value + bare, d->start, d->delta);
+    for (int64_t o = 0; bare && layers->bias >= 0 && o < layers->out; o++) {
+        real far = 0;
+        for (int64_t b = 0; b < d->rows; b++) far += d->moves[b * padded(layers->out) + o];
+        d->delta[layers->bias + o] = far;
+    }
+    if (d->later) return sum;
+    if (bare) finish(layers, d);
+#ifndef DOUBLE
+    float peak;
+    result->square = look(d->delta, d->size, &peak); /* while it is near */
+    result->peak = peak;
+    const double bounded = bare ? reach(layers, d, own.products) : INFINITY;
+    if (bounded < INFINITY) result->square = bounded; /* as for those that are left for later */
+#endif
     return sum;
 }
 
@@ -500,15 +742,14 @@ static double train(const Layer *layers, int64_t count, int64_t kind, const Rule
    layers, count   at most MOST
    places          at least the width of each device
    work            lepton_room() numbers at a multiple of 64 bytes: zeros at first, then left alone */
-void lepton_train(const Layer *layers, int64_t count, int64_t kind, const Rule *rule, Device *devices, int64_t number,
-                  int64_t places, real *work) {
-    for (Device *d = devices; d < devices + number; d++) {
-        d->lost += train(layers, count, kind, rule, d, places, work);
-#ifndef DOUBLE
-        float peak;
-        if (d->last < d->steps) continue;
-        d->square = look(d->delta, d->size, &peak); /* while it is near */
-        d->peak = peak;
-#endif
+void lepton_train(const Layer *layers, int64_t count, int64_t kind, const Rule *rule, const Device *devices, int64_t number,
+                  int64_t places, real *work, Result *results) {
+    real *turned = work + lepton_room(layers, count, places, 0);
+    const real *from = NULL; /* whose first layer that is */
+    for (int64_t i = 0; i < number; i++) {
+        const Device *d = devices + i;
+        if (!d->first) lepton_order(d->seed, d->rows, d->epochs, d->places, d->shuffled, d->at);
+        if (d->moves && d->start != from) turn(layers, (from = d->start) + layers->weight, turned);
+        results[i].lost += train(layers, count, kind, rule, d, places, work, turned, results + i);
     }
 }

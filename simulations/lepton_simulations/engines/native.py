@@ -6,12 +6,16 @@ weights' gradient; nothing else is left of a step, so small models train as fast
 """
 
 from collections.abc import Iterator, Sequence
+from ctypes import CDLL
+from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lepton_fl.plan import LocalPlan
 from lepton_fl.tasks.data import Dataset
@@ -23,18 +27,18 @@ from lepton_simulations.engines.chained import ChainEngine, rule_of
 from lepton_simulations.engines.contract import ClientWork, Elsewhere, Stop, Trained, Unsupported, stopped
 from lepton_simulations.engines.layers import Rule, padded
 from lepton_simulations.engines.library import library
-from lepton_simulations.engines.schedule import Schedule, schedule
+from lepton_simulations.engines.schedule import Shape, compiled_order, shape_of
 
 LOSSES = ("cross_entropy", "squared_error", "huber")  # their numbers in native.c
 MOST_LAYERS = 16  # the same there
 UPDATES = 4 * 2**20  # bytes of the updates of a chunk, which are added up while they are near
 _MOST = 64  # devices in a chunk
 _PATIENCE = 5 * 10**8  # multiplications between two questions whether to stop: some milliseconds
-_WORDS = "start correction x targets at sizes width steps first last delta size"  # addresses and numbers
-DEVICE = np.dtype(  # as in native.c
-    [(name, np.int64) for name in _WORDS.split()]
-    + [(name, np.float64) for name in ("square", "peak", "lost")]
-)
+_KEPT = 8  # products of a device's rows are kept if they take at most this part of the memory of the rows
+_FEW = 512  # rows of a device whose first layer has no weights of its own; as in native.c
+# What C is told of a device, in int64: addresses and numbers, as in native.c.
+_START, _CORRECTION, _X, _TARGETS, _SEED, _EPOCHS, _PLACES, _SHUFFLED, _SIZES, _WIDTH = range(10)
+_STEPS, _EXAMPLES, _ROWS, _FIRST, _LAST, _ORDER, _DELTA, _SIZE, _MOVED, _LATER, _GRAM, _MET = range(10, 22)
 
 
 class NativeEngine(ChainEngine):
@@ -42,29 +46,34 @@ class NativeEngine(ChainEngine):
 
     name, is_plain = "native", True
 
-    def __init__(self, trainer: Trainer, sample: Dataset, *, chunk: int = 0) -> None:
+    def __init__(self, trainer: Trainer, sample: Dataset, *, chunk: int = 0, spare: bool = True) -> None:
         """Read the chain and load the library.
 
         Args:
             trainer: whose task; trains what does not fit here.
             sample: some device's rows; all have this shape.
             chunk: devices per call; 0 = as many as updates stay in the cache.
+            spare: whether first layers may do without weights of their own.
 
         Raises:
             Unsupported: the model, the loss, the device or the rows are none of those known here, or there is
                 no compiler.
         """
         super().__init__(trainer, sample)
-        self._layers = self._read_layers()
+        self._layers, self._spares = self._read_layers(), spare
         self._functions = library(double=trainer.dtype == torch.float64)
+        if compiled_order() is None:
+            raise Unsupported("it draws another order of rows than numpy")
         self._real = np.dtype(np.float64 if trainer.dtype == torch.float64 else np.float32)
         self._loss = LOSSES.index(str(trainer.task.loss))
         self._products = int((self._layers[:, 0] * self._layers[:, 1]).sum())  # of a row, one way
         self.chunk = chunk or max(1, min(_MOST, UPDATES // (4 * trainer.layout.size)))
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
-        self._room, self._places = torch.zeros(0, dtype=trainer.dtype), 0
-        # Where a device's rows and targets are, and the latter themselves.
-        self._inputs: WeakKeyDictionary[Dataset, tuple[int, int, object]] = WeakKeyDictionary()
+        self._room, self._places, self._rows_held = torch.zeros(0, dtype=trainer.dtype), 0, 0
+        self._moves = torch.zeros(0, 0, dtype=trainer.dtype)  # of devices whose first layer has no weights
+        self._grams = torch.zeros(0, 0, dtype=trainer.dtype)  # of those whose products are not kept
+        self._orders = np.empty(0, np.int64)  # of the rows of a chunk's devices
+        self._inputs: WeakKeyDictionary[Dataset, _Inputs] = WeakKeyDictionary()
 
     def train(
         self,
@@ -81,22 +90,28 @@ class NativeEngine(ChainEngine):
         if len(self._memory) < len(clients):
             self._memory = self._memory.new_zeros(len(clients), self._memory.shape[1])
         trained = Trained.of(self._memory[: len(clients), : len(start)].numpy())
-        told, held = list[tuple[float, ...]](), list[object]()
-        positions, plans = list[int](), list[Schedule]()
-        first, stride = _address(trained.deltas), trained.deltas.strides[0]
+        told, held, positions = list[tuple[int, ...]](), list[object](), list[int]()
+        inputs = list[_Inputs]()
         for position, client in enumerate(clients):
-            if self._rows_of(client) is None:
+            if self._rows_of(client) is None or not 0 <= client.seed < 2**63:
                 self._lean.train_one(start, client, local, trained, position, should_stop)
                 continue
-            plan = schedule(len(client.data), client.seed, local)
-            numbers, used = self._device(client, plan, begins, first + position * stride, len(start))
-            told.append(numbers)
-            held.append(used)
+            words, _ = _cut(len(client.data), local.batch_size, local.epochs, local.max_steps)
+            told.append((*self._addresses(client, begins, held), client.seed, *words))
             positions.append(position)
-            plans.append(plan)
-        if len(plans) == len(clients) and self._real == np.float32:
-            trained.looked = np.zeros(len(plans)), np.zeros(len(plans), np.float32)
-        self._run(np.array(told, DEVICE), plans, positions, rule, trained, should_stop)
+            inputs.append(self._inputs[client.data])
+        if not told:
+            return trained
+        table = self._table(told, positions, trained)
+        self._spare_weights(table, inputs, rule)
+        if len(told) == len(clients) and self._real == np.float32:
+            if table[:, _MOVED].all():
+                table[:, _LATER] = 1
+                trained.unwritten = _Moves(self._functions, self._layers, table, self._moves, held)
+            else:
+                trained.looked = np.zeros(len(told)), np.zeros(len(told), np.float32)
+        for number in self._run(table, positions, rule, trained, should_stop):
+            inputs[number].met = inputs[number].gram is not None
         return trained
 
     def know(self, data: Dataset) -> None:
@@ -104,81 +119,140 @@ class NativeEngine(ChainEngine):
         super().know(data)
         if (rows := self._rows[data]) is not None:
             targets = np.ascontiguousarray(data.y, None if self._loss == 0 else self._real)
-            self._inputs[data] = rows.data_ptr(), _address(targets), targets
+            self._inputs[data] = _Inputs(rows.data_ptr(), _address(targets), targets)
 
-    def _device(
-        self, client: ClientWork, plan: Schedule, begins: int, delta: int, size: int
-    ) -> tuple[tuple[float, ...], object]:
-        """What C is told of a device, and what must be held as long as C may look there."""
+    def _addresses(self, client: ClientWork, begins: int, held: list[object]) -> tuple[int, int, int, int]:
+        """Where C finds what a device brings; ``held`` keeps what is made for it."""
+        known = self._inputs[client.data]
+        if client.start is None and client.correction is None:
+            return begins, 0, known.rows, known.targets
         start = None if client.start is None else self._vector(client.start)
         correction = None if client.correction is None else self._vector(client.correction)
-        shape, (rows, targets, _) = plan.shape, self._inputs[client.data]
-        told = (
-            begins if start is None else _address(start), 0 if correction is None else _address(correction),
-            rows, targets, _address(plan.rows), _address(shape.sizes), shape.width, shape.steps, 0,
-            shape.steps, delta, size, 0.0, 0.0, 0.0,
-        )  # fmt: skip
-        return told, (start, correction)
+        held += start, correction
+        return (
+            begins if start is None else _address(start),
+            0 if correction is None else _address(correction),
+            known.rows,
+            known.targets,
+        )
+
+    def _table(
+        self, told: Sequence[tuple[int, ...]], positions: Sequence[int], trained: Trained
+    ) -> NDArray[np.int64]:
+        """What C is told of all devices."""
+        table = np.zeros((len(told), _MET + 1), np.int64)
+        table[:, : _ROWS + 1] = told
+        table[:, _LAST], table[:, _SIZE] = table[:, _STEPS], trained.rows.shape[1]
+        table[:, _DELTA] = _address(trained.rows) + np.array(positions) * trained.rows.strides[0]
+        longest = int((table[:, _EPOCHS] * table[:, _PLACES]).max())
+        if len(self._orders) < len(told) * longest:
+            self._orders = np.empty(len(told) * longest, np.int64)
+        table[:, _ORDER] = _address(self._orders) + np.arange(len(told)) * 8 * longest
+        return table
+
+    def _spare_weights(
+        self, table: NDArray[np.int64], inputs: Sequence["_Inputs"], rule: NDArray[np.float64]
+    ) -> None:
+        """Let the first layers of devices with few rows do without weights of their own."""
+        few = self._are_few(table, rule)
+        most = int(table[few, _ROWS].max(initial=0))
+        self._have_room(int(table[:, _WIDTH].max()), most)
+        if not most:
+            return
+        self._moves = self._at_least(self._moves, len(table), most * padded(int(self._layers[0, 1])))
+        self._grams = self._at_least(self._grams, len(table), most * padded(most))
+        for found, of in ((self._moves, _MOVED), (self._grams, _GRAM)):
+            stride = found.stride(0) * self._real.itemsize
+            table[:, of] = np.where(few, found.data_ptr() + np.arange(len(table)) * stride, 0)
+        for row in np.flatnonzero(few & (_KEPT * table[:, _ROWS] <= self._layers[0, 0])).tolist():
+            known, rows = inputs[row], int(table[row, _ROWS])
+            if known.gram is None:
+                known.gram = torch.empty(rows, padded(rows), dtype=self._trainer.dtype)
+                known.place = known.gram.data_ptr()
+            table[row, _GRAM], table[row, _MET] = known.place, known.met
+
+    def _at_least(self, held: Tensor, count: int, size: int) -> Tensor:
+        """Work memory (count, size) or larger."""
+        large = held.shape[0] >= count and held.shape[1] >= size
+        return held if large else torch.zeros(count, size, dtype=self._trainer.dtype)
+
+    def _are_few(self, table: NDArray[np.int64], rule: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which devices have so few rows that their first layer is better off without weights of its own."""
+        inputs, outputs = self._layers[0, :2].tolist()
+        if len(self._layers) < 2 or rule[1:].any() or inputs % 16 or outputs % 4 or not self._spares:
+            return np.zeros(len(table), np.bool_)
+        few = table[:, _ROWS] <= min(_FEW, outputs)
+        few &= self._costs(table) <= _PATIENCE
+        few &= table[:, _CORRECTION] == 0
+        few &= table[:, _X] % 64 == 0
+        return few
+
+    def _costs(self, table: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Multiplications of each device."""
+        costs: NDArray[np.int64] = 3 * self._products * table[:, _WIDTH] * table[:, _STEPS]
+        return costs
 
     def _run(
         self,
-        table: NDArray[np.void],
-        plans: Sequence[Schedule],
+        table: NDArray[np.int64],
         positions: Sequence[int],
         rule: NDArray[np.float64],
         trained: Trained,
         should_stop: Stop | None,
-    ) -> None:
-        """Train these devices, and note how it went."""
-        self._have_room(max((plan.width for plan in plans), default=0))
-        devices, done = table.ctypes.data, len(plans)  # __array_interface__ would spell out all fields
+    ) -> range:
+        """Train these devices, and note how it went; which of them are done."""
+        results, done = np.zeros((len(table), 3)), len(table)
         for part in self._parts(table):
             if should_stop is not None and should_stop():
                 done = part.start
                 break
             self._functions.lepton_train(
                 _address(self._layers), len(self._layers), self._loss, _address(rule),
-                devices + part.start * DEVICE.itemsize, part.stop - part.start, self._places,
-                self._room.data_ptr(),
+                _address(table) + part.start * table.strides[0], part.stop - part.start, self._places,
+                self._room.data_ptr(), _address(results) + part.start * results.strides[0],
             )  # fmt: skip
-        self._note(positions[:done], plans[:done], table[:done], trained)
-        for number in range(done, len(plans)):
-            trained.fail(positions[number], stopped(int(table["first"][number])))
+        self._note(positions[:done], table[:done], results[:done], trained)
+        for number in range(done, len(table)):
+            trained.fail(positions[number], stopped(int(table[number, _FIRST])))
+        return range(done)
 
     @staticmethod
     def _note(
-        at: Sequence[int], plans: Sequence[Schedule], table: NDArray[np.void], trained: Trained
+        at: Sequence[int], table: NDArray[np.int64], results: NDArray[np.float64], trained: Trained
     ) -> None:
-        lost, steps = table["lost"], table["steps"]
-        trained.steps[at], trained.loss_sum[at] = steps, lost
-        trained.seen[at] = [plan.shape.examples for plan in plans]
+        lost, square, peak = results.T
+        trained.steps[at], trained.loss_sum[at] = table[:, _STEPS], lost
+        trained.seen[at] = table[:, _EXAMPLES]
         if trained.looked is not None:
             norms, peaks = trained.looked
-            norms[at], peaks[at] = np.sqrt(table["square"]), table["peak"]
-        for number in np.flatnonzero(~np.isfinite(lost)).tolist():
-            trained.fail(at[number], non_finite(float(lost[number]), int(steps[number])))
+            norms[at], peaks[at] = np.sqrt(square), peak
+        if not np.isfinite(lost).all():
+            for number in np.flatnonzero(~np.isfinite(lost)).tolist():
+                trained.fail(at[number], non_finite(float(lost[number]), int(table[number, _STEPS])))
 
-    def _parts(self, table: NDArray[np.void]) -> Iterator[slice]:
+    def _parts(self, table: NDArray[np.int64]) -> Iterator[slice]:
         """The devices of each call: several, or one and a part of its steps."""
-        each = (3 * self._products * table["width"]).tolist()  # of a step
-        steps, begin = table["steps"].tolist(), 0
+        costs = self._costs(table).tolist()
+        begin = 0
         while begin < len(table):
-            end, spent = begin + 1, each[begin] * steps[begin]
-            while end < len(table) and spent + each[end] * steps[end] <= _PATIENCE:
-                spent += each[end] * steps[end]
+            end, spent = begin + 1, costs[begin]
+            while end < len(table) and spent + costs[end] <= _PATIENCE:
+                spent += costs[end]
                 end += 1
-            stride = max(1, _PATIENCE // each[begin]) if spent > _PATIENCE else steps[begin]
-            for first in range(0, steps[begin], stride):
+            steps = int(table[begin, _STEPS])
+            stride = max(1, _PATIENCE * steps // costs[begin]) if spent > _PATIENCE else steps
+            for first in range(0, steps, stride):
                 if spent > _PATIENCE:
-                    table["first"][begin] = first
-                    table["last"][begin] = min(steps[begin], first + stride)
+                    table[begin, _FIRST], table[begin, _LAST] = first, min(steps, first + stride)
                 yield slice(begin, end)
             begin = end
 
-    def _have_room(self, places: int) -> None:
-        if places > self._places:
-            size = self._functions.lepton_room(self._layers.ctypes.data, len(self._layers), places)
-            self._room, self._places = torch.zeros(size, dtype=self._trainer.dtype), places
+    def _have_room(self, places: int, rows: int) -> None:
+        places, rows = max(places, self._places), max(rows, self._rows_held)
+        if (places, rows) != (self._places, self._rows_held):
+            size = self._functions.lepton_room(self._layers.ctypes.data, len(self._layers), places, rows)
+            self._room = torch.zeros(size, dtype=self._trainer.dtype)
+            self._places, self._rows_held = places, rows
 
     def _vector(self, vector: Vector) -> NDArray[np.floating]:
         """At a multiple of 64 bytes, where C can read it as weights."""
@@ -213,6 +287,80 @@ class NativeEngine(ChainEngine):
         if layers[0][0] != prod(self._shape):
             raise Unsupported(f"its first layer takes {layers[0][0]} of {prod(self._shape)} numbers")
         return np.array(layers, np.int64)
+
+
+@dataclass(eq=False)
+class _Inputs:
+    """What is known of a device's data."""
+
+    rows: int  # addresses
+    targets: int
+    held: object  # the targets
+    gram: Tensor | None = None  # (n, padded n) products of its rows with each other
+    place: int = 0  # its address
+    met: bool = False  # whether it is filled
+
+
+class _Moves:
+    """Updates as C has left them; implements ``contract.Unwritten``."""
+
+    def __init__(
+        self,
+        functions: CDLL,
+        layers: NDArray[np.int64],
+        table: NDArray[np.int64],
+        moves: Tensor,
+        held: Sequence[object],
+    ) -> None:
+        self._functions, self._layers, self._table, self._moves, self._held = (
+            functions,
+            layers,
+            table,
+            moves,
+            held,
+        )
+
+    def write(self) -> None:
+        """See ``Unwritten``."""
+        self._functions.lepton_finish(_address(self._layers), _address(self._table), len(self._table))
+
+    def clear(self, position: int) -> None:
+        """See ``Unwritten``."""
+        self._moves[position] = 0
+
+    def norms(self) -> NDArray[np.float64]:
+        """See ``Unwritten``."""
+        most, squares = int(self._table[:, _ROWS].max()), np.empty(len(self._table))
+        room = self._moves.new_empty(most, padded(most))
+        self._functions.lepton_reach(
+            _address(self._layers),
+            _address(self._table),
+            len(self._table),
+            room.data_ptr(),
+            _address(squares),
+        )
+        return np.sqrt(squares)
+
+    def add(
+        self, factors: Vector, limit: float, weights: NDArray[np.int64], total: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """See ``Unwritten``."""
+        squares = np.zeros(len(self._table))
+        self._functions.lepton_add_moves(
+            _address(self._layers), _address(self._table), len(self._table), _address(factors), limit,
+            _address(weights), _address(total), _address(squares),
+        )  # fmt: skip
+        return squares
+
+
+@lru_cache(4096)
+def _cut(rows: int, batch_size: int, epochs: int, max_steps: int) -> tuple[tuple[int, ...], Shape]:
+    """How C is to cut a device's rows: the words from ``_EPOCHS`` to ``_ROWS``, and what they point at."""
+    shape = shape_of(rows, batch_size, epochs, max_steps)
+    places, sizes = -(-rows // shape.width) * shape.width, _address(shape.sizes)
+    return (
+        shape.epochs, places, int(batch_size < rows), sizes, shape.width, shape.steps, shape.examples, rows,
+    ), shape  # fmt: skip
 
 
 def _numbers(rule: Rule) -> NDArray[np.float64]:

@@ -60,7 +60,8 @@ class Schedule:
 
 
 @lru_cache(4096)
-def _shape(rows: int, batch_size: int, epochs: int, max_steps: int) -> Shape:
+def shape_of(rows: int, batch_size: int, epochs: int, max_steps: int) -> Shape:
+    """How a device with so many rows is cut; see ``LocalPlan``."""
     width = min(batch_size, -rows // _WIDTH * -_WIDTH)  # a function of the device's own rows only
     per_epoch = -(-rows // batch_size)
     steps = epochs * per_epoch
@@ -75,9 +76,9 @@ def _shape(rows: int, batch_size: int, epochs: int, max_steps: int) -> Shape:
 
 def schedule(rows: int, seed: int, local: LocalPlan) -> Schedule:
     """The mini-batches of a device with so many rows."""
-    shape = _shape(rows, local.batch_size, local.epochs, local.max_steps)
+    shape = shape_of(rows, local.batch_size, local.epochs, local.max_steps)
     order = np.empty((shape.epochs, -(-rows // shape.width) * shape.width), np.int64)
-    shuffled, functions = local.batch_size < rows, _compiled()
+    shuffled, functions = local.batch_size < rows, compiled_order()
     if functions is None or not 0 <= seed < 2**64:
         _draw(order, rows, seed, shuffled=shuffled)
     else:
@@ -95,7 +96,7 @@ def _draw(order: NDArray[np.int64], rows: int, seed: int, *, shuffled: bool) -> 
 
 
 @cache
-def _compiled() -> ctypes.CDLL | None:
+def compiled_order() -> ctypes.CDLL | None:
     """The functions of ``native.c``, if they draw what numpy draws; ten times as fast."""
     try:
         functions = library()
