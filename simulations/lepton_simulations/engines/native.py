@@ -181,7 +181,7 @@ class NativeEngine(ChainEngine):
         inputs, outputs = self._layers[0, :2].tolist()
         if len(self._layers) < 2 or rule[1:].any() or inputs % 16 or outputs % 4 or not self._spares:
             return np.zeros(len(table), np.bool_)
-        few = table[:, _ROWS] <= min(_FEW, outputs)
+        few: NDArray[np.bool_] = table[:, _ROWS] <= min(_FEW, outputs)
         few &= self._costs(table) <= _PATIENCE
         few &= table[:, _CORRECTION] == 0
         few &= table[:, _X] % 64 == 0
