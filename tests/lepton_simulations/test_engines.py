@@ -19,7 +19,7 @@ from lepton_simulations.engines import ClientWork, choose, fused, hidden
 from lepton_simulations.engines.contract import Elsewhere
 from lepton_simulations.engines.fused import FusedEngine
 from lepton_simulations.engines.grams import Grams
-from lepton_simulations.engines.layers import Conv, Dense
+from lepton_simulations.engines.layers import Dense, PooledConv
 from lepton_simulations.engines.lean import LeanEngine
 from lepton_simulations.engines.native import NativeEngine
 from lepton_simulations.engines.schedule import schedule
@@ -237,6 +237,47 @@ def test_weights_of_a_row_loss_that_is_a_function():
     engine, _ = choose(trainer, PLANS["plain"], works, tier="vectorised")
     expected = LeanEngine(trainer).train(start_of(trainer), works, PLANS["plain"])
     expect_equal(engine.train(start_of(trainer), works, PLANS["plain"]), expected, 1e-12)
+
+
+class Pooled(nn.Sequential):
+    """Convolutions of all kinds, each with pooling: strides, overlapping windows, lines of odd lengths."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, 16, (3, 5), stride=(1, 2), padding=(2, 1)),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(16, 7, (2, 3), padding=(0, 2), bias=False),
+            nn.ReLU(),
+            nn.MaxPool2d((1, 2)),
+            nn.Conv2d(7, 4, (3, 2)),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("channels", [1, 4, 16])
+def test_convolutions_with_pooling_pass_over_zeros(channels, dtype, monkeypatch):
+    calls = []
+    right = PooledConv.backward
+    monkeypatch.setattr(
+        PooledConv,
+        "backward",
+        lambda self, grad, k, *, needs_input: (
+            calls.append(needs_input) or right(self, grad, k, needs_input=needs_input)
+        ),
+    )
+    shape = (channels, 14, 19)
+    trainer = Trainer(task_of(lambda: Pooled(channels), shape, 3), dtype=dtype)
+    works, start = clients_of(shape, 3, (23, 10)), start_of(trainer)
+    expected = LeanEngine(trainer).train(start, works, PLANS["epochs"])
+    engine = FusedEngine(trainer, works[0].data)
+    expect_equal(
+        engine.train(start, works, PLANS["epochs"]), expected, 1e-12 if dtype == torch.float64 else 1e-5
+    )
+    assert set(calls) == ({True} if channels == 1 else {True, False})
 
 
 # --- each device for itself
@@ -478,7 +519,7 @@ def test_frozen_parameters_are_left_to_lean():
     )
 
 
-@pytest.mark.parametrize("layer", [Dense, Conv])
+@pytest.mark.parametrize("layer", [Dense, PooledConv])
 def test_a_wrong_layer_is_caught_by_the_check(layer, monkeypatch):
     right = layer.backward
 

@@ -45,6 +45,7 @@ from lepton_simulations.engines.layers import (
     Layer,
     Norm,
     Pool,
+    PooledConv,
     Relu,
     Room,
     Rule,
@@ -206,10 +207,19 @@ class FusedEngine(ChainEngine):
                 layers.append(Norm(spec, *slots, devices, self._room))
             elif isinstance(spec, PoolSpec):
                 layers.append(Pool(spec))
+                layers[-2:] = self._joined(layers[-2:])
             else:
                 layers.append(Relu())
         [features] = self._shapes[self._flat_at]
         return Images(layers, features, devices, width, self._room)
+
+    def _joined(self, layers: list[ImageLayer]) -> list[ImageLayer]:
+        """A convolution and its pooling as one layer, where that is faster."""
+        match layers:
+            case [Conv() as conv, Pool() as pool] if PooledConv.pays(conv.weight.slot.shape):
+                if self._functions is not None:
+                    return [PooledConv(conv, pool, self._room, self._functions)]
+        return layers
 
     @property
     def context(self) -> "_Context":

@@ -8,8 +8,9 @@ with channels last. Padding holds zeros, in weights, activations and gradients a
 """
 
 from collections.abc import Sequence
-from ctypes import CDLL
+from ctypes import CDLL, c_int64
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -367,39 +368,46 @@ class Conv:
     """A convolution."""
 
     def __init__(self, spec: ConvSpec, weight: Slot, bias: Slot | None, devices: int, room: Room) -> None:
-        self._spec, self._x = spec, dict[int, Tensor]()
-        self._weight = Weight(weight, torch.zeros(devices, *weight.shape, dtype=room.dtype))
-        self._bias = None
+        self.spec, self.x = spec, dict[int, Tensor]()
+        outputs, channels, *kernel = weight.shape
+        value = torch.zeros(devices, outputs, channels, *kernel, dtype=room.dtype)
+        if channels > 1:
+            value = torch.zeros(devices, outputs, *kernel, channels, dtype=room.dtype).permute(0, 1, 4, 2, 3)
+        self.weight, self._bias = Weight(weight, value), None
         if bias is not None:
             self._bias = Weight(bias, torch.zeros(devices, *bias.shape, dtype=room.dtype))
-        self.weights: Sequence[Weight] = [self._weight] if self._bias is None else [self._weight, self._bias]
+        self.weights: Sequence[Weight] = [self.weight] if self._bias is None else [self.weight, self._bias]
 
     def forward(self, x: Tensor, k: int) -> Tensor:
         """(s, C, H, W) -> (s, C', H', W')."""
-        self._x[k] = x
+        self.x[k] = x
         bias = None if self._bias is None else self._bias.value[k]
-        return torch.conv2d(x, self._weight.value[k], bias, self._spec.stride, self._spec.padding)
+        return torch.conv2d(x, self.weight.value[k], bias, self.spec.stride, self.spec.padding)
 
     def backward(self, grad: Tensor, k: int, *, needs_input: bool) -> Tensor | None:
         """The reverse."""
         has_bias = self._bias is not None
         back, weight, bias = torch.ops.aten.convolution_backward(
             grad,
-            self._x[k],
-            self._weight.value[k],
+            self.x[k],
+            self.weight.value[k],
             [grad.shape[1]] if has_bias else None,
-            self._spec.stride,
-            self._spec.padding,
+            self.spec.stride,
+            self.spec.padding,
             (1, 1),
             False,
             (0, 0),
             1,
             [needs_input, True, has_bias],
         )
-        self._weight.descend_along(weight, k)
+        self.descend(weight, bias, k)
+        return back if needs_input else None
+
+    def descend(self, weight: Tensor, bias: Tensor, k: int) -> None:
+        """One step of device k along these gradients."""
+        self.weight.descend_along(weight, k)
         if self._bias is not None:
             self._bias.descend_along(bias, k)
-        return back if needs_input else None
 
 
 class Pool:
@@ -408,23 +416,95 @@ class Pool:
     weights: Sequence[Weight] = ()
 
     def __init__(self, spec: PoolSpec) -> None:
-        self._spec, self._where = spec, dict[int, Tensor]()
-        self._like = torch.empty(0)
+        self._spec, self.where = spec, dict[int, Tensor]()
+        self.like = torch.empty(0)
 
     def forward(self, x: Tensor, k: int) -> Tensor:
         """(s, C, H, W) -> (s, C, H', W')."""
-        if len(self._like) < len(x):  # its shape and order are all that the backward pass wants of the input
-            self._like = torch.empty_like(x)
-        y, self._where[k] = torch.ops.aten.max_pool2d_with_indices(x, self._spec.kernel, self._spec.stride)
+        if len(self.like) < len(x):  # its shape and order are all that the backward pass wants of the input
+            self.like = torch.empty_like(x)
+        y, self.where[k] = torch.ops.aten.max_pool2d_with_indices(x, self._spec.kernel, self._spec.stride)
         return y  # type: ignore[no-any-return]  # torch leaves it untyped
 
     def backward(self, grad: Tensor, k: int, *, needs_input: bool) -> Tensor | None:
         """To where the maxima were."""
         spec = self._spec
         back: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, self._like[: len(grad)], spec.kernel, spec.stride, (0, 0), (1, 1), False, self._where[k]
+            grad, self.like[: len(grad)], spec.kernel, spec.stride, (0, 0), (1, 1), False, self.where[k]
         )
         return back
+
+
+class PooledConv:
+    """A convolution and the maximum over windows of it.
+
+    Only maxima have a gradient, and not all of those after a ReLU: the way back passes over the zeros, which
+    are most of what torch multiplies.
+    """
+
+    def __init__(self, conv: Conv, pool: Pool, room: Room, functions: CDLL) -> None:
+        """Of these two; ``functions`` are those of ``native.c``."""
+        self._conv, self._pool, self._room, self._functions = conv, pool, room, functions
+        self.weights = conv.weights
+        self._images = self._back = torch.zeros(0, dtype=room.dtype)
+
+    @staticmethod
+    def pays(kernel: Sequence[int]) -> bool:
+        """Whether a kernel (O, I, H, W) has lines long enough for that."""
+        return kernel[1] * kernel[3] >= ALIGN
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        """(s, C, H, W) -> (s, C', H', W')."""
+        return self._pool.forward(self._conv.forward(x, k), k)
+
+    def backward(self, grad: Tensor, k: int, *, needs_input: bool) -> Tensor | None:
+        """The reverse."""
+        x, kernel, grad, where = (
+            part.permute(0, 2, 3, 1)
+            for part in (self._conv.x[k], self._conv.weight.value[k], grad, self._pool.where[k])
+        )
+        grad, where = grad.contiguous(), where.contiguous()
+        outputs, tall, wide, channels = kernel.shape
+        weight, length = self._lines(kernel), padded(wide * channels)
+        (down, right), frame = self._conv.spec.stride, self._frame(x.shape)
+        image, line, (rows, columns) = prod(frame), frame[1] * channels, self._pool.like.shape[2:]
+        images, back = (self._inner(held, x.shape) for held in (self._images, self._back))
+        images.copy_(x)
+        shape = [len(x), grad.shape[1] * grad.shape[2], outputs, rows * columns, columns]
+        shape += [image, line, down * line, right * channels, tall, length]
+        terms = self._room.get("terms", 2 * grad[0].numel() + 2)
+        ends = self._room.get("ends", 2 * rows * columns + outputs + 2, dtype=torch.int32)
+        slope, bias = self._room.get("slope", outputs, tall, length), self._room.get("bias slope", outputs)
+        given = (t.data_ptr() for t in (self._images, weight, grad, where, terms, ends, slope, bias))
+        into = self._back.data_ptr() if needs_input else None
+        self._functions.lepton_unpool((c_int64 * len(shape))(*shape), *given, into)
+        self._conv.descend(slope[..., : wide * channels].view(kernel.shape).permute(0, 3, 1, 2), bias, k)
+        return back.contiguous().permute(0, 3, 1, 2) if needs_input else None
+
+    def _lines(self, kernel: Tensor) -> Tensor:
+        """The kernel (O, H, W, I) with its lines padded."""
+        outputs, tall, wide, channels = kernel.shape
+        if kernel.is_contiguous() and wide * channels % ALIGN == 0:
+            return kernel
+        lines = self._room.get("lines", outputs, tall, padded(wide * channels)).zero_()
+        lines[..., : wide * channels].view(kernel.shape).copy_(kernel)
+        return lines
+
+    def _frame(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Height, width and channels of images (s, H, W, C) with their padding; makes room for them."""
+        count, height, width, channels = shape
+        above, left = self._conv.spec.padding
+        frame = height + 2 * above, width + 2 * left, channels
+        if len(self._images) < (size := count * prod(frame) + ALIGN):
+            self._images, self._back = torch.zeros(2, size, dtype=self._room.dtype).unbind()
+        return frame
+
+    def _inner(self, held: Tensor, shape: Sequence[int]) -> Tensor:
+        """Images without their padding: (s, H, W, C)."""
+        (count, height, width, _), frame = shape, self._frame(shape)
+        above, left = self._conv.spec.padding
+        whole = held[: count * prod(frame)].view(count, *frame)
+        return whole[:, above : above + height, left : left + width]
 
 
 class Norm:

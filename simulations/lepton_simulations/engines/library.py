@@ -134,6 +134,7 @@ def _typed(found: ctypes.CDLL) -> ctypes.CDLL:
     found.lepton_forward.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
     found.lepton_back.argtypes = [pointer, pointer, number, number, number, pointer]
     found.lepton_descend.argtypes = [pointer, pointer, number, number, number, ctypes.c_double, pointer]
+    found.lepton_unpool.restype, found.lepton_unpool.argtypes = None, [pointer] * 10
     found.lepton_order.restype = None
     found.lepton_order.argtypes = [ctypes.c_uint64, *[number] * 4, pointer]
     if hasattr(found, "lepton_add"):  # of float32 only

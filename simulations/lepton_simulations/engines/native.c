@@ -33,9 +33,10 @@ enum { BYTES = 16, ROWS = 5, OUTS = 4 };
 enum { LANES = BYTES / sizeof(real), MANY = BYTES == 32 ? 2 : 4, PANEL = 16 * LANES, NEAR = 8192, ALIGN = 16, MOST = 16, MOST_ROWS = 512 };
 typedef real vec __attribute__((vector_size(BYTES)));
 typedef real half __attribute__((vector_size(BYTES / 2)));
+typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)))); /* anywhere */
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #define AT(p) (*(vec *)(p))
 #ifdef __x86_64__ /* what is used again stays in a register: gcc would rather load it each time */
 #define HOLD(v) __asm__("" : "+v"(v))
@@ -179,6 +180,71 @@ void lepton_back(const real *g, real *w, int64_t rows, int64_t n, int64_t outs, 
 
 void lepton_descend(const real *x, const real *g, int64_t rows, int64_t n, int64_t outs, double keep, real *w) {
     descend(x, g, rows, n, outs, outs, keep, &(Move){{w, 0}, {w, 0}, {0, 0}});
+}
+
+typedef struct { int32_t at; real by; } Term; /* `by` times the numbers from a place on */
+typedef struct { int64_t images, places, outs, cells, wide, image, line, down, right, kernel, length; } Windows;
+
+/* to (many vectors) += the sum of the terms */
+INLINE void gather_tile(int many, const Term *t, const Term *end, const real *from, real *to) {
+    loose sum[10];
+    UNROLL for (int k = 0; k < many; k++) sum[k] = *(loose *)(to + k * LANES);
+    for (; t < end; t++) UNROLL for (int k = 0; k < many; k++) sum[k] += t->by * *(loose *)(from + t->at + k * LANES);
+    UNROLL for (int k = 0; k < many; k++) *(loose *)(to + k * LANES) = sum[k];
+}
+
+static void gather(const Term *t, const Term *end, const real *from, int64_t n, real *to) {
+    for (; t < end && n >= 10 * LANES; n -= 10 * LANES, from += 10 * LANES, to += 10 * LANES) gather_tile(10, t, end, from, to);
+    for (; t < end && n >= 4 * LANES; n -= 4 * LANES, from += 4 * LANES, to += 4 * LANES) gather_tile(4, t, end, from, to);
+    for (; t < end && n; n -= LANES, from += LANES, to += LANES) gather_tile(1, t, end, from, to);
+}
+
+/* The way back through a convolution of whose outputs only maxima were kept: nearly all their gradients are zero.
+   g are the others', and `at` is where those stand among the `cells` outputs of an image and a channel, `wide` in a
+   row; both are (images, places, outs). A window is `kernel` lines of `length` numbers, a multiple of ALIGN. Windows
+   begin `right` and `down` numbers after their neighbours, in x and dx (images, image); dx may be NULL.
+
+   w, dw   (outs, kernel, length)
+   terms   room for places * outs + 1; ends: for 2 cells + outs + 2 */
+void lepton_unpool(const Windows *s, const real *x, const real *w, const real *g, const int64_t *at, Term *terms,
+                   int32_t *ends, real *dw, real *db, real *dx) {
+    const int64_t count = s->places * s->outs, size = s->kernel * s->length;
+    int32_t *first = ends + s->cells + 1, *window = first + s->outs + 1;
+    for (int64_t a = 0; a < s->cells; a++) window[a] = a / s->wide * s->down + a % s->wide * s->right;
+    memset(dw, 0, s->outs * size * sizeof *dw);
+    memset(db, 0, s->outs * sizeof *db);
+    if (dx) memset(dx, 0, s->images * s->image * sizeof *dx);
+    for (int64_t i = 0; i < s->images; i++, x += s->image, g += count, at += count) {
+        Term *t = terms; /* by channel */
+        for (int64_t o = 0; o < s->outs; o++) {
+            real sum = 0;
+            first[o] = t - terms;
+            for (int64_t k = o; k < count; k += s->outs) {
+                *t = (Term){window[at[k]], g[k]};
+                t += g[k] != 0; /* true of NaN */
+                sum += g[k];
+            }
+            db[o] += sum;
+        }
+        first[s->outs] = t - terms;
+        for (int64_t r = 0; r < s->kernel; r++)
+            for (int64_t o = 0; o < s->outs; o++)
+                gather(terms + first[o], terms + first[o + 1], x + r * s->line, s->length, dw + o * size + r * s->length);
+        if (!dx) continue;
+        memset(ends, 0, (s->cells + 1) * sizeof *ends); /* by place */
+        for (int64_t k = 0; k < count; k++) ends[at[k] + 1] += g[k] != 0;
+        for (int64_t a = 0; a < s->cells; a++) ends[a + 1] += ends[a];
+        for (int64_t k = 0; k < count; k += s->outs)
+            for (int64_t o = 0; o < s->outs; o++) {
+                int32_t *end = ends + at[k + o], none = s->places * s->outs;
+                if (g[k + o] == 0) end = &none;
+                terms[(*end)++] = (Term){o * size, g[k + o]};
+            }
+        for (int64_t r = 0; r < s->kernel; r++)
+            for (int64_t a = 0; a < s->cells; a++)
+                gather(terms + (a ? ends[a - 1] : 0), terms + ends[a], w + r * s->length, s->length,
+                       dx + i * s->image + window[a] + r * s->line);
+    }
 }
 
 /* The sum of the losses of a mini-batch, and the gradient of their mean. Kinds: see LOSSES in native.py. */
