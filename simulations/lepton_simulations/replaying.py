@@ -15,6 +15,7 @@ from lepton_fl.files import sha256_hex
 from lepton_fl.tasks.partition import PartitionSpec
 from lepton_simulations.config import DataConfig, ReplayConfig, SimulationConfig
 from lepton_simulations.world import Replay, World
+from lepton_simulations.world.replay import refuse_buffered
 
 PATIENCE_S = 30 * 86_400.0  # a record may hold any pause, such as a night
 
@@ -38,6 +39,7 @@ def as_recorded(config: SimulationConfig) -> SimulationConfig:
 
     Raises:
         NotFound, StateCorrupt, StateError: the journal cannot be used.
+        ConfigError: the recorded run or the scenario is buffered.
         StateError: it is another file than the one the run was started with.
     """
     if not config.replay.file:
@@ -50,6 +52,7 @@ def as_recorded(config: SimulationConfig) -> SimulationConfig:
             hint="Name the file that the run was started with.",
         )
     spec = replay.spec
+    refuse_buffered("The scenario's", config.run.mode)
     cohort = spec.cohort.model_copy(update={"groups": (), "quorum_wait_s": PATIENCE_S})
     update = {
         "cohort": cohort,

@@ -376,3 +376,27 @@ def test_a_simulation_is_replayed_from_its_own_journal(tmp_path):
         assert [p.device_id for p in one.counted] == [p.device_id for p in other.counted]
         assert (one.start_s, one.seconds) == pytest.approx((other.start_s, other.seconds))
         assert one.crashed == other.crashed
+
+
+@pytest.mark.parametrize("whose", ["The recorded run's", "The scenario's"])
+def test_buffered_runs_are_not_replayed(tmp_path, whose):
+    from lepton_simulations import run_scenario
+    from lepton_simulations.config import SimulationConfig
+
+    def scenario(mode, folder, replay=""):
+        run = {"task": "digits", "rounds": 2, "cohort": {"size": 2}, "local": {"max_steps": 1}, "mode": mode}
+        output = {"folder": str(folder), "plots": False, "tensorboard": False}
+        body = {
+            "run": run | {"evaluate_every": 0},
+            "data": {"partition": {"kind": "iid", "clients": 4}},
+            "engine": {"workers": 0},
+            "output": output,
+            "replay": {"file": str(replay)},
+        }
+        return SimulationConfig.model_validate(body)
+
+    modes = ["buffered", "synchronous"] if whose == "The recorded run's" else ["synchronous", "buffered"]
+    run_scenario(scenario(modes[0], tmp_path / "first"))
+    with pytest.raises(ConfigError, match=f"{whose} run.mode is 'buffered', and only rounds"):
+        run_scenario(scenario(modes[1], tmp_path / "second", tmp_path / "first" / "journal.jsonl"))
+    assert not (tmp_path / "second").exists()

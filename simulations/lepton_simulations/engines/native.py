@@ -2,6 +2,9 @@
 
 The three products of a step are loops over tiles that stay in registers, with SGD inside that of the
 weights' gradient; nothing else is left of a step, so small models train as fast as the processor multiplies.
+With few rows and plain SGD, the first layer does without weights of its own (see ``dual``), and the update is
+not written: its products go straight to the sum of the round as whole grid steps, as soon as somebody adds
+them. Whoever asks for the numbers gets them.
 ``native.c`` is compiled on first use; see ``library``.
 """
 

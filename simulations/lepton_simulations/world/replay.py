@@ -119,6 +119,7 @@ class Replay:
             NotFound: there is no such file.
             StateCorrupt: names the first line that is damaged, altered or out of place.
             StateError: the file cannot be read.
+            ConfigError: it is of a buffered run, whose devices come and go at no round's bidding.
         """
         reader = _Reader(path)
         for number, event in _events(path):
@@ -277,6 +278,15 @@ class RecordedWorld(World):
                 yield Fate(device_id, arrives_s, part.seconds, refusal=reason, detail=detail)
 
 
+def refuse_buffered(whose: str, mode: str) -> None:
+    """Only rounds can be replayed."""
+    if mode == "buffered":
+        raise ConfigError(
+            f"{whose} run.mode is 'buffered', and only rounds can be replayed.",
+            hint="Replay a run with run.mode = 'synchronous', in a scenario with that mode.",
+        )
+
+
 def _arrivals(attempt: Attempt) -> list[float]:
     """When each part came, ascending; inf = not before the attempt closed."""
     parts = attempt.parts
@@ -348,6 +358,7 @@ class _Reader:
         """Run id, spec and attempts."""
         if self.spec is None:
             raise self._wrong("is the last one, and none says what the run was asked for (run.queued)")
+        refuse_buffered("The recorded run's", self.spec.mode)
         if not any(attempt.committed for attempt in self.attempts):
             raise self._wrong("is the last one, and no round was committed: there is nothing to replay")
         return self.run_id, self.spec, tuple(self.attempts)
