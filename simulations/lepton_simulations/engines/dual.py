@@ -103,6 +103,7 @@ class DualDense:
         if not (first.is_set_to(self._first) and gram.is_set_to(self._gram) and moves.is_set_to(self._moves)):
             self._first, self._gram, self._moves = first, gram, moves
             self._views.clear()
+        self._rates = room.get("rates", padded(places)).fill_(-rule.rate)
         moves[:, places].zero_()  # the place of rows that an epoch does not come to
         held = self._room_for(rows, chunk.plans)
         self._used = [
@@ -160,24 +161,26 @@ class DualDense:
 
     def write(self, deltas: Sequence[Tensor]) -> None:
         """Write how far the devices came, (P,) each."""
-        rate = -self._rule.rate
-        for k, (delta, moves, used) in enumerate(zip(deltas, self._moves.unbind(), self._used, strict=True)):
+        rate, moved = -self._rule.rate, zip(deltas, self._moves.unbind(), self._used, strict=True)
+        changes = self._corrections is not None or any(keep != 1 for keep in self._keep)
+        for k, (delta, moves, used) in enumerate(moved):
             own = moves.index_select(0, used.where[0])
             for where in used.where[1:]:
                 own += moves.index_select(0, where)
-            own = own[:, : self._outputs]
+            turned, bias = own.t()[: self._outputs], None
             weight = delta[self._slot.start : self._slot.stop].view(self._slot.shape)
-            weight.zero_().addmm_(own.t(), used.rows, alpha=rate)  # which is faster than mm's own zeros
-            parts = [(self._slot, weight)]
+            weight.zero_().addmm_(turned, used.rows, alpha=rate)  # which is faster than mm's own zeros
             if self._bias_slot is not None:
                 bias = delta[self._bias_slot.start : self._bias_slot.stop]
-                torch.sum(own, 0, out=bias).mul_(rate)
-                parts.append((self._bias_slot, bias))
-            self._add_constants(k, parts)
+                torch.mv(turned, self._rates[: own.shape[0]], out=bias)
+            if changes:
+                self._add_constants(k, weight, bias)
 
-    def _add_constants(self, k: int, parts: list[tuple[Slot, Tensor]]) -> None:
+    def _add_constants(self, k: int, weight: Tensor, bias: Tensor | None) -> None:
         steps = self._plans[k].steps
-        for slot, delta in parts:
+        for slot, delta in ((self._slot, weight), (self._bias_slot, bias)):
+            if slot is None or delta is None:
+                continue
             if (change := self._keep[steps] - 1) != 0:
                 start = self._starts[k if self._starts.shape[0] > 1 else 0]
                 delta.add_(start[slot.start : slot.stop].view(slot.shape), alpha=change)
