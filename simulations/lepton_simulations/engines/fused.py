@@ -76,7 +76,7 @@ class FusedEngine(ChainEngine):
             trainer: whose task; trains what does not fit here.
             sample: some device's rows; all have this shape.
             chunk: devices side by side in a dense chain; 0 = as many as the cache holds.
-            dual: whether the first layer may do without its weights where that is faster.
+            dual: whether a layer may do without its weights where that is faster.
 
         Raises:
             Unsupported: the model, the loss, the device or the rows are none of those known here.
