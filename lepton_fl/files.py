@@ -46,6 +46,7 @@ def sha256_hex(data: bytes) -> str:
 
 _CONTAINERS = (dict, list, tuple)
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_TEXT = frozenset({str})
 _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -72,12 +73,13 @@ def _check_keys(obj: object) -> None:
     waiting = [obj] if isinstance(obj, _CONTAINERS) else []
     while waiting:
         item = waiting.pop()
-        if isinstance(item, dict):
+        if isinstance(item, dict) and not _TEXT.issuperset(map(type, item)):
             for key in item:
                 if not isinstance(key, str):
                     raise ValueError(f"Expected text as a JSON key, got {key!r}.")
         inside = item.values() if isinstance(item, dict) else item
-        waiting += [v for v in inside if type(v) not in _SCALARS and isinstance(v, _CONTAINERS)]
+        if not _SCALARS.issuperset(map(type, inside)):
+            waiting += [v for v in inside if isinstance(v, _CONTAINERS)]
 
 
 def event_line(prev: str, seq: int, time: float, kind: str, subject: str, body: str) -> bytes:

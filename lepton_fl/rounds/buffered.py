@@ -19,7 +19,7 @@ again for what they were at work on, as of the moment at which they had begun.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -255,12 +255,12 @@ class BufferedCampaign(Campaign):
         except UpdateRejected as refusal:
             self._carrier.tell(plan, device_id, refusal)
             reason = refusal.reason.value
-            collected.participation[device_id] = replace(entry, outcome=reason, detail=str(refusal))
+            collected.participation[device_id] = entry._replace(outcome=reason, detail=str(refusal))
             return
         collected.reports += 1
         collected.sums = TRAINING.add(collected.sums, reply.sums) if collected.sums else dict(reply.sums)
-        collected.participation[device_id] = replace(
-            entry, num_examples=reply.num_examples, seconds=reply.seconds
+        collected.participation[device_id] = entry._replace(
+            num_examples=reply.num_examples, seconds=reply.seconds
         )
         self._carrier.tell(plan, device_id, None)
 

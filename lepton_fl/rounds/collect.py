@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,7 @@ Finish = Callable[[Aggregator], NDArray[np.float64]]  # makes one update of thos
 TRAINING = TrainingLoss()  # what every training reports, whatever the task
 
 
-@dataclass(frozen=True, slots=True)
-class Participation:
+class Participation(NamedTuple):
     """What became of one device of the cohort."""
 
     device_id: str
@@ -266,17 +266,13 @@ def _handle_many(
     """A sum cannot be taken apart, so what is wrong with a part of it is a defect of the exchange."""
     if len(part.reports) != part.subtotal.reports:
         raise RunError(f"{len(part.reports)} reports came with a sum of {part.subtotal.reports} updates.")
+    heard, asked = collected.participation, collected.asked
     for report in part.reports:
-        _check_sender(collected, report.device_id)
-        collected.participation[report.device_id] = Participation(
-            report.device_id,
-            ACCEPTED,
-            num_examples=report.num_examples,
-            seconds=report.seconds,
-            num_bytes=report.num_bytes,
-            arrived_s=report.arrived_s,
-        )
-        collected.bytes_up += report.num_bytes
+        device_id, examples, seconds, num_bytes, arrived_s = report
+        if device_id not in asked or device_id in heard:
+            _check_sender(collected, device_id)
+        heard[device_id] = Participation(device_id, ACCEPTED, "", examples, seconds, num_bytes, arrived_s)
+        collected.bytes_up += num_bytes
     collected.sums = metrics.add(collected.sums, part.sums) if collected.sums else dict(part.sums)
     take_many(part)
     collected.reports += len(part.reports)

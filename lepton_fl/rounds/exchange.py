@@ -6,7 +6,7 @@ and recorded (tests). Everything that happens in a round is written once, above 
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lepton_fl.errors import UpdateRejected
 from lepton_fl.plan import RoundPlan
@@ -25,8 +25,7 @@ class Answer:
     num_bytes: int = 0  # on the wire, as far as the transport knows
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """What one device reported; its update and its counts are parts of sums."""
 
     device_id: str

@@ -486,7 +486,7 @@ def redact(collected: Collected) -> None:
     """Forget what devices said of themselves: losses, example counts, seconds, and the words of refusals."""
     collected.sums = {}
     collected.participation = {
-        device_id: replace(entry, detail="", num_examples=0, seconds=0.0)
+        device_id: entry._replace(detail="", num_examples=0, seconds=0.0)
         for device_id, entry in collected.participation.items()
     }
 

@@ -356,7 +356,7 @@ class _Heard:
             return
         if stage > Stage.UPLOADS:  # its vector is in the sum; what fails now is noted, no more
             if refusal is not None and before is not None:
-                self._entries[told.device] = replace(before, detail=str(refusal))
+                self._entries[told.device] = before._replace(detail=str(refusal))
             return
         self._entries[told.device] = Participation(
             told.device,
@@ -386,11 +386,11 @@ class _Heard:
                 entry = self._entry(device, came, device in survivors, faults.get(device, ""), outcome)
                 if entry.outcome == ACCEPTED and not came:
                     word = "It left before its vector came."
-                    entry = replace(entry, outcome=SURPLUS if full else Rejection.OFFLINE.value)
-                    entry = entry if full else replace(entry, detail=word)
+                    entry = entry._replace(outcome=SURPLUS if full else Rejection.OFFLINE.value)
+                    entry = entry if full else entry._replace(detail=word)
                 elif entry.outcome == ACCEPTED and useful and outcome.total is None:
                     word = f"The sum of its {len(party.devices)} devices failed: {outcome.reason}"
-                    entry = replace(entry, outcome=SURPLUS, detail=word)
+                    entry = entry._replace(outcome=SURPLUS, detail=word)
                 found[device] = entry
         self._collected.participation = {device: found[device] for device in self._collected.plan.cohort}
 
@@ -400,5 +400,5 @@ class _Heard:
             device, ACCEPTED if came else Rejection.OFFLINE.value
         )
         if fault and not (survives and outcome.total is not None):
-            return replace(entry, outcome=Rejection.BLAMED.value, detail=f"Blamed: {fault}.")
-        return replace(entry, detail=f"Blamed: {fault}; its vector counts.") if fault else entry
+            return entry._replace(outcome=Rejection.BLAMED.value, detail=f"Blamed: {fault}.")
+        return entry._replace(detail=f"Blamed: {fault}; its vector counts.") if fault else entry

@@ -129,7 +129,7 @@ def _settle(
     collected.reports -= len(lost)
     if collected.reports:  # else the attempt is given up as a whole, and what each device did stays
         word = "The sum of its devices failed."
-        collected.participation |= {e.device_id: replace(e, outcome=SURPLUS, detail=word) for e in lost}
+        collected.participation |= {e.device_id: e._replace(outcome=SURPLUS, detail=word) for e in lost}
     collected.burnt = not collected.enough and any(end > Stage.UPLOADS for end in ends)
     return [i for i, end in enumerate(ends) if end is Stage.DONE]
 
@@ -193,7 +193,7 @@ def _count_bytes(collected: Collected, encoding: SumEncoding, groups: Sequence[S
     """What those who have answered would have sent in the protocol."""
     size = {d: wire_bytes(encoding) + protocol_bytes(len(group)) for group in groups for d in group}
     collected.participation = {
-        device: replace(entry, num_bytes=size[device]) if entry.num_bytes else entry
+        device: entry._replace(num_bytes=size[device]) if entry.num_bytes else entry
         for device, entry in collected.participation.items()
     }
     collected.bytes_up = sum(entry.num_bytes for entry in collected.participation.values())
@@ -226,7 +226,7 @@ def _forget_counts(collected: Collected) -> None:
     if not collected.enough:
         collected.sums = {}
     collected.participation = {
-        device: replace(entry, num_examples=0) for device, entry in collected.participation.items()
+        device: entry._replace(num_examples=0) for device, entry in collected.participation.items()
     }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from lepton_fl.errors import Rejection, UpdateRejected
 from lepton_fl.plan import RoundPlan
@@ -26,8 +26,7 @@ from lepton_fl.wire.records import Records
 Outcome = Records | UpdateRejected
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """What one ordinary device reported; its update is in the sum."""
 
     device_id: str
@@ -46,7 +45,7 @@ class Part:
     def to_json(self) -> dict[str, Any]:
         """For a pipe or a network."""
         return {
-            "trained": [(t.device_id, t.num_examples, t.loss_sum, t.seen) for t in self.trained],
+            "trained": self.trained,
             "refused": {d: refusal_to_json(r) for d, r in self.refused.items()},
         }
 
@@ -54,7 +53,7 @@ class Part:
     def from_json(cls, body: Mapping[str, Any]) -> Self:
         """Read back what ``to_json`` wrote."""
         refused = {d: refusal_from_json(r) for d, r in body["refused"].items()}
-        return cls([Trained(*row) for row in body["trained"]], refused)
+        return cls([*map(Trained._make, body["trained"])], refused)
 
 
 def refusal_to_json(refusal: UpdateRejected) -> dict[str, str]:

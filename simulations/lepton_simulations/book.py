@@ -131,8 +131,9 @@ class MemoryBook:
     def abandoned(self, collected: Collected, cause: str) -> None:
         """Journal an attempt that does not count, and count what became of its devices."""
         self._abandoned.append(collected)
-        self._count(collected)
-        body = _attempt(collected.plan) | {"cause": cause, "participation": self._participation(collected)}
+        entries = self._participation(collected)
+        self._count(entries)
+        body = _attempt(collected.plan) | {"cause": cause, "participation": entries}
         self._write("round.abandoned", body)
 
     def committed(self, round_: Committed) -> None:
@@ -140,11 +141,12 @@ class MemoryBook:
         collected = round_.collected
         row = self._row(round_, [*self._abandoned, collected])
         self.state, self._abandoned = round_.state, []
-        self._count(collected)
+        entries = self._participation(collected)
+        self._count(entries)
         body = _attempt(collected.plan) | {
             "model_sha256": round_.state.model_sha256,
             "metrics": dict(round_.metrics),
-            "participation": self._participation(collected),
+            "participation": entries,
             "bytes_up": collected.bytes_up,
             "bytes_down": round_.bytes_down,
         }
@@ -186,7 +188,7 @@ class MemoryBook:
             asked=len(round_.collected.plan.cohort),
             train_loss=round_.metrics.get("loss"),
             metrics={},
-            outcomes=dict(sorted(Counter(str(entry.outcome) for entry in entries).items())),
+            outcomes=dict(sorted(Counter([str(entry.outcome) for entry in entries]).items())),
             bytes_up=sum(attempt.bytes_up for attempt in attempts),
             bytes_down=round_.bytes_down + sum(map(bytes_down, self._abandoned)),
             seconds=self._lap(),
@@ -201,14 +203,12 @@ class MemoryBook:
             measured_error=round_.metrics.get("measured_error"),
         )
 
-    def _count(self, collected: Collected) -> None:
-        for entry in participation(collected):
-            self._count_entry(entry)
-
-    def _count_entry(self, entry: Mapping[str, Any]) -> None:
-        device_id, outcome = entry["device_id"], outcome_of(entry)
-        self.tallies[device_id].add(outcome, entry["examples"], entry["bytes_up"], entry["bytes_down"])
-        self.history.heard(device_id, outcome == ACCEPTED, 0.0, outcome)
+    def _count(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Count journalled devices."""
+        for entry in entries:
+            device_id, outcome = entry["device_id"], outcome_of(entry)
+            self.tallies[device_id].add(outcome, entry["examples"], entry["bytes_up"], entry["bytes_down"])
+            self.history.heard(device_id, outcome == ACCEPTED, 0.0, outcome)
 
     def _participation(self, collected: Collected) -> list[dict[str, Any]]:
         return participation(collected, seconds=self._device_seconds)
@@ -459,8 +459,7 @@ class FolderBook(MemoryBook):
         for event, now in checked(path):
             last = now
             if event.kind in ("round.committed", "round.abandoned"):
-                for entry in event.body["participation"]:
-                    self._count_entry(entry)
+                self._count(event.body["participation"])
             elif event.kind == "round.planned" and (key := _key(event.body)) in wanted:
                 plan = RoundPlan.from_json(event.body["plan"])
                 if plan.kind == "train":

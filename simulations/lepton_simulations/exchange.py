@@ -7,7 +7,7 @@ looked at singly answers with records, as on a real fleet.
 """
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from math import fsum
 from types import TracebackType
@@ -27,7 +27,7 @@ from lepton_fl.secagg.field import Random
 from lepton_fl.tasks.metrics import Sums
 from lepton_fl.wire.messages import UPDATE, Request
 from lepton_fl.wire.records import Records
-from lepton_simulations.backend import Backend, Outcome, Trained
+from lepton_simulations.backend import Backend, Outcome
 from lepton_simulations.fleet import CENTRAL, VirtualFleet
 from lepton_simulations.world import Fate
 
@@ -105,7 +105,9 @@ class InMemoryExchange:
         """
         self._backend.begin(plan, request)
         quantised = plan.quantisation is not None
-        self._request, self._exact = request.to_records(), Accumulator(plan) if quantised else None
+        if quantised:
+            self._request = request.to_records()
+        self._exact = Accumulator(plan) if quantised else None
         if plan.cohort[0].startswith(CENTRAL):
             for device_id, outcome in self._backend.answer(plan.cohort):
                 yield Answer(device_id, outcome)
@@ -124,9 +126,9 @@ class InMemoryExchange:
         while at < len(fates) and (wanted := max(least, self._wanted(plan) - len(counted))) > 0:
             # No more than could be accepted: should some be refused, the next ones take their place.
             now, at = _first(fates, at, wanted)
-            yield from self._singly(plan, now, began, many)
-            if many:
-                yield from self._together(plan, now, counted)
+            ordinary = {f.device_id: f for f in now if many and f.answers and f.ordinary}
+            yield from self._singly(plan, [f for f in now if f.device_id not in ordinary], began)
+            yield from self._together(plan, ordinary, counted)
             world.clock.advance_to(began + now[-1].arrives_s)
         if (least or self._wanted(plan) > len(counted)) and len(fates) < len(plan.cohort):
             world.clock.advance_to(began + plan.deadline_s)
@@ -176,14 +178,13 @@ class InMemoryExchange:
         random = self._random_of(plan, device_id) if self._random_of else os.urandom
         return compressed(self._request, reply, random)
 
-    def _singly(
-        self, plan: RoundPlan, fates: Sequence[Fate], began: float, many: bool
-    ) -> Generator[Answer, None, None]:
+    def _singly(self, plan: RoundPlan, fates: Sequence[Fate], began: float) -> Generator[Answer, None, None]:
         """Those who answer with records, and those of whom the coordinator hears that they do not."""
-        singles = [fate for fate in fates if not (many and fate.answers and fate.ordinary)]
+        if not fates:
+            return
         world = self._fleet.world
-        with closing(self._backend.answer([f.device_id for f in singles if f.answers])) as answers:
-            for fate in singles:
+        with closing(self._backend.answer([f.device_id for f in fates if f.answers])) as answers:
+            for fate in fates:
                 outcome: Outcome = next(answers)[1] if fate.answers else fate.word()
                 self._check_stop()
                 world.clock.advance_to(began + fate.arrives_s)
@@ -193,25 +194,28 @@ class InMemoryExchange:
                 yield Answer(fate.device_id, outcome, _num_bytes(outcome))
 
     def _together(
-        self, plan: RoundPlan, fates: Sequence[Fate], counted: dict[str, Report]
+        self, plan: RoundPlan, ordinary: Mapping[str, Fate], counted: dict[str, Report]
     ) -> Generator[Answer, None, None]:
         """Train the ordinary ones; yields those who are refused after all, in the order of arrival."""
-        ordinary = {fate.device_id: fate for fate in fates if fate.answers and fate.ordinary}
+        if not ordinary:
+            return
         size = {d: self._fleet.examples(plan, d) for d in ordinary}
         # Devices of like size together: a chunk takes as long as its longest. The longest first.
-        devices = sorted(ordinary, key=lambda d: (-size[d], d))
-        refused: dict[str, UpdateRejected] = {}
+        devices = sorted(sorted(ordinary), key=size.__getitem__, reverse=True)
+        refused, num_bytes = dict[str, UpdateRejected](), 4 * plan.update_size + ENVELOPE
         with closing(self._backend.train(devices, [size[d] for d in devices])) as parts:
             for part in parts:
                 refused |= part.refused
-                for trained in part.trained:
-                    counted[trained.device_id] = _report(plan, trained, ordinary[trained.device_id])
-                    self._losses.append(rounded_loss(trained.loss_sum) if plan.secure else trained.loss_sum)
-                    self._seen += trained.seen
+                for device_id, examples, loss_sum, seen in part.trained:
+                    fate = ordinary[device_id]
+                    counted[device_id] = Report(device_id, examples, fate.seconds, num_bytes, fate.arrives_s)
+                    self._losses.append(rounded_loss(loss_sum) if plan.secure else loss_sum)
+                    self._seen += seen
                 self._on_progress(self._accepted + len(counted), plan.wanted_reports)
                 self._check_stop()
-        for device_id in (fate.device_id for fate in fates if fate.device_id in refused):
-            yield Answer(device_id, refused[device_id])
+        for device_id in ordinary if refused else ():
+            if device_id in refused:
+                yield Answer(device_id, refused[device_id])
 
     def _sums(self) -> Sums:
         """Of the training loss; fsum does not depend on the order in which the parts came."""
@@ -229,11 +233,6 @@ def _first(fates: Sequence[Fate], at: int, wanted: int) -> tuple[Sequence[Fate],
         answers += fates[end].answers
         end += 1
     return fates[at:end], end
-
-
-def _report(plan: RoundPlan, trained: Trained, fate: Fate) -> Report:
-    size = 4 * plan.update_size + ENVELOPE
-    return Report(trained.device_id, trained.num_examples, fate.seconds, size, fate.arrives_s)
 
 
 def _timed(reply: Records, seconds: float) -> Records:

@@ -271,9 +271,8 @@ class VirtualFleet:
             added = add_deltas(accumulator, plan, moving, counts)
             failures = {**added.refused, **result.failures}
         refused |= {names[row]: failure for row, failure in failures.items()}
-        kept = [row for row in range(len(works)) if row not in failures]
-        losses, seen = result.loss_sum.tolist(), result.seen.tolist()
-        return Part([Trained(names[r], int(counts[r]), losses[r], seen[r]) for r in kept], refused)
+        rows = zip(names, counts.tolist(), result.loss_sum.tolist(), result.seen.tolist(), strict=True)
+        return Part([Trained(*told) for row, told in enumerate(rows) if row not in failures], refused)
 
     def _add_and_remember(
         self,

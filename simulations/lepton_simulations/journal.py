@@ -180,6 +180,7 @@ _OUTCOMES: Final = {
     Rejection.OFFLINE.value: "dropped",
     Rejection.FAILED.value: "dropped",
 }
+_WORDS: Final = {"counted": ACCEPTED, "surplus": SURPLUS}
 
 
 def participation(collected: Collected, *, seconds: bool = False) -> list[dict[str, Any]]:
@@ -191,18 +192,19 @@ def participation(collected: Collected, *, seconds: bool = False) -> list[dict[s
     """
     each = _bytes_down(collected)
     entries = []
-    for entry in collected.participation.values():
-        outcome = _OUTCOMES.get(entry.outcome, "rejected")
+    for device_id, known, _, examples, own_s, num_bytes, arrived_s, _ in collected.participation.values():
+        outcome = _OUTCOMES.get(known, "rejected")
         body: dict[str, Any] = {
-            "device_id": entry.device_id,
+            "device_id": device_id,
             "outcome": outcome,
-            "reason": "" if outcome in ("counted", "surplus") else str(entry.outcome),
-            "examples": entry.num_examples,
-            "bytes_up": entry.num_bytes,
+            "reason": "" if outcome in ("counted", "surplus") else str(known),
+            "examples": examples,
+            "bytes_up": num_bytes,
             "bytes_down": each,
         }
-        times = {"seconds": entry.seconds, "arrived_s": entry.arrived_s}
-        entries.append(body | times if seconds else body)
+        if seconds:
+            body["seconds"], body["arrived_s"] = own_s, arrived_s
+        entries.append(body)
     return entries
 
 
@@ -218,4 +220,4 @@ def _bytes_down(collected: Collected) -> int:
 
 def outcome_of(entry: Mapping[str, Any]) -> str:
     """The word of ``rounds.collect`` for a journalled device: accepted, surplus or a Rejection."""
-    return {"counted": ACCEPTED, "surplus": SURPLUS}.get(entry["outcome"]) or str(entry["reason"])
+    return _WORDS.get(entry["outcome"]) or str(entry["reason"])

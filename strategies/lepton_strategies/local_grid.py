@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 from lepton_fl.errors import ConfigError, Rejection, UpdateRejected
 from lepton_fl.plan import AggregationSpec, LocalPlan, RoundPlan, RunSpec
 from lepton_fl.rounds.campaign import Kind, Roster, RunState, Work, plan_round
+from lepton_fl.rounds.cohort import Candidate
 from lepton_fl.rounds.exchange import AddedUp, Answer, Exchange
 from lepton_fl.vector import Layout, Vector
 from lepton_fl.wire.messages import MODEL, EvaluateReply, Request, TrainReply
@@ -78,6 +79,9 @@ class LocalGrid(Grid):
         self._ids = itertools.count(1)
         self._run: Any = None
         self._incomplete = False  # at the last look, some nodes were not there
+        self._by_node = {str(node): device_id for node, device_id in self._devices.items()}
+        self._by_device = {device_id: node for node, device_id in self._by_node.items()}
+        self._known: tuple[Sequence[Candidate], list[int]] = ((), [])
 
     def set_run(self, run: Any) -> None:  # noqa: ANN401 - its class is not part of Flower's public API
         """Say which run the grid belongs to; it makes no difference here."""
@@ -108,9 +112,12 @@ class LocalGrid(Grid):
         """
         if self._incomplete:
             self._roster.wait(1.0)
-        there = [place for place, c in enumerate(self._roster.candidates()) if c.standing == "eligible"]
+        found, there = self._roster.candidates(), self._known[1]
+        if found is not self._known[0] or not isinstance(found, tuple):  # else they are as they were
+            there = [place for place, c in enumerate(found) if c.standing == "eligible"]
+            self._known = found, there
         self._incomplete = len(there) < len(self._devices)
-        return there
+        return list(there)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Take messages; they are answered when their replies are pulled."""
@@ -135,7 +142,7 @@ class LocalGrid(Grid):
         """
         self._incomplete = False
         if isinstance(messages, PlannedMessages):
-            named = _Named(self._exchange, self._devices)
+            named = _Named(self._exchange, self._by_node, self._by_device)
             return PlannedReplies(named, lambda: _singly(named, messages))
         sent = [_with_id(message, f"{next(self._ids)}") for message in messages]
         self._check(sent)
@@ -331,10 +338,9 @@ class EngineNodes:
 class _Named:
     """An exchange whose devices are named by their node ids, as a strategy over a grid knows them."""
 
-    def __init__(self, exchange: Exchange, devices: Mapping[int, str]) -> None:
+    def __init__(self, exchange: Exchange, devices: Mapping[str, str], nodes: Mapping[str, str]) -> None:
         self._exchange = exchange
-        self._devices = {str(node): device_id for node, device_id in devices.items()}
-        self._nodes = {device_id: node for node, device_id in self._devices.items()}
+        self._devices, self._nodes = devices, nodes  # by node id, and the other way round
 
     def ask(self, plan: RoundPlan, request: Request) -> Generator[Answer | AddedUp, None, None]:
         """Let the devices answer."""
@@ -355,7 +361,7 @@ class _Named:
     def _back(self, answer: Answer | AddedUp) -> Answer | AddedUp:
         if isinstance(answer, Answer):
             return replace(answer, device_id=self._nodes.get(answer.device_id, answer.device_id))
-        reports = tuple(replace(r, device_id=self._nodes[r.device_id]) for r in answer.reports)
+        reports = tuple(r._replace(device_id=self._nodes[r.device_id]) for r in answer.reports)
         return replace(answer, reports=reports)
 
 
