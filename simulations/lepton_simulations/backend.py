@@ -194,7 +194,7 @@ class Alone:
 
 
 def chunks(devices: Sequence[str], costs: Sequence[int], size: int, workers: int) -> list[list[str]]:
-    """Cut a cohort into pieces of about the same work.
+    """Cut a cohort into pieces of about the same work, the largest first: those at the end are waited for.
 
     Args:
         devices: in an order in which neighbours are alike.
@@ -207,6 +207,10 @@ def chunks(devices: Sequence[str], costs: Sequence[int], size: int, workers: int
     ends = list(accumulate(cost + 1.0 for cost in costs))
     count = min(workers * -(-len(devices) // (size * workers)), len(devices))
     pieces: list[list[str]] = [[] for _ in range(count)]
+    work = [0.0] * count
     for device_id, cost, end in zip(devices, costs, ends, strict=True):
-        pieces[min(int((end - (cost + 1.0) / 2) / ends[-1] * count), count - 1)].append(device_id)
-    return [piece for piece in pieces if piece]
+        number = min(int((end - (cost + 1.0) / 2) / ends[-1] * count), count - 1)
+        pieces[number].append(device_id)
+        work[number] += cost
+    order = sorted(range(count), key=lambda number: -work[number])
+    return [pieces[number] for number in order if pieces[number]]
