@@ -5,8 +5,8 @@ W = a W0 + e c + sum_j g_j x_j^T (a = 1 and no c without weight decay, FedProx a
 x_i W^T = a (x_i W0^T) + e (x_i c^T) + sum_j (x_i . x_j) g_j^T: all products with W0 are one large matrix
 product, those of the rows with each other (their Gram matrix) never change and are kept, each step needs a
 small product, and the update W - W0 comes out of a single large one. Skinny products over all weights in
-every step, and copies of the weights, are gone; a second epoch is almost free. It pays while a device has
-fewer rows than about the layer has outputs. Rows are read where they stand: only their products are put in
+every step, and copies of the weights, are gone; a second epoch is almost free. It pays while a device has no
+more rows than about the layer has outputs. Rows are read where they stand: only their products are put in
 the order of the steps.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lepton_fl.vector import Slot
 from lepton_simulations.engines.batches import Chunk
-from lepton_simulations.engines.grams import Grams
+from lepton_simulations.engines.grams import Grams, worth_keeping
 from lepton_simulations.engines.layers import Room, Rule, padded
 from lepton_simulations.engines.schedule import Schedule, Shape
 
@@ -31,6 +31,7 @@ _PLACES = np.arange(_MAX_PLACES)
 # GFLOP/s of the shapes involved, one core of a server of 2023; only their ratios matter.
 _TALL, _SKINNY, _GRAM, _SMALL = 93, 68, 73, 30
 _BYTES = 8  # GB/s of one pass over weights that are not in the nearest cache
+_ROUNDS = 4  # in which a kept Gram matrix is taken to be used
 
 
 @lru_cache(4096)
@@ -48,7 +49,8 @@ def pays(weight: tuple[int, int], plan: Shape, rows: int) -> bool:
         return False
     used, cells = min(rows, plan.examples), outputs * inputs
     direct = 4 * places * cells / _SKINNY + 12 * cells / _BYTES
-    dual = 4 * used * cells / _TALL + 2 * used * used * inputs / _GRAM + places * places * outputs / _SMALL
+    gram = 2 * used * used * inputs / _GRAM / (_ROUNDS if worth_keeping(rows, inputs) else 1)
+    dual = 4 * used * cells / _TALL + gram + places * places * outputs / _SMALL
     return dual < direct
 
 

@@ -37,7 +37,7 @@ class Grams:
         """Make room for the matrix of a device with these rows (n, F), where it is worth its memory."""
         count, features = rows.shape
         size = padded(count * count) + padded(1)
-        if count * _WORTH > features or self._total + size > _MOST:
+        if not worth_keeping(count, features) or self._total + size > _MOST:
             return
         if self._used + size > len(self._block):
             self._block, self._used = _shared(max(size, _BLOCK), self._dtype), 0
@@ -59,6 +59,11 @@ class Grams:
     def _multiply(self, rows: Tensor, out: Tensor) -> Tensor:
         torch.mm(rows, rows.t(), out=out)
         return out.add_(1) if self._biased else out
+
+
+def worth_keeping(rows: int, features: int) -> bool:
+    """Whether the products of so many rows take little memory beside the rows."""
+    return rows * _WORTH <= features
 
 
 def _shared(size: int, dtype: torch.dtype) -> Tensor:
