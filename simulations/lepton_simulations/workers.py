@@ -184,17 +184,16 @@ class Pool:
 
     def begin(self, plan: RoundPlan, request: Request) -> None:
         """See ``Backend``."""
-        records = request.to_records()
         self._attempt += 1
-        self._board.model[:] = records.arrays[MODEL]
-        if AUXILIARY in records.arrays:
-            self._board.auxiliary[:] = records.arrays[AUXILIARY]
+        self._board.model[:] = request.model
+        if request.auxiliary is not None:
+            self._board.auxiliary[:] = request.auxiliary
         self._board.stop(False)
         settings = plan.model_copy(update={"cohort": ()})  # a device need not know the others
         self._plan, self._own, self._done = settings, None, []
         self._helps = self._shard.is_plain
         self._kept, self._deaths, self._told = [], Counter(), set()
-        self._opening = {"plan": settings.model_dump_json(), "config": dict(records.config)}
+        self._opening, self._request = {"plan": settings.model_dump_json()}, request
         for worker in self._workers:
             worker.done, worker.weight, worker.reports = [], 0, 0
         if self._helps:
@@ -318,6 +317,7 @@ class Pool:
     def answer(self, devices: Sequence[str]) -> Generator[tuple[str, Outcome], None, None]:
         """See ``Backend``."""
         self._board.stop(False)
+        config = self._request.to_records().config
         done: dict[int, Outcome] = {}
         again = deque[int]()  # places whose worker died
         sent = shown = 0
@@ -330,7 +330,7 @@ class Pool:
                         place, sent = sent, sent + 1
                     else:
                         break
-                    self._tell(worker, {"device": devices[place]}).place = place
+                    self._tell(worker, {"device": devices[place], "config": config}).place = place
                 if shown not in done:
                     for worker in self._ready(None):
                         self._take_answer(worker, devices, done, again)
@@ -508,7 +508,6 @@ class _Server:
     board: Board
     desk: Desk
     plan: RoundPlan | None = None
-    config: dict[str, Any] = field(default_factory=dict)
     accumulator: Accumulator | None = None
     side: int = 0  # of the attempt in hand
     clean: bool = True  # the other side is zero
@@ -528,16 +527,15 @@ class _Server:
 
     def _handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
         if "plan" in message:
-            self.plan, self.config = RoundPlan.model_validate_json(message["plan"]), message["config"]
-            self.accumulator = None
+            self.plan, self.accumulator = RoundPlan.model_validate_json(message["plan"]), None
         if "train" in message:
             return self._train(message["train"])
         if "device" not in message:
             return None
-        arrays = {MODEL: self.board.model}
-        if self.config["auxiliary-sha256"]:
+        arrays, config = {MODEL: self.board.model}, message["config"]
+        if config["auxiliary-sha256"]:
             arrays[AUXILIARY] = self.board.auxiliary
-        request = Records(arrays, self.config, {})
+        request = Records(arrays, config, {})
         return _encode(self.shard.respond(message["device"], request, self.board.stopped), self.desk.update)
 
     def _train(self, devices: Chunk) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Question:
 
     model: np.ndarray
     factor: int
+    auxiliary: None = None
 
     def to_records(self) -> Records:
         return Records({"model": self.model}, {"factor": self.factor, "auxiliary-sha256": ""}, {})
