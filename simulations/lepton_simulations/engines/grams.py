@@ -19,6 +19,23 @@ _MOST = 2**26  # numbers kept in all
 _WORTH = 4  # rows have at least as many times the features that a device has rows: they take more memory
 
 
+class Kept:
+    """Room for one matrix, and whether somebody has filled it."""
+
+    def __init__(self, gram: Tensor, known: NDArray[np.uint8]) -> None:
+        self.gram, self._known = gram, known  # (n, n); what is shared, too
+        self.address: int = gram.data_ptr()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the matrix is there."""
+        return bool(self._known[0])
+
+    def done(self) -> None:
+        """The matrix is there."""
+        self._known[0] = 1
+
+
 class Grams:
     """See the module."""
 
@@ -31,7 +48,7 @@ class Grams:
         """
         self._dtype, self._biased = dtype, biased
         self._block, self._used, self._total = torch.zeros(0, dtype=dtype), 0, 0
-        self._slots: WeakKeyDictionary[Dataset, tuple[NDArray[np.uint8], Tensor]] = WeakKeyDictionary()
+        self._slots: WeakKeyDictionary[Dataset, Kept] = WeakKeyDictionary()
 
     def reserve(self, data: Dataset, rows: Tensor) -> None:
         """Make room for the matrix of a device with these rows (n, F), where it is worth its memory."""
@@ -44,17 +61,20 @@ class Grams:
         slot = self._block[self._used : self._used + size]
         self._used, self._total = self._used + size, self._total + size
         known = slot[-padded(1) :].numpy().view(np.uint8)
-        self._slots[data] = known, slot[: count * count].view(count, count)
+        self._slots[data] = Kept(slot[: count * count].view(count, count), known)
+
+    def kept(self, data: Dataset) -> "Kept | None":
+        """The room for a device's matrix, for whoever fills it without ``of``; None = it was not worth it."""
+        return self._slots.get(data)
 
     def of(self, data: Dataset | None, rows: Tensor) -> Tensor:
         """All products (n, n) of a device's rows (n, F), or of some that are not all it has (None)."""
         if data is None or (found := self._slots.get(data)) is None:
             return self._multiply(rows, rows.new_empty(rows.shape[0], rows.shape[0]))
-        known, gram = found
-        if not known[0]:
-            self._multiply(rows, gram)
-            known[0] = 1
-        return gram
+        if not found.is_done:
+            self._multiply(rows, found.gram)
+            found.done()
+        return found.gram
 
     def _multiply(self, rows: Tensor, out: Tensor) -> Tensor:
         torch.mm(rows, rows.t(), out=out)

@@ -323,7 +323,7 @@ int64_t lepton_room(const Layer *layers, int64_t count, int64_t width, int64_t r
         weights += layers[l].out * padded(layers[l].in) + padded(layers[l].out);
         wide += 2 * padded(layers[l].out);
     }
-    return 3 * weights + width * wide + (rows ? (in + rows) * out : 0);
+    return 3 * weights + width * wide + (rows ? in * out + rows * (out > padded(rows) ? out : padded(rows)) : 0);
 }
 
 /* --- adding up ------------------------------------------------------------------------------------ */
@@ -499,8 +499,8 @@ typedef struct {
     int64_t size;           /* P */
     real *moves;            /* (n, padded out) if the first layer does without weights of its own, else NULL */
     int64_t later;          /* whether its update stays in the moves: see lepton_finish and lepton_add_moves */
-    real *gram;             /* (n, padded n) products of its rows, if they shall be kept; else NULL */
-    int64_t met;            /* whether they are there */
+    real *gram;             /* (n, n) products of its rows with each other, + 1 for a bias */
+    int64_t met;            /* whether they are there; else they are computed */
 } Device;
 
 typedef struct {
@@ -533,34 +533,33 @@ static void turn(const Layer *a, const real *w, real *to) {
             for (int64_t j = o; j < o + ALIGN; j++) to[i * out + j] = j < a->out ? w[j * a->in + i] : 0;
 }
 
-/* Products of n rows with each other, plus a constant: to (n, padded n), each pair once, the later row first. */
+/* Products of n rows with each other, plus a constant: to (n, n), each pair once, the later row first. */
 static void multiply(const real *x, int64_t n, int64_t in, real constant, real *to) {
     real same[MOST_ROWS];
     for (int64_t b = 0; b < n; b++) same[b] = constant;
     for (int64_t b = 0; b < n; b += ROWS)
-        EACH_COUNT(n - b, forward_rows(N, x + b * in, x, same, in, 0, least(b + ROWS, n), to + b * padded(n), padded(n)))
+        EACH_COUNT(n - b, forward_rows(N, x + b * in, x, same, in, 0, least(b + ROWS, n), to + b * n, n))
 }
 
 static void meet(const Layer *a, const Device *d, const real *turned, Rows *r) {
-    const int64_t out = padded(a->out), n = d->rows, stride = padded(n);
+    const int64_t out = padded(a->out), n = d->rows;
     back(d->x, (Place){(real *)turned, 0}, n, out, a->in, a->in, r->products);
     for (int64_t b = 0; a->bias >= 0 && b < n; b++)
         for (int64_t o = 0; o < a->out; o++) r->products[b * out + o] += d->start[a->bias + o];
     if (!d->met) multiply(d->x, n, a->in, a->bias >= 0, d->gram); /* in a bias, all rows have a 1 */
     for (int64_t b = 0; !d->met && b < n; b++)
-        for (int64_t j = b + 1; j < n; j++) d->gram[b * stride + j] = d->gram[j * stride + b];
+        for (int64_t j = b + 1; j < n; j++) d->gram[b * n + j] = d->gram[j * n + b];
     memset(d->moves, 0, n * out * sizeof(real));
 }
 
 /* y (N, outs) = products + gram moves, of rows `at` */
 INLINE void recall_tile(int nb, int nk, const Rows *r, const Device *d, const int64_t *at, int64_t k, int64_t wide, real *y) {
-    const int64_t stride = padded(d->rows);
     vec sum[ROWS][4];
     UNROLL for (int b = 0; b < nb; b++) UNROLL for (int i = 0; i < nk; i++) sum[b][i] = AT(r->products + at[b] * wide + k + i * LANES);
     for (int64_t j = 0; j < r->seen; j++) {
         vec u[4];
         UNROLL for (int i = 0; i < nk; i++) { u[i] = AT(d->moves + r->order[j] * wide + k + i * LANES); HOLD(u[i]); }
-        UNROLL for (int b = 0; b < nb; b++) UNROLL for (int i = 0; i < nk; i++) sum[b][i] += d->gram[at[b] * stride + r->order[j]] * u[i];
+        UNROLL for (int b = 0; b < nb; b++) UNROLL for (int i = 0; i < nk; i++) sum[b][i] += d->gram[at[b] * d->rows + r->order[j]] * u[i];
     }
     UNROLL for (int b = 0; b < nb; b++) UNROLL for (int i = 0; i < nk; i++) AT(y + b * wide + k + i * LANES) = sum[b][i];
 }
@@ -612,14 +611,14 @@ void lepton_finish(const Layer *layers, const Device *devices, int64_t number) {
 #ifndef DOUBLE
 /* The squared norm of an update from the products of its rows and moves, and no less than that of what finish and
    add_panel compute: bounds of all rounding are in it, some 1e-4 of it. Rows and moves are short vectors, so this
-   costs a fraction of a look at all weights, which need not even be written. Room: (n, padded n). */
+   costs a fraction of a look at all weights, which need not even be written. Room: (n, n). */
 static double reach(const Layer *a, const Device *d, real *room) {
     const int64_t n = d->rows, out = padded(a->out), past = a->weight + a->out * a->in;
     const double unit = 1.0 / (1 << 24), deepest = (double)(a->in > a->out ? a->in : a->out) / LANES + 16;
     double sum = 0, most = 0, rest = 0;
     multiply(d->moves, n, out, 0, room);
     for (int64_t b = 0; b < n; b++) {
-        const real *moved = room + b * padded(n), *met = d->gram + b * padded(n);
+        const real *moved = room + b * n, *met = d->gram + b * n;
         double row = 0;
         for (int64_t j = 0; j < b; j++) row += (double)moved[j] * met[j];
         sum += 2 * row + (double)moved[b] * met[b];
@@ -677,7 +676,7 @@ static void add_rest(const Layer *a, const Device *d, float factor, int64_t weig
         add_piece(d->delta + at, least(d->size - at, PIECE), factor, weight, sum + at, square);
 }
 
-/* Squared norms of the updates of devices that were left for later; see reach. Room: (n, padded n) of the largest. */
+/* Squared norms of the updates of devices that were left for later; see reach. Room: (n, n) of the largest. */
 void lepton_reach(const Layer *layers, const Device *devices, int64_t number, real *room, double *squares) {
     for (int64_t i = 0; i < number; i++) squares[i] = reach(layers, devices + i, room);
 }

@@ -28,6 +28,7 @@ from lepton_fl.vector import Vector
 from lepton_simulations.engines.chain import FlattenSpec, LinearSpec, ReluSpec, SqueezeSpec
 from lepton_simulations.engines.chained import ChainEngine, rule_of
 from lepton_simulations.engines.contract import ClientWork, Elsewhere, Stop, Trained, Unsupported, stopped
+from lepton_simulations.engines.grams import Grams, Kept
 from lepton_simulations.engines.layers import Rule, padded
 from lepton_simulations.engines.library import library
 from lepton_simulations.engines.schedule import Shape, compiled_order, shape_of
@@ -37,7 +38,6 @@ MOST_LAYERS = 16  # the same there
 UPDATES = 4 * 2**20  # bytes of the updates of a chunk, which are added up while they are near
 _MOST = 64  # devices in a chunk
 _PATIENCE = 5 * 10**8  # multiplications between two questions whether to stop: some milliseconds
-_KEPT = 8  # products of a device's rows are kept if they take at most this part of the memory of the rows
 _FEW = 512  # rows of a device whose first layer has no weights of its own; as in native.c
 # What C is told of a device, in int64: addresses and numbers, as in native.c.
 _START, _CORRECTION, _X, _TARGETS, _SEED, _EPOCHS, _PLACES, _SHUFFLED, _SIZES, _WIDTH = range(10)
@@ -74,7 +74,10 @@ class NativeEngine(ChainEngine):
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
         self._room, self._places, self._rows_held = torch.zeros(0, dtype=trainer.dtype), 0, 0
         self._moves = torch.zeros(0, 0, dtype=trainer.dtype)  # of devices whose first layer has no weights
-        self._grams = torch.zeros(0, 0, dtype=trainer.dtype)  # of those whose products are not kept
+        self._unkept = torch.zeros(
+            0, 0, dtype=trainer.dtype
+        )  # products of the rows of those for whom none are kept
+        self._grams = Grams(trainer.dtype, biased=bool(self._layers[0, 4] >= 0))
         self._orders = np.empty(0, np.int64)  # of the rows of a chunk's devices
         self._inputs: WeakKeyDictionary[Dataset, _Inputs] = WeakKeyDictionary()
 
@@ -114,7 +117,8 @@ class NativeEngine(ChainEngine):
             else:
                 trained.looked = np.zeros(len(told)), np.zeros(len(told), np.float32)
         for number in self._run(table, positions, rule, trained, should_stop):
-            inputs[number].met = inputs[number].gram is not None
+            if table[number, _GRAM] and (kept := inputs[number].kept):
+                kept.done()
         return trained
 
     def know(self, data: Dataset) -> None:
@@ -122,7 +126,9 @@ class NativeEngine(ChainEngine):
         super().know(data)
         if (rows := self._rows[data]) is not None:
             targets = np.ascontiguousarray(data.y, None if self._loss == 0 else self._real)
-            self._inputs[data] = _Inputs(rows.data_ptr(), _address(targets), targets)
+            self._grams.reserve(data, rows)
+            kept = self._grams.kept(data)
+            self._inputs[data] = _Inputs(rows.data_ptr(), _address(targets), targets, kept)
 
     def _addresses(self, client: ClientWork, begins: int, held: list[object]) -> tuple[int, int, int, int]:
         """Where C finds what a device brings; ``held`` keeps what is made for it."""
@@ -163,16 +169,13 @@ class NativeEngine(ChainEngine):
         if not most:
             return
         self._moves = self._at_least(self._moves, len(table), most * padded(int(self._layers[0, 1])))
-        self._grams = self._at_least(self._grams, len(table), most * padded(most))
-        for found, of in ((self._moves, _MOVED), (self._grams, _GRAM)):
+        self._unkept = self._at_least(self._unkept, len(table), most * most)
+        for found, of in ((self._moves, _MOVED), (self._unkept, _GRAM)):
             stride = found.stride(0) * self._real.itemsize
             table[:, of] = np.where(few, found.data_ptr() + np.arange(len(table)) * stride, 0)
-        for row in np.flatnonzero(few & (_KEPT * table[:, _ROWS] <= self._layers[0, 0])).tolist():
-            known, rows = inputs[row], int(table[row, _ROWS])
-            if known.gram is None:
-                known.gram = torch.empty(rows, padded(rows), dtype=self._trainer.dtype)
-                known.place = known.gram.data_ptr()
-            table[row, _GRAM], table[row, _MET] = known.place, known.met
+        for row in np.flatnonzero(few).tolist():
+            if kept := inputs[row].kept:
+                table[row, _GRAM], table[row, _MET] = kept.address, kept.is_done
 
     def _at_least(self, held: Tensor, count: int, size: int) -> Tensor:
         """Work memory (count, size) or larger."""
@@ -184,7 +187,7 @@ class NativeEngine(ChainEngine):
         inputs, outputs = self._layers[0, :2].tolist()
         if len(self._layers) < 2 or rule[1:].any() or inputs % 16 or outputs % 4 or not self._spares:
             return np.zeros(len(table), np.bool_)
-        few: NDArray[np.bool_] = table[:, _ROWS] <= min(_FEW, outputs)
+        few: NDArray[np.bool_] = table[:, _ROWS] <= min(_FEW, 2 * outputs)  # about where it begins to pay
         few &= self._costs(table) <= _PATIENCE
         few &= table[:, _CORRECTION] == 0
         few &= table[:, _X] % 64 == 0
@@ -299,9 +302,7 @@ class _Inputs:
     rows: int  # addresses
     targets: int
     held: object  # the targets
-    gram: Tensor | None = None  # (n, padded n) products of its rows with each other
-    place: int = 0  # its address
-    met: bool = False  # whether it is filled
+    kept: Kept | None  # room for the products of its rows with each other
 
 
 class _Moves:
@@ -334,7 +335,7 @@ class _Moves:
     def norms(self) -> NDArray[np.float64]:
         """See ``Unwritten``."""
         most, squares = int(self._table[:, _ROWS].max()), np.empty(len(self._table))
-        room = self._moves.new_empty(most, padded(most))
+        room = self._moves.new_empty(most, most)
         self._functions.lepton_reach(
             _address(self._layers),
             _address(self._table),
