@@ -385,3 +385,20 @@ def test_a_stopped_call_leaves_no_moves_behind(monkeypatch):
     for position in range(4):
         expected = whole[position] if position not in result.failures else np.zeros_like(start)
         assert_array_equal(result.deltas[position], expected)
+
+
+@pytest.mark.parametrize("grid_step", [2.0**-24, 2.0**-37])  # the bound is within the grid, or beyond it
+def test_a_clipped_sum_does_not_depend_on_who_is_trained_together(grid_step):
+    engine, works, start, plan = spare_work((60, 33, 140), learning_rate=0.01)
+    of = plan_of(len(start), clip_norm=0.02, grid_step=grid_step, weighting="equal")
+    totals = []
+    for groups in ([[0, 1, 2]], [[0, 1], [2]], [[2], [1], [0]]):
+        sums = Accumulator(of)
+        for group in groups:
+            trained = engine.train(start, [works[i] for i in group], plan)
+            found = adding.add_deltas(sums, of, trained, np.ones(len(group), np.int64))
+            assert not found.refused
+            assert (found.norms > 0.02).all()
+        totals.append(sums.subtotal().total)
+    assert_array_equal(totals[0], totals[1])
+    assert_array_equal(totals[0], totals[2])

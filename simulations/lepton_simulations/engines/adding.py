@@ -55,8 +55,10 @@ def add_deltas(
     elif trained.looked is None and not plan.clip_norm:
         found = _add_looking(functions, trained.deltas, plan.grid_step, weights, total)
     else:
-        deltas = trained.deltas
+        unwritten, deltas = trained.unwritten, trained.deltas
         norms, peaks = trained.looked or _look(functions, deltas)
+        if unwritten is not None:  # a device's norm does not depend on whom it was trained with
+            norms = _bounds(functions, trained, unwritten)
         found = _scaling(deltas, norms, peaks, plan.grid_step, plan.clip_norm)
         weights[list(found.refused)] = 0
         clipped = bool(plan.clip_norm)
@@ -94,6 +96,14 @@ def _add_looking(
     return Scaling(found.factors, found.norms, refused)
 
 
+def _bounds(functions: ctypes.CDLL, trained: Trained, unwritten: Unwritten) -> NDArray[np.float64]:
+    """Bounds of the norms; where squares left the range of float32, the norms."""
+    norms = unwritten.norms()
+    if np.isfinite(norms).all():
+        return norms
+    return np.where(np.isfinite(norms), norms, _look(functions, trained.deltas)[0])
+
+
 def _add_unwritten(
     functions: ctypes.CDLL,
     trained: Trained,
@@ -106,9 +116,7 @@ def _add_unwritten(
     clip, step, asked = plan.clip_norm, plan.grid_step, np.flatnonzero(weights)
     found, limit = unclipped(trained.rows, step), 2.0**31 * step
     if clip:
-        norms, limit = unwritten.norms(), np.inf
-        if not np.isfinite(norms).all():  # squares left the range of float32; or they are not finite indeed
-            norms = np.where(np.isfinite(norms), norms, _look(functions, trained.deltas)[0])
+        norms, limit = _bounds(functions, trained, unwritten), np.inf
         found = scaling_of(trained.rows, norms, np.zeros(len(norms), np.float32), step, clip)
         weights[list(found.refused)] = 0
     squares = unwritten.add(found.factors, limit, weights, total)
