@@ -74,9 +74,7 @@ class NativeEngine(ChainEngine):
         self._memory = torch.zeros(0, padded(trainer.layout.size), dtype=trainer.dtype)
         self._room, self._places, self._rows_held = torch.zeros(0, dtype=trainer.dtype), 0, 0
         self._moves = torch.zeros(0, 0, dtype=trainer.dtype)  # of devices whose first layer has no weights
-        self._unkept = torch.zeros(
-            0, 0, dtype=trainer.dtype
-        )  # products of the rows of those for whom none are kept
+        self._unkept = torch.zeros(0, 0, dtype=trainer.dtype)  # products of the rows of the others
         self._grams = Grams(trainer.dtype, biased=bool(self._layers[0, 4] >= 0))
         self._orders = np.empty(0, np.int64)  # of the rows of a chunk's devices
         self._inputs: WeakKeyDictionary[Dataset, _Inputs] = WeakKeyDictionary()
@@ -316,13 +314,8 @@ class _Moves:
         moves: Tensor,
         held: Sequence[object],
     ) -> None:
-        self._functions, self._layers, self._table, self._moves, self._held = (
-            functions,
-            layers,
-            table,
-            moves,
-            held,
-        )
+        self._functions, self._layers, self._table = functions, layers, table
+        self._moves, self._held = moves, held
 
     def write(self) -> None:
         """See ``Unwritten``."""
